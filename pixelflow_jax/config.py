@@ -1,0 +1,241 @@
+"""Run configurations: every key with its default, loading, overrides, checks, and what they build."""
+
+import ast
+import difflib
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.transformer import REMAT_POLICIES, PixelFlow
+
+# What decides the numbers of a run: a resumed run must agree on these.
+IDENTITY = ("model", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def default_config() -> ConfigDict:
+    """Every key that a config has, with the released class model's training recipe as defaults."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            num_train_steps=1_600_000,
+            batch_size=256,  # global
+            dtype="float32",  # of computation; parameters, optimizer and EMA stay in float32
+            log_every=100,
+            checkpoint_every=5000,
+            sample_every=5000,  # a sample grid; 0 = never
+            keep_checkpoints=2,
+            model=dict(
+                num_heads=16,
+                head_dim=72,
+                depth=28,
+                patch_size=4,
+                num_classes=1000,  # 0 = no class labels
+                context_dim=0,  # width of the text states; 0 = no text
+                remat="none",  # none, dots or full: what the backward pass recomputes
+                scan_unroll=1,
+            ),
+            cascade=dict(num_stages=4, gamma=-1 / 3),
+            data=dict(
+                source="digits",
+                path="",
+                resolution=256,
+                label_dropout=0.1,  # share of labels replaced by the null class, for guidance
+            ),
+            optimizer=dict(
+                learning_rate=1e-4,
+                schedule="constant",  # constant, or cosine to 0 at num_train_steps
+                warmup_steps=0,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.0,
+                clip_norm=1.0,
+            ),
+            ema=dict(decays=(0.9999,)),
+            mesh=dict(data=1, fsdp=1),
+            sample=dict(
+                solver="euler",
+                num_steps=(30,),  # a stage: one number for all, or one each
+                grid="uniform",
+                shift=1.0,
+                guidance_scale=2.4,
+                guidance_schedule="stagewise",
+                num_images=16,
+            ),
+        )
+    )
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Runs `get_config()` of a config file and applies overrides such as `model.depth=12`.
+
+    A path that is not there is looked up by file name among the installed configs.
+
+    Raises:
+      UserError: for a missing file, an unknown key, a value of another type, an invalid value.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        file = _installed_config(path)
+    spec = importlib.util.spec_from_file_location(f"pixelflow_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{file} has no get_config(), so it is not a config file")
+    config = module.get_config()
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--config.{override}: write it as --config.{key}=VALUE")
+        _override(config, key, text)
+    check_config(config)
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> ConfigDict:
+    """A config from JSON (where tuples have become lists), with defaults for keys it lacks."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(entry) for key, entry in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    config = default_config()
+    with config.unlocked():
+        config.update(ConfigDict(tuples(values)))
+    return config
+
+
+def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
+    """What keeps `config` from continuing a run of `other`: 'key: value, was value' for each."""
+    found = []
+    for name in IDENTITY:
+        new, old = _flat(name, config[name]), _flat(name, other[name])
+        for key in sorted(new.keys() | old.keys()):
+            if new.get(key) != old.get(key):
+                found.append(f"{key}: {new.get(key)!r}, was {old.get(key)!r}")
+    return found
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for values that cannot work, with the key and what would be right."""
+    for key in ("num_train_steps", "batch_size", "log_every", "checkpoint_every"):
+        if config[key] < 1:
+            raise UserError(f"config.{key} must be at least 1, got {config[key]}")
+    for key in ("sample_every", "optimizer.warmup_steps"):
+        if _get(config, key) < 0:
+            raise UserError(f"config.{key} must not be negative, got {_get(config, key)}")
+    for key in ("num_heads", "head_dim", "depth", "patch_size"):
+        if config.model[key] < 1:
+            raise UserError(f"config.model.{key} must be at least 1, got {config.model[key]}")
+    if config.model.head_dim % 4:
+        raise UserError(
+            f"config.model.head_dim must be a multiple of 4 (2D rotary embedding), got "
+            f"{config.model.head_dim}"
+        )
+    _one_of("dtype", config.dtype, DTYPES)
+    _one_of("model.remat", config.model.remat, REMAT_POLICIES)
+    _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine"))
+    for decay in config.ema.decays:
+        if not 0 <= decay < 1:
+            raise UserError(f"config.ema.decays must lie in [0, 1), got {decay}")
+    if config.mesh.data != 1 or config.mesh.fsdp != 1:
+        raise UserError(
+            f"config.mesh is data={config.mesh.data}, fsdp={config.mesh.fsdp}, but this version "
+            f"trains on one device: leave both at 1"
+        )
+    cascade = build_cascade(config)
+    cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
+    unit = cascade.num_stages
+    if config.batch_size % unit:
+        below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
+        raise UserError(
+            f"config.batch_size {config.batch_size} must be a multiple of {unit} (cascade.num_stages)"
+            f": each stage gets an equal share; the next is {above}"
+            + (f", the one before {below}" if below else "")
+        )
+
+
+def build_cascade(config: ConfigDict) -> Cascade:
+    """The cascade of a config."""
+    return Cascade(config.cascade.num_stages, config.cascade.gamma)
+
+
+def build_model(config: ConfigDict, dtype: str | None = None) -> PixelFlow:
+    """The network of a config, computing in `dtype` (default: the config's)."""
+    return PixelFlow(**config.model.to_dict(), dtype=DTYPES[dtype or config.dtype])
+
+
+def _installed_config(path: str) -> pathlib.Path:
+    """The installed config with this name (with or without a folder and `.py`)."""
+    name = pathlib.Path(path).name.removesuffix(".py")
+    try:
+        found = importlib.util.find_spec("pixelflow_jax.configs")
+    except ModuleNotFoundError:
+        found = None
+    folder = pathlib.Path(found.origin).parent if found and found.origin else None
+    if folder is None or not (folder / f"{name}.py").is_file() or name == "__init__":
+        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__") if folder else []
+        raise UserError(f"--config={path}: no such file; installed configs: {', '.join(known)}")
+    return folder / f"{name}.py"
+
+
+def _override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets one key from text, converted to the type of its present value."""
+    known = [name for section in config for name in _flat(section, config[section])]
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean config.{close[0]}?" if close else f"known keys: {', '.join(known)}"
+        raise UserError(f"--config.{key}: there is no such key; {hint}")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[leaf] = _parse(key, text, config[leaf])
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, tuple):
+        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        kinds = (int, float) if any(isinstance(entry, float) for entry in old) else (int,)
+        if all(isinstance(entry, kinds) and not isinstance(entry, bool) for entry in value):
+            return value
+    elif isinstance(old, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif isinstance(value, type(old)) and not isinstance(value, bool):
+        return value
+    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(old, int) and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e6 is a natural way to write a number of steps
+    raise UserError(f"--config.{key}={text}: expected a value like {old!r} ({type(old).__name__})")
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, ConfigDict):
+        return {prefix: value}
+    return {k: v for name in value for k, v in _flat(f"{prefix}.{name}", value[name]).items()}
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _one_of(key: str, value: str, choices) -> None:
+    if value not in choices:
+        raise UserError(f"config.{key} must be one of {', '.join(choices)}, got {value!r}")

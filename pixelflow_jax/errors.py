@@ -1,0 +1,9 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """Bad input from a person: a flag, a file, a config value.
+
+    The message says what was wrong, where it came from and what would be right. Commands print it
+    as one line without a traceback and exit with code 2; anything else that escapes is a bug.
+    """

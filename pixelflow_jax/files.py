@@ -1,0 +1,73 @@
+"""Files: local and gs:// paths alike (epath), written whole or not at all, JSON settings."""
+
+import contextlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from pixelflow_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary name beside `path`, renamed to it when the block ends without an error."""
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        temporary.rename(path) if not path.exists() else temporary.replace(path)
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes a JSON file, indented, keys in their order."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads a JSON file. Raises UserError if it is missing or is not JSON."""
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from None
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """One line of JSON; a number that JSON has no word for (NaN, infinity) becomes null."""
+
+    def clean(value):
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, (list, tuple)):
+            return [clean(entry) for entry in value]
+        return value
+
+    return json.dumps({key: clean(value) for key, value in values.items()}) + "\n"
+
+
+def append_line(path: epath.PathLike, line: str) -> None:
+    """Appends one line to a text file, creating it if need be."""
+    with epath.Path(path).open("a") as file:
+        file.write(line)
+
+
+def list_files(folder: epath.PathLike) -> list[str]:
+    """Names in a folder, sorted; empty if there is no such folder."""
+    folder = epath.Path(folder)
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []

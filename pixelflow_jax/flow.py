@@ -1,0 +1,129 @@
+"""The flow-matching objective over the cascade, computed on the device inside the train step.
+
+Source: PixelFlow (arXiv 2504.07963), section 3.1. For a clean image x1, one noise e shared by both
+ends and down/up as in images.py, stage s runs from
+    x_start = start * Up(Down^(S-s)(x1)) + (1 - start) * e      (stage 0: pure e)
+    x_end   = end * Down^(S-1-s)(x1) + (1 - end) * e
+along x_tau = tau * x_end + (1 - tau) * x_start, and the target is the velocity x_end - x_start.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from pixelflow_jax import images
+from pixelflow_jax.cascade import NUM_TRAIN_TIMES, Cascade
+from pixelflow_jax.packing import Group, PackLayout
+
+
+class FlowBatch(NamedTuple):
+    """Packed inputs and targets of the network; sequences of the same stage stand together."""
+
+    tokens: Float[Array, "rows n p"]
+    target: Float[Array, "rows n p"]
+    timesteps: Float[Array, "rows s"]
+    labels: Int[Array, "rows s"]
+
+
+def train_layout(
+    cascade: Cascade, counts: tuple[int, ...], height: int, width: int, patch_size: int
+) -> PackLayout:
+    """Layout of a training row with counts[s] images at stage s; height and width in pixels."""
+    cascade.check_size(height, width, patch_size)
+    sizes = [cascade.size(stage, height, width) for stage in range(cascade.num_stages)]
+    return PackLayout(
+        tuple(
+            Group(count, h // patch_size, w // patch_size)
+            for count, (h, w) in zip(counts, sizes, strict=True)
+        )
+    )
+
+
+def corrupt_stage(
+    cascade: Cascade,
+    stage: int,
+    x1: Float[Array, "*b h w c"],
+    noise: Float[Array, "*b hs ws c"],
+    time_index: Int[Array, "*b"],
+) -> tuple[Float[Array, "*b hs ws c"], Float[Array, "*b hs ws c"], Float[Array, "*b"]]:
+    """(x_tau, velocity, T) at one stage, for clean images at full size in [-1, 1].
+
+    noise has the stage's size; time_index i in 0..999 sets tau = i/1000 and T = table[stage][i].
+    """
+    start, end = cascade.start[stage], cascade.end[stage]
+    clean = images.down(x1, cascade.num_stages - 1 - stage)
+    x_end = end * clean + (1 - end) * noise
+    if stage == 0:
+        x_start = noise
+    else:
+        x_start = start * images.up(images.down(clean)) + (1 - start) * noise
+    tau = (time_index.astype(x1.dtype) / NUM_TRAIN_TIMES)[..., None, None, None]
+    timestep = jnp.asarray(cascade.timesteps[stage], x1.dtype)[time_index]
+    return tau * x_end + (1 - tau) * x_start, x_end - x_start, timestep
+
+
+def corrupt(
+    cascade: Cascade,
+    patch_size: int,
+    x1: Float[Array, "rows b h w c"],
+    labels: Int[Array, "rows b"],
+    keys: Key[Array, "rows b"],
+    num_classes: int,
+    label_dropout: float,
+) -> tuple[FlowBatch, PackLayout]:
+    """Draws noise, time and label dropout per image from its own key, and packs the rows.
+
+    Image i of a row is trained at stage i mod S, so b must be a multiple of S. What an image gets
+    depends on its key and stage alone, not on the batch around it.
+    """
+    rows, per_row, height, width, channels = x1.shape
+    num_stages = cascade.num_stages
+    if per_row % num_stages:
+        raise ValueError(f"{per_row} images a row do not split over {num_stages} stages")
+    layout = train_layout(cascade, (per_row // num_stages,) * num_stages, height, width, patch_size)
+
+    tokens, target, timesteps, kept = [], [], [], []
+    for stage in range(num_stages):
+        shape = (*cascade.size(stage, height, width), channels)
+        noise, time_index, drop = _draw(keys[:, stage::num_stages], shape, label_dropout)
+        x_tau, velocity, timestep = corrupt_stage(
+            cascade, stage, x1[:, stage::num_stages], noise, time_index
+        )
+        tokens.append(images.patchify(x_tau, patch_size))
+        target.append(images.patchify(velocity, patch_size))
+        timesteps.append(timestep)
+        kept.append(jnp.where(drop, num_classes, labels[:, stage::num_stages]))
+    batch = FlowBatch(
+        layout.pack(tokens),
+        layout.pack(target),
+        jnp.concatenate(timesteps, axis=1),
+        jnp.concatenate(kept, axis=1),
+    )
+    return batch, layout
+
+
+def _draw(keys: Key[Array, "rows b"], shape: tuple[int, ...], label_dropout: float):
+    """(noise, time index, whether to drop the label) for each key."""
+
+    def one(key):
+        for_noise, for_time, for_drop = jax.random.split(key, 3)
+        return (
+            jax.random.normal(for_noise, shape),
+            jax.random.randint(for_time, (), 0, NUM_TRAIN_TIMES),
+            jax.random.bernoulli(for_drop, label_dropout),
+        )
+
+    return jax.vmap(jax.vmap(one))(keys)
+
+
+def loss_per_image(
+    layout: PackLayout, velocity: Float[Array, "rows n p"], target: Float[Array, "rows n p"]
+) -> Float[Array, "rows s"]:
+    """Mean squared error over each image's own tokens and channels, in at least float32.
+
+    The mean over images is the loss: a 64-token image weighs as much as a 4096-token one.
+    """
+    error = velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32)) - target
+    return layout.sequence_means(jnp.square(error))

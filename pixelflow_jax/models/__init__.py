@@ -1,0 +1,1 @@
+"""Networks. `transformer.PixelFlow` is the generator."""

@@ -1,0 +1,33 @@
+"""2D rotary position embedding: half of head_dim turns with the column, half with the row."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def rope_table(
+    positions: Int[np.ndarray, "n 2"], head_dim: int, theta: float = 10000.0
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
+    """(cos, sin) in float64 for integer positions (row, column).
+
+    The first half of head_dim encodes the column, the second the row. Within a half, frequency i is
+    theta^(-2i / (head_dim/2)), repeated for the pair (2i, 2i + 1). head_dim must be divisible by 4.
+    """
+    half = head_dim // 2
+    frequencies = theta ** (-np.arange(0, half, 2) / half)
+    column = np.repeat(np.outer(positions[:, 1], frequencies), 2, axis=1)
+    row = np.repeat(np.outer(positions[:, 0], frequencies), 2, axis=1)
+    angles = np.concatenate([column, row], axis=1)
+    return np.cos(angles), np.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "rows n heads d"], cos: Float[Array, "n d"], sin: Float[Array, "n d"]
+) -> Float[Array, "rows n heads d"]:
+    """Rotates each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin), in at least float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.astype(dtype)
+    pairs = wide.reshape(*x.shape[:-1], -1, 2)
+    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    cos, sin = (jnp.asarray(table, dtype)[:, None, :] for table in (cos, sin))
+    return (wide * cos + turned * sin).astype(x.dtype)

@@ -1,0 +1,267 @@
+"""The PixelFlow transformer: one network for every stage, class labels or text in.
+
+Source: PixelFlow (arXiv 2504.07963), section 3.2, and the released code. One block serves the class
+model and the text model, which adds a cross-attention. Works on packed rows (see packing.py).
+
+Precision: parameters stay in float32 (`param_dtype`); `dtype` is that of the residual stream and of
+matrix products. Norms, modulation, gates and rotation run in at least float32.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pixelflow_jax.models.attention import attention
+from pixelflow_jax.models.rope import apply_rope, rope_table
+from pixelflow_jax.packing import PackLayout
+
+SINCOS_DIM = 256
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream only
+}
+Dtype = Any
+xavier = nn.initializers.xavier_uniform()
+small = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros_init()
+
+
+def sincos_frequencies() -> Float[np.ndarray, " half"]:
+    """10000^(-i/127), i = 0..127, rounded to float32 where the released code rounds.
+
+    An ulp matters here: at T = 999 it moves an angle by 6e-5, and gradients by 2e-5.
+    """
+    half = SINCOS_DIM // 2
+    exponents = (-np.log(10000) * np.arange(half)).astype(np.float32) / np.float32(half - 1)
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
+
+
+def sincos(x: Float[Array, "..."], dtype: Dtype) -> Float[Array, "... d"]:
+    """256 features of a number: cos first, then sin."""
+    angles = x.astype(dtype)[..., None] * jnp.asarray(sincos_frequencies(), dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def wide(dtype: Dtype) -> Dtype:
+    """The dtype for norms, modulation and gates: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def layer_norm(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """LayerNorm without parameters, eps 1e-6; the result is in at least float32."""
+    x = x.astype(wide(x.dtype))
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, eps 1e-6, in at least float32; returns x's dtype."""
+
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
+        y = x.astype(wide(x.dtype))
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+        return (scale * y).astype(x.dtype)
+
+
+class ScalarEmbedding(nn.Module):
+    """Linear-SiLU-Linear on the sincos features of a number (a time, or a grid's size)."""
+
+    dim: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "... d"]:
+        kwargs = dict(kernel_init=small, dtype=self.dtype, param_dtype=self.param_dtype)
+        x = sincos(x, wide(self.dtype)).astype(self.dtype)
+        x = nn.Dense(self.dim, name="linear_1", **kwargs)(x)
+        return nn.Dense(self.dim, name="linear_2", **kwargs)(nn.silu(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention over packed rows; self-attention, or to `context` where that is given.
+
+    RMSNorm on q and k over the full inner width, before the split into heads. RoPE turns q, and k in
+    self-attention. Each group of the layout attends on its own.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "rows n d"],
+        layout: PackLayout,
+        rope: tuple[Float[Array, "n hd"], Float[Array, "n hd"]],
+        context: Float[Array, "rows s t c"] | None = None,
+        context_mask: Bool[Array, "rows s t"] | None = None,
+    ) -> Float[Array, "rows n d"]:
+        dense = dict(kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype)
+        inner = self.num_heads * self.head_dim
+        source = x if context is None else context
+
+        def heads(y):
+            return y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
+
+        q = RMSNorm(self.param_dtype, name="q_norm")(nn.Dense(inner, name="q", **dense)(x))
+        k = RMSNorm(self.param_dtype, name="k_norm")(nn.Dense(inner, name="k", **dense)(source))
+        q, k, v = heads(q), heads(k), heads(nn.Dense(inner, name="v", **dense)(source))
+        q = apply_rope(q, *rope)
+        if context is None:
+            k = apply_rope(k, *rope)
+            keys, values = layout.unpack(k), layout.unpack(v)
+            masks = [None] * len(layout.groups)
+        else:
+            keys, values = layout.split_sequences(k), layout.split_sequences(v)
+            masks = layout.split_sequences(context_mask)
+
+        def merge(y):  # [rows, count, ...] -> [rows * count, ...]
+            return None if y is None else y.reshape(-1, *y.shape[2:])
+
+        out = [
+            attention(*map(merge, group)).reshape(*group[0].shape[:3], inner)
+            for group in zip(layout.unpack(q), keys, values, masks, strict=True)
+        ]
+        return nn.Dense(x.shape[-1], name="o", **dense)(layout.pack(out))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention (text models only), MLP; modulated by the conditioning."""
+
+    layout: PackLayout
+    num_heads: int
+    head_dim: int
+    cross_attention: bool
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, conditioning, rope, context, context_mask):
+        """x [rows, n, d], conditioning [rows, sequences, d] -> (x, None), as nn.scan wants it."""
+        layout = self.layout
+        dim, dtypes = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        mod = nn.Dense(6 * dim, kernel_init=zeros, name="modulation", **dtypes)(nn.silu(conditioning))
+        mod = jnp.split(mod.astype(wide(self.dtype)), 6, axis=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (layout.to_tokens(m) for m in mod)
+
+        h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
+        h = Attention(self.num_heads, self.head_dim, **dtypes, name="self_attention")(h, layout, rope)
+        x = x + (gate1 * h).astype(self.dtype)
+
+        if self.cross_attention:
+            h = RMSNorm(self.param_dtype, name="cross_norm")(x)
+            cross = Attention(self.num_heads, self.head_dim, **dtypes, name="cross_attention")
+            x = x + cross(h, layout, rope, context, context_mask)
+
+        h = RMSNorm(self.param_dtype, name="mlp_norm")(x)
+        h = (h.astype(wide(self.dtype)) * (1 + scale2) + shift2).astype(self.dtype)
+        h = nn.Dense(4 * dim, kernel_init=xavier, name="mlp_1", **dtypes)(h)
+        h = nn.Dense(dim, kernel_init=xavier, name="mlp_2", **dtypes)(nn.gelu(h, approximate=True))
+        return x + (gate2 * h).astype(self.dtype), None
+
+
+class PixelFlow(nn.Module):
+    """Predicts the velocity of every token of a packed row.
+
+    Attributes:
+      num_heads, head_dim, depth: size; the width is num_heads * head_dim.
+      patch_size: pixels a side of a token.
+      num_classes: classes of a class-conditional model (label num_classes is the null class), or 0.
+      context_dim: width of the text states a text model attends to, or 0.
+      dtype, param_dtype: of computation and of parameters.
+      remat: what the backward pass keeps; a name of REMAT_POLICIES.
+      scan_unroll: layers an iteration of the scan over depth; more compiles longer, runs faster.
+    """
+
+    num_heads: int
+    head_dim: int
+    depth: int
+    patch_size: int
+    num_classes: int = 0
+    context_dim: int = 0
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "rows n p"],
+        timesteps: Float[Array, "rows s"],
+        layout: PackLayout,
+        labels: Int[Array, "rows s"] | None = None,
+        context: Float[Array, "rows s t c"] | None = None,
+        context_mask: Bool[Array, "rows s t"] | None = None,
+    ) -> Float[Array, "rows n p"]:
+        """Velocity for packed tokens.
+
+        Args:
+          tokens: patches of patch_size^2 * 3 values, as `images.patchify` orders them.
+          timesteps: T in [0, 999] for every sequence.
+          layout: which sequences stand where in a row.
+          labels: class of every sequence, 0..num_classes; class models only.
+          context, context_mask: text states, and True where they are not padding; text models only.
+        """
+        dim = self.num_heads * self.head_dim
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = nn.Dense(dim, kernel_init=xavier, name="patch_embed", **dtypes)(tokens)
+
+        conditioning = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)
+        conditioning += self._size_embedding(layout, dim)
+        if self.num_classes:
+            embed = nn.Embed(self.num_classes + 1, dim, embedding_init=small, name="class_embed", **dtypes)
+            conditioning += embed(labels)
+
+        rope_dtype = wide(self.dtype)
+        rope = rope_table(layout.positions(), self.head_dim)
+        rope = tuple(jnp.asarray(table, rope_dtype) for table in rope)
+
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(
+                Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
+            )
+        blocks = nn.scan(
+            block,
+            length=self.depth,
+            unroll=min(self.scan_unroll, self.depth),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+        )(layout, self.num_heads, self.head_dim, self.context_dim > 0, **dtypes, name="blocks")
+        x, _ = blocks(x, conditioning, rope, context, context_mask)
+
+        mod = nn.Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(nn.silu(conditioning))
+        shift, scale = (
+            layout.to_tokens(m) for m in jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1)
+        )
+        x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
+        return nn.Dense(tokens.shape[-1], kernel_init=zeros, name="head", **dtypes)(x)
+
+    def _size_embedding(self, layout: PackLayout, dim: int) -> Float[Array, "1 s d"]:
+        """Resolution embedding: mean over a grid's height and width (equal for squares)."""
+        sizes = np.array([[group.height, group.width] for group in layout.groups], np.float32)
+        if (sizes[:, 0] == sizes[:, 1]).all():
+            sizes = sizes[:, :1]
+        embed = ScalarEmbedding(
+            dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed"
+        )(jnp.asarray(sizes, wide(self.dtype)))
+        return jnp.repeat(
+            embed.mean(axis=1),
+            np.array([group.count for group in layout.groups]),
+            axis=0,
+            total_repeat_length=layout.num_sequences,
+        )[None]

@@ -1,0 +1,92 @@
+"""Packing: sequences of several sizes side by side in one row of tokens, with a static layout.
+
+A row holds groups; a group holds `count` sequences of one token grid. Linear layers see the whole
+row; attention slices a group out and sees [rows * count, length]: no mask, no padding.
+Arrays are [rows, ...]: a row is what one device works on, so the first axis is what gets sharded.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """`count` sequences whose tokens stand on a `height` x `width` grid."""
+
+    count: int
+    height: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in one sequence."""
+        return self.height * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class PackLayout:
+    """Which sequences stand where in a packed row. Hashable, so it can be a static argument."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in a row."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a row."""
+        return sum(group.count * group.length for group in self.groups)
+
+    def pack(self, parts: Sequence[Shaped[Array, "rows count length d"]]) -> Shaped[Array, "rows n d"]:
+        """Joins one array per group, in the order of `groups`, into rows."""
+        flat = [
+            part.reshape(part.shape[0], group.count * group.length, part.shape[-1])
+            for group, part in zip(self.groups, parts, strict=True)
+        ]
+        return jnp.concatenate(flat, axis=1)
+
+    def unpack(self, row: Shaped[Array, "rows n ..."]) -> list[Shaped[Array, "rows count length ..."]]:
+        """The inverse of `pack`: one [rows, count, length, ...] per group (static slices)."""
+        parts, begin = [], 0
+        for group in self.groups:
+            end = begin + group.count * group.length
+            part = row[:, begin:end]
+            parts.append(part.reshape(row.shape[0], group.count, group.length, *row.shape[2:]))
+            begin = end
+        return parts
+
+    def split_sequences(self, x: Shaped[Array, "rows s ..."]) -> list[Shaped[Array, "rows count ..."]]:
+        """Cuts an array with one entry per sequence into one array per group."""
+        ends = np.cumsum([group.count for group in self.groups])[:-1]
+        return jnp.split(x, ends, axis=1)
+
+    def to_tokens(self, x: Shaped[Array, "rows s d"]) -> Shaped[Array, "rows n d"]:
+        """Repeats each sequence's vector for every token of that sequence."""
+        return self.pack(
+            [
+                jnp.broadcast_to(part[:, :, None], (*part.shape[:2], group.length, part.shape[-1]))
+                for group, part in zip(self.groups, self.split_sequences(x), strict=True)
+            ]
+        )
+
+    def sequence_means(self, row: Float[Array, "rows n d"]) -> Float[Array, "rows s"]:
+        """Mean over each sequence's own tokens and features."""
+        return jnp.concatenate([part.mean(axis=(2, 3)) for part in self.unpack(row)], axis=1)
+
+    def positions(self) -> Int[np.ndarray, "n 2"]:
+        """(row, column) of every token in its own grid, from 0."""
+        grids = [np.indices((group.height, group.width)).reshape(2, -1).T for group in self.groups]
+        return np.concatenate(
+            [np.tile(grid, (group.count, 1)) for group, grid in zip(self.groups, grids, strict=True)]
+        )
+
+    def segment_ids(self) -> Int[np.ndarray, " n"]:
+        """The index of the sequence that each token belongs to."""
+        lengths = [group.length for group in self.groups for _ in range(group.count)]
+        return np.repeat(np.arange(self.num_sequences), lengths)

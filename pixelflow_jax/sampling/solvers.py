@@ -1,0 +1,66 @@
+"""ODE solvers over tau in [0, 1]: fixed steps by `lax.scan`, adaptive ones by Diffrax."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.sampling.grids import StageGrid, step_arrays
+
+# (x, tau, a number) -> dx/dtau, of x's shape
+Field = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
+
+
+def euler_step(field: Field, x, tau, size):
+    """First order, one evaluation."""
+    return x + size * field(x, tau)
+
+
+def heun_step(field: Field, x, tau, size):
+    """Second order (explicit trapezoid), two evaluations."""
+    first = field(x, tau)
+    second = field(x + size * first, tau + size)
+    return x + size * (first + second) / 2
+
+
+FIXED_STEP = {"euler": euler_step, "heun": heun_step}
+ADAPTIVE = ("dopri5",)
+SOLVERS = (*FIXED_STEP, *ADAPTIVE)
+
+
+def check_solver(name: str) -> None:
+    """Raises UserError for a name that is not in SOLVERS."""
+    if name not in SOLVERS:
+        raise UserError(f"the solver must be one of {', '.join(SOLVERS)}, got {name!r}")
+
+
+def solve_fixed(name: str, field: Field, x: Float[Array, "..."], grid: StageGrid):
+    """Integrates over the steps of `grid`; returns x at its end."""
+    step = FIXED_STEP[name]
+
+    def body(x, times):
+        return step(field, x, *times), None
+
+    return jax.lax.scan(body, x, step_arrays(grid, x.dtype))[0]
+
+
+def solve_adaptive(
+    name: str, field: Field, x: Float[Array, "..."], rtol: float, atol: float
+) -> Float[Array, "..."]:
+    """Integrates from tau 0 to 1 with one error control for all of x; vmap it for one an image."""
+    import diffrax  # imports Equinox; only who asks for it pays
+
+    solver = {"dopri5": diffrax.Dopri5}[name]()
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda tau, y, args: field(y, jnp.asarray(tau, y.dtype))),
+        solver,
+        t0=0.0,
+        t1=1.0,
+        dt0=None,
+        y0=x,
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=10_000,
+    )
+    return solution.ys[-1]

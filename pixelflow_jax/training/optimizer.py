@@ -1,0 +1,74 @@
+"""The optimizer chain: clip, AdamW with a schedule, and averages of the parameters (EMA)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """clip -> AdamW -> EMA as one transformation; its state is a dict with those three names."""
+    opt = config.optimizer
+    adamw = optax.adamw(build_schedule(config), opt.b1, opt.b2, opt.eps, weight_decay=opt.weight_decay)
+    return optax.named_chain(
+        ("clip", clip_by_global_norm(opt.clip_norm)),
+        ("adamw", adamw),
+        ("ema", params_ema(config.ema.decays)),
+    )
+
+
+def build_schedule(config: ConfigDict) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up, then constant or a cosine to 0 at num_train_steps."""
+    opt = config.optimizer
+    if opt.schedule == "cosine":
+        steps = max(config.num_train_steps - opt.warmup_steps, 1)
+        main = optax.cosine_decay_schedule(opt.learning_rate, steps)
+    else:
+        main = optax.constant_schedule(opt.learning_rate)
+    if not opt.warmup_steps:
+        return main
+    # The first step already moves: its rate is 1/warmup_steps of the full one.
+    first = opt.learning_rate / opt.warmup_steps
+    warmup = optax.linear_schedule(first, opt.learning_rate, max(opt.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, main], [opt.warmup_steps])
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales gradients by min(1, max_norm / (norm + 1e-6)), torch's rule; Optax's has no 1e-6."""
+
+    def update(updates, state, params=None):
+        scale = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class ParamsEmaState(NamedTuple):
+    """One average of the parameters for each decay, in float32."""
+
+    averages: list
+
+
+def params_ema(decays: Sequence[float]) -> optax.GradientTransformation:
+    """Averages of the parameters after each update; must stand last in a chain.
+
+    average <- decay * average + (1 - decay) * (params + updates), from the initial parameters on.
+    """
+
+    def init(params):
+        # A copy: the step donates its buffers, and two names must not share one.
+        copy = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)  # noqa: E731
+        return ParamsEmaState([jax.tree.map(copy, params) for _ in decays])
+
+    def update(updates, state, params=None):
+        new = optax.apply_updates(params, updates)
+        averages = [
+            jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, new)  # noqa: B023
+            for decay, average in zip(decays, state.averages, strict=True)
+        ]
+        return updates, ParamsEmaState(averages)
+
+    return optax.GradientTransformation(init, update)
