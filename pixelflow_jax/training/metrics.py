@@ -1,7 +1,9 @@
 """What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -81,9 +83,13 @@ class Metrics:
         self._bar.update(step - self._bar.n)
         self._pending, self._since, self._paused = [], now, 0.0
 
-    def pause(self, seconds: float) -> None:
-        """Takes time spent on samples and checkpoints out of images_per_s."""
-        self._paused += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the time spent in its block (samples, checkpoints) out of images_per_s."""
+        jax.block_until_ready(self._pending)  # steps still under way are not part of the pause
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
 
     def say(self, message: str) -> None:
         """Prints a line without breaking the progress bar."""

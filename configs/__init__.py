@@ -1,0 +1,1 @@
+"""Run configurations, one file a run; installed as pixelflow_jax.configs."""

@@ -1,0 +1,37 @@
+"""The default: scikit-learn's handwritten digits, 16x16, two stages, on 2 CPU cores.
+
+python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
+"""
+
+from pixelflow_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.num_train_steps = 3000
+    config.batch_size = 128
+    config.log_every = 50
+    config.checkpoint_every = 1000
+    config.sample_every = 1000
+
+    config.model.num_heads = 3
+    config.model.head_dim = 64
+    config.model.depth = 6
+    config.model.patch_size = 4
+    config.model.num_classes = 10
+    config.model.scan_unroll = 6
+
+    config.cascade.num_stages = 2
+    config.data.source = "digits"
+    config.data.resolution = 16
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.b2 = 0.99
+    config.ema.decays = (0.998,)
+
+    config.sample.num_steps = (20,)
+    config.sample.guidance_scale = 2.0
+    config.sample.num_images = 100
+    return config

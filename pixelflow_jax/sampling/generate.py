@@ -1,0 +1,71 @@
+"""From a config and keys to uint8 images, and to PNG files."""
+
+import io
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Int, Key, UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from pixelflow_jax import files, images
+from pixelflow_jax.config import build_cascade, build_model
+from pixelflow_jax.sampling.grids import TimeGrid
+from pixelflow_jax.sampling.guidance import Guidance
+from pixelflow_jax.sampling.sampler import Sampler, class_conditions
+
+
+def build_sampler(
+    config: ConfigDict, height: int | None = None, width: int | None = None, dtype: str | None = None
+) -> Sampler:
+    """The sampler that `config.sample` describes; size and dtype default to the training's."""
+    settings = config.sample
+    return Sampler(
+        build_model(config, dtype),
+        build_cascade(config),
+        height or config.data.resolution,
+        width or config.data.resolution,
+        TimeGrid(tuple(settings.num_steps), settings.grid, settings.shift),
+        Guidance(settings.guidance_scale, settings.guidance_schedule),
+        settings.solver,
+    )
+
+
+def image_keys(seed: int, index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """One key an image, from the seed and the image's number alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+
+
+def make_generate(sampler: Sampler) -> Callable[..., UInt8[Array, "b h w 3"]]:
+    """The jitted function (params, keys [B], labels [B]) -> images: the cascade in one program."""
+
+    def generate(params, keys, labels):
+        conditions = class_conditions(labels, sampler.model.num_classes)
+        ends = sampler.sample(params, sampler.draw_noise(keys), *conditions)
+        return images.to_uint8(ends[-1])
+
+    return jax.jit(generate)
+
+
+def save_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes one image."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
+    files.write_bytes(path, buffer.getvalue())
+
+
+def save_grid(path: epath.PathLike, pixels: UInt8[np.ndarray, "n h w 3"], limit: int = 100) -> None:
+    """Writes up to `limit` images as one picture, ten a row where there are many, enlarged if tiny."""
+    pixels = np.asarray(pixels)[:limit]
+    count, height, width, _ = pixels.shape
+    columns = 10 if count >= 20 else math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    canvas = np.zeros((rows * columns, height, width, 3), np.uint8)
+    canvas[:count] = pixels
+    canvas = canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    scale = max(1, 48 // max(height, width))
+    canvas = canvas.reshape(rows * height, columns * width, 3)
+    save_png(path, canvas.repeat(scale, axis=0).repeat(scale, axis=1))
