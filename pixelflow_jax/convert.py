@@ -1,12 +1,12 @@
 """Official PixelFlow weights to ours and back.
 
-    python -m pixelflow_jax.convert --source=OFFICIAL_DIR_OR_FILE --out=DIR
-    python -m pixelflow_jax.convert --source=DIR --to=official --out=OFFICIAL_DIR
+python -m pixelflow_jax.convert --source=OFFICIAL_DIR_OR_FILE --out=DIR
+python -m pixelflow_jax.convert --source=DIR --to=official --out=OFFICIAL_DIR
 """
 
 import argparse
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -237,9 +237,7 @@ def _read_torch(path: epath.Path, weights: str) -> State:
     try:
         import torch
     except ImportError:
-        raise UserError(
-            f'{path} needs torch to be read: pip install "pixelflow_jax[convert]"'
-        ) from None
+        raise UserError(f'{path} needs torch to be read: pip install "pixelflow_jax[convert]"') from None
     state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     nested = [name for name in ("ema", "model") if isinstance(state.get(name), dict)]
     if nested:
@@ -248,7 +246,9 @@ def _read_torch(path: epath.Path, weights: str) -> State:
             raise UserError(f"{path} has no {weights} weights; it has {', '.join(nested)}")
         state = state[chosen]
     return {
-        name.removeprefix("module."): tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        name.removeprefix("module."): tensor.float().numpy()
+        if tensor.is_floating_point()
+        else tensor.numpy()
         for name, tensor in state.items()
     }
 

@@ -130,7 +130,9 @@ def _labels(args: argparse.Namespace, config: ConfigDict) -> np.ndarray:
         raise UserError(f"--labels: {error}") from None
     for label in labels:
         if not 0 <= label < classes:
-            raise UserError(f"--labels={args.labels}: {label} is not a class; they are 0 to {classes - 1}")
+            raise UserError(
+                f"--labels={args.labels}: {label} is not a class; they are 0 to {classes - 1}"
+            )
     return np.resize(np.array(labels, np.int32), args.num_images or len(labels))
 
 

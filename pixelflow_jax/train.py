@@ -18,7 +18,9 @@ from pixelflow_jax.training.metrics import TrainingDiverged
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
+    parser.add_argument(
+        "--config", default="configs/digits.py", help="config file (default: %(default)s)"
+    )
     parser.add_argument("--workdir", required=True, help="folder of the run: new, or one to resume")
     argv = sys.argv[1:] if argv is None else argv
     overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]

@@ -226,7 +226,9 @@ class PixelFlow(nn.Module):
         conditioning = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)
         conditioning += self._size_embedding(layout, dim)
         if self.num_classes:
-            embed = nn.Embed(self.num_classes + 1, dim, embedding_init=small, name="class_embed", **dtypes)
+            embed = nn.Embed(
+                self.num_classes + 1, dim, embedding_init=small, name="class_embed", **dtypes
+            )
             conditioning += embed(labels)
 
         rope_dtype = wide(self.dtype)
@@ -235,9 +237,7 @@ class PixelFlow(nn.Module):
 
         block = Block
         if self.remat != "none":
-            block = nn.remat(
-                Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
-            )
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         blocks = nn.scan(
             block,
             length=self.depth,
@@ -248,10 +248,10 @@ class PixelFlow(nn.Module):
         )(layout, self.num_heads, self.head_dim, self.context_dim > 0, **dtypes, name="blocks")
         x, _ = blocks(x, conditioning, rope, context, context_mask)
 
-        mod = nn.Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(nn.silu(conditioning))
-        shift, scale = (
-            layout.to_tokens(m) for m in jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1)
+        mod = nn.Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(
+            nn.silu(conditioning)
         )
+        shift, scale = (layout.to_tokens(m) for m in jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1))
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
         return nn.Dense(tokens.shape[-1], kernel_init=zeros, name="head", **dtypes)(x)
 
@@ -260,9 +260,9 @@ class PixelFlow(nn.Module):
         sizes = np.array([[group.height, group.width] for group in layout.groups], np.float32)
         if (sizes[:, 0] == sizes[:, 1]).all():
             sizes = sizes[:, :1]
-        embed = ScalarEmbedding(
-            dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed"
-        )(jnp.asarray(sizes, wide(self.dtype)))
+        embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")(
+            jnp.asarray(sizes, wide(self.dtype))
+        )
         return jnp.repeat(
             embed.mean(axis=1),
             np.array([group.count for group in layout.groups]),

@@ -46,9 +46,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, config: ConfigDict) 
 def save_params(workdir: epath.PathLike, params: dict, config: ConfigDict) -> None:
     """Writes parameters alone as a checkpoint at step 0 (what `convert` makes)."""
     with open_manager(workdir) as manager:
-        items = dict(
-            params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(_meta(0, config))
-        )
+        items = dict(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(_meta(0, config)))
         manager.save(0, args=ocp.args.Composite(**items))
     files.write_json(epath.Path(workdir) / "config.json", config.to_dict())
 

@@ -106,4 +106,3 @@ def make_sample_grid(config: ConfigDict, workdir: epath.Path):
         save_grid(workdir / "samples" / f"{step}.png", jax.device_get(pixels))
 
     return draw
-

@@ -1,0 +1,130 @@
+"""How good the default config's samples are, judged against real digits it never saw.
+
+    python benchmarks/quality.py                                  trains three seeds, about 30 minutes
+    python benchmarks/quality.py --checkpoints runs/a runs/b      judges these
+
+Prints for each: conditional accuracy by an RBF SVC fitted on the real training split; the Frechet
+distance from samples to held-out images in 32 PCA dimensions of the training split, as a ratio to
+the distance from training split to held-out; the median distance to the nearest training image as a
+ratio to the same for held-out images (memorising shows as far under 1). Then the medians and bars.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+import scipy.linalg
+from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import SVC
+
+from pixelflow_jax.config import load_config
+from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.sampling.generate import build_sampler, image_keys, make_generate, save_grid
+from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.loop import train
+
+BARS = {"accuracy": (0.97, "at least"), "frechet": (2.0, "at most"), "nearest": (0.8, "at least")}
+
+
+def flat(images: np.ndarray) -> np.ndarray:
+    """[N, H, W, 3] uint8 to [N, H * W] grey in [0, 1]."""
+    return images.mean(-1).reshape(len(images), -1) / 255
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance between Gaussians fitted to two sets of vectors."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    gap = np.square(a.mean(0) - b.mean(0)).sum()
+    return float(gap + np.trace(cov_a + cov_b - 2 * root))
+
+
+class Judge:
+    """Fitted on the real training split alone."""
+
+    def __init__(self, config):
+        real, self.held_out = load_source(config, "train"), load_source(config, "test")
+        x, y = flat(real.images), flat(self.held_out.images)
+        self.classifier = SVC(C=10).fit(x, real.labels)
+        self.pca = PCA(32).fit(x)
+        self.nearest = NearestNeighbors(n_neighbors=1).fit(x)
+        self.real_accuracy = self.classifier.score(y, self.held_out.labels)
+        self.target = self.pca.transform(y)
+        self.real_frechet = frechet(self.pca.transform(x), self.target)
+        self.real_nearest = np.median(self.nearest.kneighbors(y)[0])
+
+    def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The three numbers for samples with the labels they were asked for."""
+        z = flat(images)
+        return {
+            "accuracy": float(self.classifier.score(z, labels)),
+            "frechet": frechet(self.pca.transform(z), self.target) / self.real_frechet,
+            "nearest": float(np.median(self.nearest.kneighbors(z)[0]) / self.real_nearest),
+        }
+
+
+def draw(checkpoint: str, count: int, scale: float | None = None, ema: float | None = None):
+    """`count` samples with balanced labels, at the config's own guidance unless `scale` is given."""
+    params, config, _ = load_params(checkpoint, ema)
+    if scale is not None:
+        config.sample.guidance_scale = scale
+    generate = make_generate(build_sampler(config))
+    labels = np.arange(count, dtype=np.int32) % config.model.num_classes
+    parts = []
+    for begin in range(0, count, 250):
+        index = np.arange(begin, begin + 250)
+        keys = image_keys(config.seed + 1000, index)
+        parts.append(jax.device_get(generate(params, keys, labels[index % count])))
+    return np.concatenate(parts)[:count], labels, config
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoints", nargs="+", help="workdirs; default: train three seeds")
+    parser.add_argument("--config", default="configs/digits.py")
+    parser.add_argument("--workdir", help="where to train (default: a temporary folder)")
+    parser.add_argument("--num_samples", type=int, default=1000)
+    parser.add_argument("--guidance_scales", type=float, nargs="+", help="try these as well")
+    args = parser.parse_args()
+    checkpoints, seconds = args.checkpoints or [], {}
+    if not checkpoints:
+        folder = pathlib.Path(args.workdir or tempfile.mkdtemp(prefix="quality-"))
+        for seed in range(3):
+            begin = time.perf_counter()
+            train(load_config(args.config, [f"seed={seed}", "sample_every=0"]), folder / f"{seed}")
+            checkpoints.append(str(folder / f"{seed}"))
+            seconds[checkpoints[-1]] = time.perf_counter() - begin
+
+    judge, results = None, []
+    for scale in [None, *(args.guidance_scales or [])]:
+        for checkpoint in checkpoints:
+            images, labels, config = draw(checkpoint, args.num_samples, scale)
+            if judge is None:
+                judge = Judge(config)
+                print(
+                    f"held-out real images: accuracy {judge.real_accuracy:.1%}, ratios 1 by definition"
+                )
+            scores = judge.scores(images, labels)
+            trained = f", trained in {seconds[checkpoint]:.0f} s" if checkpoint in seconds else ""
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            print(
+                f"{checkpoint}, guidance {config.sample.guidance_scale}: {numbers}{trained}", flush=True
+            )
+            if scale is None:
+                results.append(scores)
+                save_grid(pathlib.Path(checkpoint) / "quality.png", images)
+    for name, (bar, word) in BARS.items():
+        median = float(np.median([scores[name] for scores in results]))
+        met = median >= bar if word == "at least" else median <= bar
+        print(f"median {name}: {median:.3f}, bar {word} {bar}: {'met' if met else 'NOT met'}")
+
+
+if __name__ == "__main__":
+    main()

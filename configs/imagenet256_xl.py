@@ -1,0 +1,21 @@
+"""The released class model, exactly: ImageNet 256x256, 677M parameters.
+
+python -m pixelflow_jax.train --config=configs/imagenet256_xl.py --workdir=gs://BUCKET/imagenet256_xl
+
+Hardware: a TPU pod slice; the ImageNet source comes with the data pipeline. Published (Dopri5,
+stage-wise guidance 2.4): FID 1.98. To sample the released weights, convert them first.
+"""
+
+from pixelflow_jax.config import default_config
+
+
+def get_config():
+    config = default_config()  # the defaults are this model's: 16 heads x 72, depth 28, patch 4
+    config.num_train_steps = 1_600_000  # 320 epochs at batch 256
+    config.batch_size = 256
+    config.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.source = "imagenet"
+    config.data.resolution = 256
+    config.sample.guidance_scale = 2.4
+    return config

@@ -1,0 +1,46 @@
+"""What several tests share."""
+
+import jax
+import numpy as np
+import pytest
+
+from pixelflow_jax.config import load_config
+from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.training.step import init_params
+
+TINY = (
+    "model.num_heads=2",
+    "model.head_dim=8",
+    "model.depth=2",
+    "batch_size=8",
+    "num_train_steps=4",
+    "log_every=2",
+    "checkpoint_every=2",
+    "sample_every=0",
+    "sample.num_steps=2",
+    "sample.num_images=10",
+)
+
+
+@pytest.fixture
+def tiny_config():
+    """The default config with a network that compiles in seconds."""
+    return load_config("configs/digits.py", TINY)
+
+
+@pytest.fixture
+def tiny_flags():
+    """The same as command-line flags."""
+    return [f"--config.{override}" for override in TINY]
+
+
+@pytest.fixture(scope="session")
+def noisy_params():
+    """A function model -> parameters without the zeros of the init, which would hide everything."""
+
+    def make(model: PixelFlow, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        shapes = jax.eval_shape(lambda: init_params(model, 0))
+        return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
+
+    return make

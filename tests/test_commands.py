@@ -1,0 +1,184 @@
+"""The commands as a user runs them: outputs, resuming, and one clear sentence for bad input."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixelflow_jax import sample, train
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.training import loop
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path):
+    """A workdir with a checkpoint."""
+    tiny_config.sample_every = 4
+    loop.train(tiny_config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def shell(module, *args):
+    """Runs a command as a subprocess."""
+    command = [sys.executable, "-m", f"pixelflow_jax.{module}", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def contents(folder: pathlib.Path):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_train_writes_what_the_docs_say(trained):
+    """Catches a file of the workdir that is missing or renamed."""
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert len(rows[0]["loss_per_stage"]) == 2 and rows[0]["images_per_s"] > 0
+    assert Image.open(trained / "samples" / "4.png").size == (480, 48)
+    assert (trained / "checkpoints" / "4").is_dir() and list((trained / "tensorboard").iterdir())
+    assert json.loads((trained / "config.json").read_text())["model"]["depth"] == 2
+
+
+def test_sample_writes_completes_and_refuses(trained, tmp_path, capsys):
+    """Catches files that differ from the docs, a completion that changes images, an overwrite."""
+    out = tmp_path / "out"
+    flags = [f"--checkpoint={trained}", f"--out={out}", "--num_images=5", "--batch_size=2"]
+    sample.main(flags)
+    assert str(out / "grid.png") in capsys.readouterr().out
+    before = contents(out)
+    names = [f"{i:06d}.png" for i in range(5)]
+    assert sorted(before) == sorted([*names, "grid.png", "samples.npz", "settings.json"])
+    with np.load(out / "samples.npz") as file:
+        assert file["arr_0"].shape == (5, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+        assert file["labels"].tolist() == [0, 1, 2, 3, 4]
+        for i, name in enumerate(names):
+            np.testing.assert_array_equal(np.asarray(Image.open(out / name)), file["arr_0"][i])
+    for name in ("000001.png", "000004.png", "samples.npz"):
+        (out / name).unlink()
+    sample.main(flags)
+    after = contents(out)
+    assert all(after[name] == before[name] for name in names)
+    with pytest.raises(UserError, match="seed differ"):
+        sample.main([*flags, "--seed=1"])
+    assert contents(out) == after
+
+
+def test_sample_flags_reach_the_sampler(trained, tmp_path):
+    """Catches a flag that is parsed and ignored."""
+    images = []
+    for i, flag in enumerate(
+        ["--seed=0", "--solver=heun", "--num_steps=1,3", "--grid=reference", "--ema=0", "--labels=7"]
+    ):
+        out = tmp_path / str(i)
+        sample.main([f"--checkpoint={trained}", f"--out={out}", "--num_images=1", flag])
+        images.append((out / "settings.json").read_text())
+    assert len(set(images)) == len(images)
+    tall = tmp_path / "tall"
+    sample.main([f"--checkpoint={trained}", f"--out={tall}", "--labels=1", "--height=32", "--width=16"])
+    assert Image.open(tall / "000000.png").size == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model.dept=3"], "did you mean config.model.depth"),
+        (["--config.model.depth=many"], "expected a value like"),
+        (["--config.data.resolution=18"], "height 18 must be a positive multiple of 8"),
+        (["--config.batch_size=7"], "the next is 8"),
+        (["--config.num_train_steps=0"], "at least 1"),
+        (["--config.num_train_steps=-5"], "at least 1"),
+        (["--config.optimizer.schedule=step"], "one of constant, cosine"),
+        (["--config.data.source=imagenet"], "one of digits"),
+        (["--config.model.num_classes=5"], "has 10 classes"),
+        (["--config.mesh.data=4"], "one device"),
+        (["--config=nothing.py"], "installed configs: digits"),
+        (["--config.model.head_dim=6"], "multiple of 4"),
+    ],
+)
+def test_bad_training_flags(tmp_path, flags, message):
+    """Catches a traceback, or a workdir that is claimed before its config is known to be good."""
+    with pytest.raises(UserError, match=message):
+        train.main([f"--workdir={tmp_path / 'run'}", *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, tiny_flags):
+    """Catches training into, or sampling over, files that are not ours."""
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(UserError, match="holds files but no run"):
+        train.main([f"--workdir={tmp_path}", *tiny_flags])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not a JSON file"):
+        train.main([f"--workdir={tmp_path}", *tiny_flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--labels=3,10"], "10 is not a class; they are 0 to 9"),
+        (["--labels=cat"], "whole numbers"),
+        (["--num_images=0"], "at least 1"),
+        (["--batch_size=0"], "at least 1"),
+        (["--num_steps=0"], "at least 1"),
+        (["--num_steps=5,-1"], "at least 1"),
+        (["--num_steps=5,5,5"], "3 entries for 2 stages"),
+        (["--height=20"], "multiple of 8"),
+        (["--ema=0.5"], "0 is without"),
+        (["--guidance_scale=nan"], "finite"),
+        (["--shift=-1"], "positive"),
+    ],
+)
+def test_bad_sampling_flags(trained, tmp_path, flags, message):
+    """Catches a traceback, or an output folder made for a request that cannot be met."""
+    with pytest.raises(UserError, match=message):
+        sample.main([f"--checkpoint={trained}", f"--out={tmp_path / 'out'}", *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_are_not_one(trained, tmp_path):
+    """Catches a traceback from deep inside Orbax."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, message in (
+        ("nowhere", "no such folder"),
+        ("empty", "no checkpoint"),
+        ("file", "no checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.main([f"--checkpoint={tmp_path / name}", f"--out={tmp_path / 'out'}"])
+    for meta in (trained / "checkpoints" / "4" / "meta").iterdir():
+        meta.write_text("damaged")
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        sample.main([f"--checkpoint={trained}", f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+    other = tmp_path / "out2"
+    sample.main([f"--checkpoint={trained / 'checkpoints' / '2'}", f"--out={other}", "--labels=1"])
+
+
+def test_exit_codes_and_no_traceback(tmp_path):
+    """Catches bad input that exits 0 or prints a traceback; checks what in-process tests cannot."""
+    for module, *flags in (
+        ("train", f"--workdir={tmp_path / 'run'}", "--config.batch_size=7"),
+        ("sample", f"--checkpoint={tmp_path}", f"--out={tmp_path / 'out'}"),
+        ("convert", f"--source={tmp_path / 'nothing'}", f"--out={tmp_path / 'out'}"),
+        ("sample", "--solver=magic"),
+    ):
+        result = shell(module, *flags)
+        assert result.returncode == 2, result
+        assert "Traceback" not in result.stderr and "error:" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_is_quick_and_lean():
+    """Catches an import of torch, TensorFlow or Gradio, or of JAX before it is needed."""
+    code = (
+        "import sys, pixelflow_jax as pf; heavy = {'torch', 'tensorflow', 'gradio', 'jax'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        "[getattr(pf, name) for name in pf.__all__];"
+        "assert not {'torch', 'tensorflow', 'gradio'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,132 @@
+"""Conversion: bit for bit there and back, every key accounted for, every file kind."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+import parity
+from pixelflow_jax import convert
+from pixelflow_jax.config import load_config
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.step import init_params
+
+
+def official(name):
+    """(state dict, our config) of a recorded case."""
+    with np.load(parity.DEFAULT_CASES / f"{name}.npz") as case:
+        return parity.with_prefix(case, "params/"), parity.case_config(case)
+
+
+def write_folder(folder: pathlib.Path, state, config, kind="safetensors"):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(convert.official_yaml(config)))
+    path = folder / f"model.{kind}"
+    np.savez(path, **state) if kind == "npz" else save_file(state, path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["forward_c2i", "forward_t2i"])
+def test_there_and_back_is_bit_identical(name):
+    """Catches an array that is transposed twice, cast, or forgotten."""
+    state, config = official(name)
+    params = convert.from_official(state, config)
+    back = convert.to_official(params, config)
+    assert back.keys() == state.keys()
+    for key, array in state.items():
+        np.testing.assert_array_equal(back[key], array)
+    expected = jax.eval_shape(lambda: init_params(PixelFlow(**config.model), 0))
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, expected)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_the_command_goes_there_and_back(tmp_path, kind, capsys):
+    """Catches a difference between the files and what was converted in memory."""
+    state, config = official("forward_c2i")
+    source = write_folder(tmp_path / "official", state, config, kind)
+    convert.main([f"--source={source}", f"--out={tmp_path / 'ours'}"])
+    _, loaded, meta = load_params(tmp_path / "ours")
+    assert loaded.model == config.model and meta["ema"] == 0
+    back = tmp_path / "back"
+    convert.main([f"--source={tmp_path / 'ours'}", "--to=official", f"--out={back}"])
+    again = load_file(back / "model.safetensors")
+    assert again.keys() == state.keys()
+    assert all((again[key] == array).all() for key, array in state.items())
+    assert yaml.safe_load((back / "config.yaml").read_text())["model"]["params"]["depth"] == 2
+    assert "Converted" in capsys.readouterr().out
+
+
+def test_torch_files(tmp_path):
+    """Catches .pt files read with pickle's full power, and training checkpoints (model and ema)."""
+    torch = pytest.importorskip("torch", reason="torch is the extra `convert`")
+    state, config = official("forward_c2i")
+    source = write_folder(tmp_path / "official", state, config)
+    (source / "model.safetensors").unlink()
+    tensors = {key: torch.from_numpy(array) for key, array in state.items()}
+    torch.save({"model": {k: v + 1 for k, v in tensors.items()}, "ema": tensors}, source / "model.pt")
+    convert.main([f"--source={source}", f"--out={tmp_path / 'ours'}"])
+    params, _, _ = load_params(tmp_path / "ours")
+    back = convert.to_official(jax.device_get(params), config)
+    assert all((back[key] == array).all() for key, array in state.items())
+    torch.save(pathlib.Path("/tmp/x"), source / "model.pt")  # an object, which only pickle could make
+    with pytest.raises(UserError, match="cannot be read"):
+        convert.main([f"--source={source}", f"--out={tmp_path / 'other'}"])
+
+
+def test_every_problem_of_a_state_dict_is_named():
+    """Catches a conversion that ignores what it does not know."""
+    state, config = official("forward_c2i")
+    del state["proj_out_1.bias"]
+    state["extra"] = np.zeros(3, np.float32)
+    state["transformer_blocks.1.mlp.fc1.weight"] = np.zeros((3, 4), np.float32)
+    with pytest.raises(UserError) as error:
+        convert.from_official(state, config)
+    for part in ("missing: proj_out_1.bias", "left over: extra", "fc1.weight has shape (3, 4)"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("model: 3", "not an official config"), ("{]", "is not YAML"), ("{}", "not an official config")],
+)
+def test_bad_config_yaml(tmp_path, content, message):
+    """Catches a traceback for a damaged config.yaml."""
+    state, config = official("forward_c2i")
+    source = write_folder(tmp_path / "official", state, config)
+    (source / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        convert.main([f"--source={source}", f"--out={tmp_path / 'ours'}"])
+    assert not (tmp_path / "ours").exists()
+
+
+def test_bad_weights_files(tmp_path):
+    """Catches a traceback, or a half-written output, for weights that are not what they say."""
+    state, config = official("forward_c2i")
+    source = write_folder(tmp_path / "official", state, config)
+    for name in ("model.safetensors", "model.npz", "model.txt"):
+        (source / "model.safetensors").unlink(missing_ok=True)
+        (source / name).write_bytes(b"not weights")
+        with pytest.raises(UserError):
+            convert.main([f"--source={source / name}", f"--out={tmp_path / 'ours'}"])
+        (source / name).unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        convert.main([f"--source={tmp_path / 'nothing'}", f"--out={tmp_path / 'ours'}"])
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("imagenet256_xl", 677), ("t2i_xl", 882), ("imagenet256_b", 131)]
+)
+def test_released_sizes(name, millions):
+    """Catches a config that is not the released network: its parameter count is published."""
+    config = load_config(f"configs/{name}.py")
+    shapes = jax.eval_shape(lambda: init_params(PixelFlow(**config.model), 0))
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert round(count / 1e6) == millions
+    assert json.dumps(config.to_dict())

@@ -1,0 +1,129 @@
+"""Packing: round trips, and no leak between the images of a row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixelflow_jax import flow
+from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.models.attention import attention
+from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.packing import Group, PackLayout
+
+LAYOUT = PackLayout((Group(2, 1, 1), Group(3, 2, 3), Group(1, 4, 4)))
+
+
+def test_pack_and_unpack_are_inverse():
+    """Catches groups that trade places."""
+    parts = [
+        jnp.arange(2.0 * g.count * g.length * 5).reshape(2, g.count, g.length, 5) for g in LAYOUT.groups
+    ]
+    row = LAYOUT.pack(parts)
+    assert row.shape == (2, LAYOUT.row_length, 5)
+    for before, after in zip(parts, LAYOUT.unpack(row), strict=True):
+        assert (before == after).all()
+
+
+def test_tokens_positions_and_segments_agree():
+    """Catches a per-sequence vector, position or id that lands on another sequence's tokens."""
+    ids = jnp.arange(LAYOUT.num_sequences, dtype=jnp.float32)[None, :, None]
+    segments = LAYOUT.segment_ids()
+    assert (LAYOUT.to_tokens(ids)[0, :, 0] == segments).all()
+    positions = LAYOUT.positions()
+    assert positions.shape == (LAYOUT.row_length, 2)
+    for i in range(LAYOUT.num_sequences):
+        own = positions[segments == i]
+        assert (own[0] == 0).all() and len(np.unique(own, axis=0)) == len(own)
+    means = LAYOUT.sequence_means(LAYOUT.to_tokens(ids))
+    np.testing.assert_allclose(means[0], ids[0, :, 0])
+
+
+def packed_model(noisy_params, dtype=jnp.float32):
+    model = PixelFlow(2, 8, 2, 2, num_classes=3, dtype=dtype)
+    return model, noisy_params(model)
+
+
+def flow_batch(x1, seed=0):
+    keys = jax.random.split(jax.random.key(seed), x1.shape[:2])
+    labels = jnp.arange(x1.shape[1], dtype=jnp.int32)[None] % 3
+    return flow.corrupt(Cascade(2), 2, x1, labels, keys, 3, 0.1)
+
+
+def test_a_neighbour_changes_no_bit(noisy_params):
+    """Catches attention, norms or modulation that reach into another image of the row."""
+    model, params = packed_model(noisy_params)
+    x1 = jax.random.uniform(jax.random.key(1), (1, 6, 8, 8, 3), minval=-1)
+    _, layout = flow_batch(x1)
+
+    @jax.jit
+    def run(x1):
+        batch, _ = flow_batch(x1)
+        args = (batch.tokens, batch.timesteps, layout, batch.labels)
+        return model.apply({"params": params}, *args)
+
+    segments, order = layout.segment_ids(), [0, 2, 4, 1, 3, 5]  # coarse stage first
+    before = np.asarray(run(x1))
+    for image in range(6):
+        after = np.asarray(run(x1.at[0, image].set(0.5)))
+        changed = (before != after).any(axis=(0, 2))
+        own = segments == order.index(image)
+        assert changed[own].any() and not changed[~own].any()
+
+
+def test_gradient_across_images_is_exactly_zero(noisy_params):
+    """Catches a leak too small to see in values: d loss_i / d pixels_j must be 0 for i != j."""
+    model, params = packed_model(noisy_params)
+    x1 = jax.random.uniform(jax.random.key(1), (1, 4, 8, 8, 3), minval=-1)
+
+    def losses(x1):
+        batch, layout = flow_batch(x1)
+        args = (batch.tokens, batch.timesteps, layout, batch.labels)
+        return flow.loss_per_image(layout, model.apply({"params": params}, *args), batch.target)[0]
+
+    jacobian = np.asarray(jax.jit(jax.jacrev(losses))(x1))[:, 0]  # [sequence, image, h, w, c]
+    for sequence, image in enumerate([0, 2, 1, 3]):
+        others = np.delete(jacobian[sequence], image, axis=0)
+        assert np.abs(jacobian[sequence, image]).max() > 0
+        assert (others == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["einsum", "blockwise"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_backends_match_float64(backend, masked):
+    """Catches a wrong scale, mask or block order, forward and backward."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.normal(size=(2, 512, 2, 8)) for _ in range(4))
+    mask = rng.random((2, 512)) < 0.7 if masked else np.ones((2, 512), bool)
+
+    def truth(q, k, v):
+        scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(8)
+        weights = np.exp(scores) * mask[:, None, None]
+        return weights / weights.sum(-1, keepdims=True)
+
+    weights = truth(q, k, v)
+    expected = np.einsum("bhnm,bmhd->bnhd", weights, v)
+    as32 = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    key_mask = jnp.asarray(mask) if masked else None
+    out, pull = jax.vjp(lambda *args: attention(*args, key_mask, backend=backend), *as32)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    grad_v = np.einsum("bhnm,bnhd->bmhd", weights, g)
+    np.testing.assert_allclose(pull(jnp.asarray(g, jnp.float32))[2], grad_v, atol=2e-5)
+
+
+def test_text_padding_changes_no_bit(noisy_params):
+    """Catches cross-attention that sees padding: other values or more of it must change nothing."""
+    model = PixelFlow(2, 8, 2, 2, context_dim=6)
+    params = noisy_params(model)
+    layout = PackLayout((Group(1, 4, 4), Group(1, 2, 2)))
+    tokens = jax.random.normal(jax.random.key(0), (1, 20, 12))
+    text = jax.random.normal(jax.random.key(1), (1, 2, 5, 6))
+    mask = jnp.arange(5)[None, None] < jnp.array([[[3], [4]]])
+
+    def run(text, mask):
+        timesteps = jnp.array([[10.0, 900.0]])
+        return model.apply({"params": params}, tokens, timesteps, layout, None, text, mask)
+
+    before = run(text, mask)
+    assert (run(jnp.where(mask[..., None], text, 7.0), mask) == before).all()
+    assert not (run(text + mask[..., None], mask) == before).all()

@@ -1,0 +1,185 @@
+"""The train step and loop: determinism, one compilation, resume, corruption, divergence."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pixelflow_jax import flow
+from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.config import build_model
+from pixelflow_jax.data.loader import Loader
+from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.training import loop
+from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.metrics import TrainingDiverged
+from pixelflow_jax.training.optimizer import build_optimizer, build_schedule
+from pixelflow_jax.training.step import init_params, init_state, make_train_step
+
+
+def run_steps(config, count):
+    """(state, losses, times the step was traced) after `count` steps."""
+    model, optimizer = build_model(config), build_optimizer(config)
+    state = init_state(init_params(model, config.seed), optimizer)
+    step = make_train_step(config, model, optimizer)
+    loader, losses = Loader(load_source(config), config.batch_size, config.seed), []
+    for index in range(count):
+        state, metrics = step(state, loader.batch(index))
+        losses.append(float(metrics["loss"]))
+    return state, losses, step._cache_size()
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_20_steps_are_one_program_and_repeat_bit_for_bit(tiny_config):
+    """Catches a retrace (a weak type, a Python number) and any source of randomness but the seed."""
+    first, losses, traces = run_steps(tiny_config, 20)
+    second, again, _ = run_steps(tiny_config, 20)
+    assert traces == 1
+    assert losses == again
+    assert_same(first, second)
+    tiny_config.seed = 1
+    assert run_steps(tiny_config, 1)[1] != losses[:1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss_falls(tiny_config, dtype):
+    """Catches a step that runs but does not learn; parameters and EMA stay in float32."""
+    tiny_config.dtype = dtype
+    tiny_config.optimizer.warmup_steps = 0
+    tiny_config.num_train_steps = 60
+    state, losses, _ = run_steps(tiny_config, 60)
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3])
+    assert {x.dtype for x in jax.tree.leaves((state.params, state.opt_state["ema"]))} == {
+        jnp.dtype("float32")
+    }
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_and_unroll_change_nothing(tiny_config, remat):
+    """Catches a policy name that drops or doubles a part of the gradient."""
+    _, plain, _ = run_steps(tiny_config, 3)
+    tiny_config.model.remat, tiny_config.model.scan_unroll = remat, 1
+    np.testing.assert_allclose(run_steps(tiny_config, 3)[1], plain, rtol=1e-5)
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    """Catches noise drawn for the batch as a whole: at the same key and stage it must be the same."""
+    x1 = jax.random.uniform(jax.random.key(0), (1, 8, 8, 8, 3))
+    labels = jnp.arange(8, dtype=jnp.int32)[None]
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(jnp.arange(8))[None]
+
+    def sequences(count):
+        args = (x1[:, :count], labels[:, :count], keys[:, :count])
+        batch, layout = flow.corrupt(Cascade(2), 2, *args, 10, 0.5)
+        parts = zip(layout.unpack(batch.tokens), layout.unpack(batch.target), strict=True)
+        per_stage = [layout.split_sequences(x) for x in (batch.timesteps, batch.labels)]
+        return [(*part, *(x[s] for x in per_stage)) for s, part in enumerate(parts)]
+
+    for large, small in zip(sequences(8), sequences(4), strict=True):
+        for a, b in zip(large, small, strict=True):
+            np.testing.assert_array_equal(a[:, :2], b)
+
+
+def test_corruption_statistics():
+    """Catches a label dropout, time or stage share that is off."""
+    count = 4000
+    x1, labels = jnp.zeros((1, count, 4, 4, 3)), jnp.ones((1, count), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), (1, count))
+    batch, layout = flow.corrupt(Cascade(2), 2, x1, labels, keys, 10, 0.1)
+    assert [group.count for group in layout.groups] == [count // 2] * 2
+    assert abs(float((batch.labels == 10).mean()) - 0.1) < 0.02
+    for stage, times in enumerate(layout.split_sequences(batch.timesteps)):
+        table = Cascade(2).timesteps[stage]
+        assert times.min() >= table[0] - 1e-3 and times.max() <= table[-1] + 1e-3
+        assert abs(float(times.mean()) - table.mean()) < 0.02 * (table[-1] - table[0])
+
+
+def test_loader_visits_every_example_once_an_epoch(tiny_config):
+    """Catches dropped or doubled examples, and a position that is not the step number alone."""
+    examples = load_source(tiny_config)
+    count = len(examples.labels)
+    loader = Loader(examples, 100, seed=3)
+    seen = [loader._example(position) for position in range(2 * count)]
+    assert sorted(seen[:count]) == sorted(seen[count:]) == list(range(count))
+    assert seen[:count] != seen[count:]
+    fresh = Loader(examples, 100, seed=3).batch(17)
+    np.testing.assert_array_equal(loader.batch(17)["image"], fresh["image"])
+    assert fresh["image"].dtype == np.uint8 and fresh["image"].shape == (100, 16, 16, 3)
+
+
+def test_held_out_digits_are_not_trained_on(tiny_config):
+    """Catches a leak of the evaluation split into training."""
+    train, test = (load_source(tiny_config, split).images for split in ("train", "test"))
+    assert len(train) + len(test) == 1797 and len(test) == 450
+    seen = {x.tobytes() for x in train}
+    assert sum(x.tobytes() in seen for x in test) <= 2
+
+
+def test_schedule_and_ema(tiny_config):
+    """Catches a warm-up that starts at 0, a decay that ends early, and a wrong EMA recursion."""
+    opt = tiny_config.optimizer
+    opt.warmup_steps, tiny_config.num_train_steps = 4, 10
+    schedule = build_schedule(tiny_config)
+    rates = np.array([schedule(step) for step in range(11)]) / opt.learning_rate
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
+    assert (np.diff(rates[4:]) < 0).all() and rates[10] == pytest.approx(0, abs=1e-6)
+    tiny_config.ema.decays = (0.9, 0.5)
+    optimizer = build_optimizer(tiny_config)
+    params, expected = {"w": jnp.array(2.0)}, [2.0, 2.0]
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update({"w": jnp.array(1.0)}, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = [
+            d * a + (1 - d) * float(params["w"]) for d, a in zip((0.9, 0.5), expected, strict=True)
+        ]
+    np.testing.assert_allclose([a["w"] for a in state["ema"].averages], expected, rtol=1e-6)
+
+
+def test_resume_is_bit_identical(tiny_config, tmp_path):
+    """Catches anything left out of a checkpoint: 2 + 2 steps must equal 4, in state and in metrics."""
+    tiny_config.optimizer.schedule = "constant"  # a cosine over other steps would be another run
+    whole, _ = loop.train(tiny_config, tmp_path / "whole")
+    tiny_config.num_train_steps = 2
+    loop.train(tiny_config, tmp_path / "parts")
+    tiny_config.num_train_steps = 4
+    parts, report = loop.train(tiny_config, tmp_path / "parts")
+    assert "steps 2 to 4" in report
+    assert_same(whole, parts)
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in rows]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_finished_run_is_left_alone(tiny_config, tmp_path):
+    """Catches a second start that trains again, and one that silently starts from scratch."""
+    state, _ = loop.train(tiny_config, tmp_path)
+    again, _ = loop.train(tiny_config, tmp_path)
+    assert_same(state, again)
+    assert len(open(tmp_path / "metrics.jsonl").readlines()) == 2
+    tiny_config.num_train_steps = 2
+    with pytest.raises(UserError, match="past --config.num_train_steps=2"):
+        loop.train(tiny_config, tmp_path)
+    tiny_config.model.depth = 3
+    with pytest.raises(UserError, match="model.depth: 3, was 2"):
+        loop.train(tiny_config, tmp_path)
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path):
+    """Catches a NaN that is trained on, or saved over a good state."""
+    tiny_config.checkpoint_every = 1
+    tiny_config.optimizer.learning_rate = 6e17  # a tenth in step 1 (finite), overflow soon after
+    tiny_config.optimizer.warmup_steps = 10
+    with pytest.raises(TrainingDiverged, match=r"at step \d"):
+        loop.train(tiny_config, tmp_path)
+    params, _, meta = load_params(tmp_path, ema=0)
+    assert meta["step"] == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
