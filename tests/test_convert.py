@@ -9,13 +9,14 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-import parity
 from pixelflow_jax import convert
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.step import init_params
+
+import parity
 
 
 def official(name):
