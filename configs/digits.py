@@ -30,6 +30,7 @@ def get_config():
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.ema.decays = (0.998,)
+    config.ema.warmup = True
 
     config.sample.num_steps = (20,)
     config.sample.guidance_scale = 2.0

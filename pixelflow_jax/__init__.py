@@ -16,7 +16,6 @@ _HOMES = {
     "build_sampler": "sampling.generate",
     "load_config": "config",
     "load_params": "training.checkpoints",
-    "train": "training.loop",
 }
 __all__ = sorted(_HOMES)
 

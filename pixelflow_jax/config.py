@@ -58,7 +58,7 @@ def default_config() -> ConfigDict:
                 weight_decay=0.0,
                 clip_norm=1.0,
             ),
-            ema=dict(decays=(0.9999,)),
+            ema=dict(decays=(0.9999,), warmup=False),  # warmup: a smaller decay in the first steps
             mesh=dict(data=1, fsdp=1),
             sample=dict(
                 solver="euler",

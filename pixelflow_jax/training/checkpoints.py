@@ -9,6 +9,7 @@ import importlib.metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax import files
 from pixelflow_jax.config import build_model, config_from_dict
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.training.optimizer import ParamsEmaState
 from pixelflow_jax.training.step import TrainState, init_params
 
 FOLDER = "checkpoints"
@@ -62,8 +64,11 @@ def restore(manager: ocp.CheckpointManager, step: int, template: TrainState) -> 
     if ema.averages:
         items["ema"] = ocp.args.StandardRestore(_abstract(ema.averages))
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    opt_state = {**restored.optimizer, "ema": ema._replace(averages=restored.get("ema") or [])}
-    return TrainState(jax.numpy.asarray(step, jax.numpy.int32), restored.params, opt_state)
+    opt_state = {
+        **restored.optimizer,
+        "ema": ParamsEmaState(restored.get("ema") or [], jnp.asarray(step, jnp.int32)),
+    }
+    return TrainState(jnp.asarray(step, jnp.int32), restored.params, opt_state)
 
 
 def load_params(

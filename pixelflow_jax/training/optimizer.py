@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 
@@ -16,7 +17,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.named_chain(
         ("clip", clip_by_global_norm(opt.clip_norm)),
         ("adamw", adamw),
-        ("ema", params_ema(config.ema.decays)),
+        ("ema", params_ema(config.ema.decays, config.ema.warmup)),
     )
 
 
@@ -40,35 +41,43 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales gradients by min(1, max_norm / (norm + 1e-6)), torch's rule; Optax's has no 1e-6."""
 
     def update(updates, state, params=None):
-        scale = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class ParamsEmaState(NamedTuple):
-    """One average of the parameters for each decay, in float32."""
+    """Averages of the parameters, one for each decay, in float32, and how many updates went in."""
 
     averages: list
+    count: Array
 
 
-def params_ema(decays: Sequence[float]) -> optax.GradientTransformation:
+def params_ema(decays: Sequence[float], warmup: bool = False) -> optax.GradientTransformation:
     """Averages of the parameters after each update; must stand last in a chain.
 
     average <- decay * average + (1 - decay) * (params + updates), from the initial parameters on.
+    With `warmup`, update t = 0, 1, ... uses min(decay, (1 + t) / (10 + t)), so that a short run's
+    average is not still full of its initial parameters.
     """
 
     def init(params):
-        # A copy: the step donates its buffers, and two names must not share one.
-        copy = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)  # noqa: E731
-        return ParamsEmaState([jax.tree.map(copy, params) for _ in decays])
+        def copy(p):  # the step donates its buffers, and two names must not share one
+            return jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
+
+        averages = [jax.tree.map(copy, params) for _ in decays]
+        return ParamsEmaState(averages, jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
         new = optax.apply_updates(params, updates)
-        averages = [
-            jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, new)  # noqa: B023
-            for decay, average in zip(decays, state.averages, strict=True)
-        ]
-        return updates, ParamsEmaState(averages)
+
+        def step(decay, average):
+            if warmup:
+                decay = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+            return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, new)
+
+        averages = [step(*pair) for pair in zip(decays, state.averages, strict=True)]
+        return updates, ParamsEmaState(averages, state.count + 1)
 
     return optax.GradientTransformation(init, update)

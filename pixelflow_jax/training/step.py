@@ -67,8 +67,8 @@ def update(
     metrics = {
         "loss": loss,
         "loss_per_stage": jnp.stack([part.mean() for part in layout.split_sequences(per_image)]),
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
