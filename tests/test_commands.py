@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -10,16 +11,26 @@ import pytest
 from PIL import Image
 
 from pixelflow_jax import sample, train
+from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.training import loop
 
+from conftest import TINY
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """A workdir with checkpoints at steps 2 and 4."""
+    config = load_config("configs/digits.py", [*TINY, "sample_every=4"])
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    loop.train(config, workdir)
+    return workdir
+
 
 @pytest.fixture
-def trained(tiny_config, tmp_path):
-    """A workdir with a checkpoint."""
-    tiny_config.sample_every = 4
-    loop.train(tiny_config, tmp_path / "run")
-    return tmp_path / "run"
+def trained(trained_once, tmp_path_factory):
+    """A copy of it, to damage at will."""
+    return pathlib.Path(shutil.copytree(trained_once, tmp_path_factory.mktemp("copy") / "run"))
 
 
 def shell(module, *args):
@@ -37,7 +48,7 @@ def test_train_writes_what_the_docs_say(trained):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
     assert len(rows[0]["loss_per_stage"]) == 2 and rows[0]["images_per_s"] > 0
-    assert Image.open(trained / "samples" / "4.png").size == (480, 48)
+    assert Image.open(trained / "samples" / "4.png").size == (4 * 50, 3 * 50)
     assert (trained / "checkpoints" / "4").is_dir() and list((trained / "tensorboard").iterdir())
     assert json.loads((trained / "config.json").read_text())["model"]["depth"] == 2
 

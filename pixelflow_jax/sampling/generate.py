@@ -17,6 +17,8 @@ from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler, class_conditions
 
+GAP, GREY = 2, 64  # between the images of a grid
+
 
 def build_sampler(
     config: ConfigDict, height: int | None = None, width: int | None = None, dtype: str | None = None
@@ -60,12 +62,13 @@ def save_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
 def save_grid(path: epath.PathLike, pixels: UInt8[np.ndarray, "n h w 3"], limit: int = 100) -> None:
     """Writes up to `limit` images as one picture, ten a row where there are many, enlarged if tiny."""
     pixels = np.asarray(pixels)[:limit]
+    scale = max(1, 48 // max(pixels.shape[1:3]))
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    pixels = np.pad(pixels, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=GREY)
     count, height, width, _ = pixels.shape
     columns = 10 if count >= 20 else math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    canvas = np.zeros((rows * columns, height, width, 3), np.uint8)
+    canvas = np.full((rows * columns, height, width, 3), GREY, np.uint8)
     canvas[:count] = pixels
     canvas = canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
-    scale = max(1, 48 // max(height, width))
-    canvas = canvas.reshape(rows * height, columns * width, 3)
-    save_png(path, canvas.repeat(scale, axis=0).repeat(scale, axis=1))
+    save_png(path, canvas.reshape(rows * height, columns * width, 3))
