@@ -68,6 +68,8 @@ def append_line(path: epath.PathLike, line: str) -> None:
 
 
 def list_files(folder: epath.PathLike) -> list[str]:
-    """Names in a folder, sorted; empty if there is no such folder."""
+    """Names in a folder, sorted; empty if there is no such folder. Raises UserError for a file."""
     folder = epath.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, but a folder is needed")
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelflow_jax import sample, train
+from pixelflow_jax import convert, sample, train
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.training import loop
@@ -122,6 +122,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path, tiny_flags):
     with pytest.raises(UserError, match="holds files but no run"):
         train.main([f"--workdir={tmp_path}", *tiny_flags])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    for command, flag in ((train, "workdir"), (convert, "out")):
+        with pytest.raises(UserError, match="is a file"):
+            other = ["--source=x"] if command is convert else tiny_flags
+            command.main([f"--{flag}={tmp_path / 'thesis.tex'}", *other])
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not a JSON file"):
         train.main([f"--workdir={tmp_path}", *tiny_flags])
@@ -157,7 +161,7 @@ def test_checkpoints_that_are_not_one(trained, tmp_path):
     for name, message in (
         ("nowhere", "no such folder"),
         ("empty", "no checkpoint"),
-        ("file", "no checkpoint"),
+        ("file", "is a file"),
     ):
         with pytest.raises(UserError, match=message):
             sample.main([f"--checkpoint={tmp_path / name}", f"--out={tmp_path / 'out'}"])

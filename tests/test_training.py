@@ -154,6 +154,10 @@ def test_resume_is_bit_identical(tiny_config, tmp_path):
     whole, _ = loop.train(tiny_config, tmp_path / "whole")
     tiny_config.num_train_steps = 2
     loop.train(tiny_config, tmp_path / "parts")
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write(
+            '{"step": 3, "loss": 9.0}\n{"step": 4, "lo'
+        )  # noted after the checkpoint, then killed
     tiny_config.num_train_steps = 4
     parts, report = loop.train(tiny_config, tmp_path / "parts")
     assert "steps 2 to 4" in report

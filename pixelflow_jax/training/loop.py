@@ -32,7 +32,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> tuple[TrainState, str]
     if config.model.context_dim:
         raise UserError("training a text model needs captions, which this version does not have yet")
     examples = load_source(config)
-    claim_workdir(workdir, config)
+    resuming = claim_workdir(workdir, config)
     started = time.perf_counter()
 
     model, optimizer = build_model(config), build_optimizer(config)
@@ -51,6 +51,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> tuple[TrainState, str]
     metrics = Metrics(workdir, first, config.num_train_steps, config.batch_size)
     if first:
         metrics.say(f"Going on from step {first} of {workdir}")
+    elif resuming:
+        metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
     try:
         for step in range(first + 1, config.num_train_steps + 1):
             last = step == config.num_train_steps
@@ -73,10 +75,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> tuple[TrainState, str]
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes config.json into a new workdir, or makes sure that an old one is of the same run."""
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
+    """Writes config.json into a new workdir, or makes sure that an old one is of the same run.
+
+    Returns whether there was a run. Raises UserError if it differs, or if other files are there.
+    """
     path = workdir / "config.json"
-    if path.exists():
+    names = files.list_files(workdir)
+    if path.name in names:
         try:
             changed = differences(config, config_from_dict(files.read_json(path)))
         except (KeyError, TypeError, AttributeError) as error:
@@ -86,10 +92,11 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
                 f"--workdir={workdir} holds a run of another config; these differ: "
                 f"{'; '.join(changed)}. Name a new workdir"
             )
-    elif files.list_files(workdir):
+    elif names:
         raise UserError(f"--workdir={workdir} holds files but no run; name a new or empty folder")
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, config.to_dict())
+    return path.name in names
 
 
 def make_sample_grid(config: ConfigDict, workdir: epath.Path):

@@ -1,6 +1,7 @@
 """What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard."""
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Metrics:
 
     def __init__(self, workdir: epath.Path, first_step: int, last_step: int, batch_size: int):
         self._path = workdir / "metrics.jsonl"
+        self._drop_rows_after(first_step)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
         self._batch_size = batch_size
         self._pending: list[tuple[int, dict[str, Any]]] = []
@@ -38,6 +40,14 @@ class Metrics:
         self._bar = tqdm(
             initial=first_step, total=last_step, unit="step", mininterval=interval, dynamic_ncols=True
         )
+
+    def _drop_rows_after(self, step: int) -> None:
+        """Removes what a run that was killed noted after its last checkpoint: it comes again."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+            if kept != lines:
+                files.write_bytes(self._path, "".join(kept).encode())
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Notes the metrics of update number `step` (the first is 1)."""
