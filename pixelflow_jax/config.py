@@ -79,17 +79,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     A path that is not there is looked up by file name among the installed configs.
 
     Raises:
-      UserError: for a missing file, an unknown key, a value of another type, an invalid value.
+      UserError: for a missing or broken file, an unknown key, a value of another type or invalid.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         file = _installed_config(path)
     spec = importlib.util.spec_from_file_location(f"pixelflow_config_{file.stem}", file)
+    if spec is None:
+        raise UserError(f"--config={path}: a config is a Python file, configs/NAME.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{file} has no get_config(), so it is not a config file")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever a person's file raises
+        raise UserError(f"--config={file} failed: {type(error).__name__}: {error}") from error
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:

@@ -116,6 +116,21 @@ def test_bad_training_flags(tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.py", "x = (", "failed: SyntaxError"),
+        ("b.py", "x = 1", "has no attribute 'get_config'"),
+        ("c.json", "{}", "is a Python file"),
+    ],
+)
+def test_broken_config_files(tmp_path, name, text, message):
+    """Catches a traceback for a file that is not a config."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        train.main([f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / name}"])
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path, tiny_flags):
     """Catches training into, or sampling over, files that are not ours."""
     (tmp_path / "thesis.tex").write_text("ten years of work")
