@@ -80,12 +80,23 @@ def test_guidance_interval(noisy_params):
 
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
-def test_an_image_does_not_depend_on_its_batch(noisy_params, solver):
-    """Catches noise or step sizes shared by a batch."""
+def test_a_neighbour_in_the_batch_changes_no_bit(noisy_params, solver):
+    """Catches noise, or step sizes of an adaptive solver, shared by a batch."""
     params = noisy_params(MODEL)
     sampler = make_sampler(solver=solver)
-    large = run(sampler, params, 5)[-1]
-    small = run(sampler, params, 2)[-1]
+    sample = jax.jit(sampler.sample)
+
+    def first_image(neighbour):
+        noise = sampler.draw_noise(image_keys(0, jnp.array([0, neighbour])))
+        return sample(params, noise, *class_conditions(jnp.array([1, neighbour]), 10))[-1][0]
+
+    np.testing.assert_array_equal(first_image(3), first_image(8))
+
+
+def test_batch_sizes_agree(noisy_params):
+    """Catches an image that depends on how many there are."""
+    params = noisy_params(MODEL)
+    large, small = (run(make_sampler(), params, count)[-1] for count in (5, 2))
     np.testing.assert_allclose(large[:2], small, atol=1e-5)
 
 
