@@ -319,9 +319,10 @@ def main() -> None:
         f"{jax.__version__}. The cases in `tests/data/parity` were recorded from the official PyTorch "
         "code. The error is max |ours - theirs| / max |theirs|.",
         "",
-        "Two of the 128 frequencies of the time embedding (entries 10 and 52) are not derived but fitted to",
-        "`train_c2i`: moved by one float32 ulp, as the recording machine's exp must have rounded them. With",
-        "correct rounding instead, the error of `clipped gradients` was 2.3e-05, over its bound.",
+        "Two of the 128 frequencies of the time embedding (entries 10 and 52) are not derived but",
+        "fitted to `train_c2i`: moved by one float32 ulp, as the recording machine's exp must have",
+        "rounded them. With correct rounding instead, the error of `clipped gradients` was 2.3e-05,",
+        "over its bound.",
         "",
         "| case | what | error | bound |",
         "| --- | --- | --- | --- |",
