@@ -1,38 +1,118 @@
-"""Batches by index: what stands at step n is a function of (seed, n), so a position is one number."""
+"""Batches by index, through Grain: what stands at step n is a function of (seed, n) alone.
 
+The stream of positions 0, 1, 2, ... runs through the epochs, each in an order of its own; batch n is
+the positions [n B, (n + 1) B). So the place of a run in its data is its step number, and an example
+is the same whatever process, worker or device gets it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 
+import grain
 import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
 
-from pixelflow_jax.data.sources import Examples
+from pixelflow_jax.data.sources import Source
+from pixelflow_jax.data.transforms import BrokenImage, transform
+
+REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
 
 
-class Loader:
-    """An endless stream of shuffled batches over examples in memory.
+class LoadExample(grain.transforms.RandomMap):
+    """Reads and transforms example `index`; a broken one is replaced by another.
 
-    Epoch e visits every example once, in an order drawn from (seed, e). Batches run on across
-    epochs, so none is short and no example is dropped.
+    `rng` is Grain's, seeded by (seed, position), so crop, flip and replacement are pure functions of
+    those. "broken" is the index of the broken example, or -1.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, seed: int):
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch in use
+    def __init__(self, source: Source, data: ConfigDict):
+        self._source = source
+        self._resolution, self._crop, self._flip = data.resolution, data.crop, data.flip
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of `step`: {"image": uint8 [B, H, W, 3], "label": int32 [B]}."""
-        first = step * self.batch_size
-        index = np.array([self._example(first + i) for i in range(self.batch_size)])
-        return {"image": self.examples.images[index], "label": self.examples.labels[index]}
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One example: {"image": uint8 [H, W, 3], "label": int32, "broken": int32}."""
+        broken = -1
+        for _ in range(REPLACEMENTS):
+            try:
+                data, label = self._source[index]
+                image = transform(data, self._resolution, self._crop, self._flip, rng)
+                break
+            except (BrokenImage, OSError):
+                broken = index if broken < 0 else broken
+                index = int(rng.integers(len(self._source)))
+        else:
+            image, label = np.zeros((self._resolution, self._resolution, 3), np.uint8), 0
+        return {"image": image, "label": np.int32(label), "broken": np.int32(broken)}
 
-    def iterate(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Batches from `start_step` on, without end."""
-        while True:
-            yield self.batch(start_step)
-            start_step += 1
 
-    def _example(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.examples.labels))
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples.labels))
-            self._order = epoch, order
-        return self._order[1][place]
+def make_examples(source: Source, config: ConfigDict) -> grain.MapDataset:
+    """Example by position: every epoch visits each example once, in an order of its own."""
+    indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    return indices.random_map(LoadExample(source, config.data))
+
+
+def make_batches(
+    source: Source, config: ConfigDict, first_step: int = 0, rows: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches from `first_step` on, without end, read ahead by threads or worker processes.
+
+    Args:
+      source, config: `config.batch_size` is the global batch.
+      first_step: the first batch's number.
+      rows: which entries of the global batch this process loads; None is all of them.
+
+    Returns an iterator over {"image": uint8 [b, H, W, 3], "label": int32 [b], "broken": int32 [b]}.
+    """
+    examples, size = make_examples(source, config), config.batch_size
+    rows = np.arange(size) if rows is None else rows
+
+    def local(position: int):
+        step, place = divmod(int(position), len(rows))
+        return examples[step * size + int(rows[place])]
+
+    stream = grain.MapDataset.range(sys.maxsize // size).map(local)
+    batches = stream.batch(len(rows))[first_step:]
+    data = config.data
+    if data.num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags; the commands here have none
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=data.prefetch)
+        return iter(batches.to_iter_dataset(options).mp_prefetch(workers, _guard_worker))
+    threads = min(data.num_threads, data.prefetch)  # a thread works on one batch
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _guard_worker(index: int, count: int) -> None:
+    """Keeps a worker process alive through a SIGTERM, and lets it end with its parent.
+
+    A scheduler sends the signal to the whole group, and the parent needs batches until it has saved;
+    after a SIGKILL of the parent nobody else would stop its workers.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent():
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def why_broken(source: Source, index: int, data: ConfigDict) -> str:
+    """One line on a broken example: its name and what is wrong with it."""
+    try:
+        transform(source[index][0], data.resolution, data.crop, False, np.random.default_rng(0))
+    except (BrokenImage, OSError) as error:
+        return f"{source.name(index)}: {error}"
+    return f"{source.name(index)}: it can be read now"

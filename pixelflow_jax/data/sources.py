@@ -1,48 +1,91 @@
-"""Where images come from: uint8 [N, H, W, 3] and int32 labels [N], in a fixed order."""
+"""Where images come from. A source is `len`, `source[i]` and `source.name(i)`, in a fixed order.
 
-from typing import NamedTuple
+`source[i]` is (data, label): data is an encoded image as bytes, or uint8 [H, W, 3].
+"""
+
+import dataclasses
+import os
+import warnings
+from typing import Protocol
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from pixelflow_jax import files
+from pixelflow_jax.data import idx, records
 from pixelflow_jax.errors import UserError
 
+SPLITS = ("train", "val", "valid", "validation", "test")  # folders that are no classes
 HOLD_OUT_EVERY = 4  # of the digits, every 4th image is kept for evaluation
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
-class Examples(NamedTuple):
-    """Images in memory with their class labels."""
+class Source(Protocol):
+    """Random access to images and their labels."""
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[bytes | np.ndarray, int]: ...
+
+    def name(self, index: int) -> str:
+        """What to call example `index` in a message: its file, or its place."""
+
+
+def load_source(config: ConfigDict, split: str | None = None) -> Source:
+    """The source that `config.data` names; split defaults to `config.data.split`.
+
+    Raises:
+      UserError: for an unknown source, missing files, or labels that the model has no class for.
+    """
+    data = config.data
+    if data.source not in SOURCES:
+        raise UserError(f"config.data.source must be one of {', '.join(SOURCES)}, got {data.source!r}")
+    if data.source != "digits" and not data.path and not (data.source == "tfds" and data.name):
+        raise UserError(f"config.data.source={data.source} needs --config.data.path")
+    source = SOURCES[data.source](data, split or data.split)
+    if not len(source):
+        raise UserError(f"config.data.path={data.path} holds no images")
+    classes = config.model.num_classes
+    if classes and source.num_classes > classes:
+        raise UserError(
+            f"config.data.source={data.source} has {source.num_classes} classes, but "
+            f"config.model.num_classes is {classes}"
+        )
+    return source
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images in memory, all of one size."""
 
     images: UInt8[np.ndarray, "n h w 3"]
     labels: Int[np.ndarray, " n"]
 
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
 
-def load_source(config: ConfigDict, split: str = "train") -> Examples:
-    """The examples that `config.data` names; split is "train" or "test".
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    Raises:
-      UserError: for an unknown source, or labels that the model has no class for.
-    """
-    if config.data.source not in SOURCES:
-        raise UserError(
-            f"config.data.source must be one of {', '.join(SOURCES)}, got {config.data.source!r}"
-        )
-    examples = SOURCES[config.data.source](config.data, split)
-    classes = config.model.num_classes
-    if classes and examples.labels.max() >= classes:
-        raise UserError(
-            f"config.data.source={config.data.source} has {examples.labels.max() + 1} classes, but "
-            f"config.model.num_classes is {classes}"
-        )
-    return examples
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
 
-def digits(data: ConfigDict, split: str) -> Examples:
+def digits(data: ConfigDict, split: str) -> ArraySource:
     """scikit-learn's 1,797 handwritten digits (8x8 scans), bicubic to `resolution`, grey as RGB."""
     from sklearn.datasets import load_digits  # takes a second to import
 
+    if split not in ("train", "test"):
+        raise UserError(f"config.data.split must be train or test for digits, got {split!r}")
     bundle = load_digits()
     held_out = np.arange(len(bundle.target)) % HOLD_OUT_EVERY == 0
     chosen = held_out if split == "test" else ~held_out
@@ -50,7 +93,136 @@ def digits(data: ConfigDict, split: str) -> Examples:
     scans = np.round(bundle.images[chosen] * (255 / 16)).astype(np.uint8)
     grey = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in scans])
     images = np.repeat(grey[..., None], 3, axis=-1)
-    return Examples(images, bundle.target[chosen].astype(np.int32))
+    return ArraySource(images, bundle.target[chosen].astype(np.int32))
 
 
-SOURCES = {"digits": digits}
+def idx_files(data: ConfigDict, split: str) -> ArraySource:
+    """A folder of MNIST-format files, grey as RGB, padded with black to `resolution`."""
+    grey, labels = idx.read_split(data.path, split)
+    height, width = grey.shape[1:]
+    if data.crop == "none":
+        if max(height, width) > data.resolution:
+            raise UserError(
+                f"{data.path} has images of {height}x{width}, more than config.data.resolution="
+                f"{data.resolution}; set --config.data.crop=center"
+            )
+        before = [(data.resolution - size) // 2 for size in (height, width)]
+        after = [data.resolution - size - b for size, b in zip((height, width), before, strict=True)]
+        grey = np.pad(grey, [(0, 0), *zip(before, after, strict=True)])
+    return ArraySource(np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int32))
+
+
+class FolderSource:
+    """A folder of class folders, as torchvision's ImageFolder lays them out.
+
+    Classes are the sorted names of the folders below the root (or below root/split if that exists);
+    a class's images are all image files below its folder, sorted. Local or gs:// paths.
+    """
+
+    def __init__(self, path: str, split: str):
+        root = epath.Path(path)
+        if not root.is_dir():
+            raise UserError(f"config.data.path={path} is not a folder")
+        below = {child.name for child in root.iterdir() if child.is_dir()}
+        if split not in below and (below & set(SPLITS) or split != "train"):
+            raise UserError(
+                f"config.data.split={split!r}: there is no {path}/{split}; folders there: "
+                f"{', '.join(sorted(below)[:20])}"
+            )
+        self.root = str(root / split if split in below else root)
+        self.classes = sorted(
+            child.name
+            for child in epath.Path(self.root).iterdir()
+            if child.is_dir() and not child.name.startswith(".")
+        )
+        if not self.classes:
+            raise UserError(f"{self.root} holds no class folders")
+        names, labels = [], []
+        for label, name in enumerate(self.classes):
+            found = _image_files(self.root, name)
+            if not found:
+                warnings.warn(f"class folder {self.root}/{name} holds no images", stacklevel=2)
+            names += found
+            labels += [label] * len(found)
+        # One fixed-width array: a list of a million strings would be copied into every worker.
+        self._names = np.array([os.fsencode(name) for name in names])
+        self._labels = np.array(labels, np.int32)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        with files.reading():
+            return files.read_bytes(self.name(index)), int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.root}/{os.fsdecode(self._names[index])}"
+
+
+def _image_files(root: str, folder: str) -> list[str]:
+    """Image files below root/folder, relative to root, in torchvision's order."""
+    if "://" in root:
+        paths = sorted(str(p) for p in (epath.Path(root) / folder).rglob("*"))
+        return [p[len(root) + 1 :] for p in paths if p.lower().endswith(EXTENSIONS)]
+    found = []
+    for place, _, names in sorted(os.walk(os.path.join(root, folder), followlinks=True)):
+        relative = os.path.relpath(place, root)
+        found += [f"{relative}/{name}" for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
+    return found
+
+
+class TfdsSource:
+    """A TFDS dataset prepared as ArrayRecord, by random access and without TensorFlow.
+
+    Images stay encoded. `name` is a dataset name ("imagenet2012"), looked up in `path` (default:
+    TFDS's own folder); without a name, `path` is a prepared dataset's version folder.
+    """
+
+    def __init__(self, path: str, name: str, split: str):
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise UserError(
+                f"config.data.source=tfds needs the extra `data` (pip install 'pixelflow_jax[data]'): "
+                f"{error}"
+            ) from None
+        where = f"config.data.name={name!r}, config.data.path={path!r}, config.data.split={split!r}"
+        try:
+            builder = (
+                tfds.builder(name, data_dir=path or None) if name else tfds.builder_from_directory(path)
+            )
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            self._records = builder.as_data_source(split=split, decoders=decoders)
+            self._class_count = builder.info.features["label"].num_classes
+        except Exception as error:  # TFDS has many ways to say that a dataset is not there
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"TFDS cannot read {where}: {reason}") from None
+        self._title = f"{builder.info.full_name} {split}"
+
+    @property
+    def num_classes(self) -> int:
+        return self._class_count
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        with files.reading():
+            record = self._records[index]
+            return record["image"], int(record["label"])
+
+    def name(self, index: int) -> str:
+        return f"{self._title}, example {index}"
+
+
+SOURCES = {
+    "digits": digits,
+    "idx": idx_files,
+    "folder": lambda data, split: FolderSource(data.path, split),
+    "tfds": lambda data, split: TfdsSource(data.path, data.name, split),
+    "array_record": lambda data, split: records.RecordSource(data.path, split),
+}

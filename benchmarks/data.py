@@ -1,0 +1,158 @@
+"""Images per second of the loader, beside torchvision's ImageFolder in the same run.
+
+    python benchmarks/data.py                     speeds, from JPEG files and from ArrayRecord
+    python benchmarks/data.py --memory            resident memory from image 5,000 to 50,000
+
+Needs torch and torchvision beside the extra `data`. Makes JPEG photos of ImageNet's usual size
+(500x375) from scikit-image's pictures if --images names no folder. Every loader decodes, resizes the
+short side to 288 (Lanczos), crops 256x256 at random and flips, with as many worker processes; they
+take turns, and medians are compared.
+"""
+
+import argparse
+import io
+import itertools
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+from pixelflow_jax import pack
+from pixelflow_jax.config import default_config
+from pixelflow_jax.data.loader import make_batches
+from pixelflow_jax.data.sources import load_source
+
+BATCH = 64
+
+
+def make_photos(folder: pathlib.Path, count: int) -> None:
+    """JPEG files of 500x375 in 10 class folders: crops of real photos, so that they decode like some."""
+    from skimage import data
+
+    photos = [Image.fromarray(photo) for photo in (data.chelsea(), data.coffee(), data.astronaut())]
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        left, top = (int(rng.integers(size // 3)) for size in photo.size)
+        box = (left, top, left + photo.width * 2 // 3, top + photo.height * 2 // 3)
+        path = folder / f"{i % 10}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        photo.resize((500, 375), Image.BICUBIC, box=box).save(buffer, "JPEG", quality=90)
+        path.write_bytes(buffer.getvalue())
+
+
+def config_for(source: str, path: str, workers: int):
+    """A config whose batches are to be timed."""
+    config = default_config()
+    config.batch_size, config.model.num_classes = BATCH, 0
+    config.data.update(source=source, path=path, num_workers=workers)
+    return config
+
+
+def ours(source: str, path: str, workers: int):
+    """An endless stream of our batches."""
+    config = config_for(source, path, workers)
+    return make_batches(load_source(config), config)
+
+
+def torchvision_folder(path: str, workers: int):
+    """An endless stream of torchvision's batches, uint8, channels first."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:  # its operators are for CUDA's torch; the Python part wants two
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    t = torchvision.transforms
+    steps = [
+        t.Resize(288, t.InterpolationMode.LANCZOS),
+        t.RandomCrop(256),
+        t.RandomHorizontalFlip(),
+        t.PILToTensor(),
+    ]
+    data = torchvision.datasets.ImageFolder(path, t.Compose(steps))
+    loader = torch.utils.data.DataLoader(
+        data, BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def rate(stream, batches: int) -> float:
+    """Images per second over some batches of a stream that runs already."""
+    begin = time.perf_counter()
+    for _ in range(batches):
+        next(stream)
+    return batches * BATCH / (time.perf_counter() - begin)
+
+
+def speeds(folder: str, packed: str, workers: int, rounds: int, batches: int) -> None:
+    """Prints medians and ratios; each loader is stopped before the next starts."""
+    streams = {
+        "torchvision ImageFolder": lambda: torchvision_folder(folder, workers),
+        "folder": lambda: ours("folder", folder, workers),
+        "array_record": lambda: ours("array_record", packed, workers),
+    }
+    rates = {name: [] for name in streams}
+    for _ in range(rounds):
+        for name, make in streams.items():
+            stream = make()
+            rate(stream, 6)  # the workers start, the buffers fill
+            rates[name].append(rate(stream, batches))
+            del stream
+    base = statistics.median(rates["torchvision ImageFolder"])
+    for name, values in rates.items():
+        median = statistics.median(values)
+        print(f"{name:<24} {median:7.1f} images/s, {median / base:.2f} x torchvision's", flush=True)
+
+
+def resident_mib() -> float:
+    """Resident memory of this process and its children, in MiB."""
+    import psutil
+
+    process = psutil.Process()
+    return sum(p.memory_info().rss for p in (process, *process.children(recursive=True))) / 2**20
+
+
+def memory(folder: str, workers: int, first: int, last: int) -> None:
+    """Prints resident memory at two places of a long stream."""
+    stream, seen, sizes = ours("folder", folder, workers), 0, {}
+    for mark in (first, last):
+        while seen < mark:
+            next(stream)
+            seen += BATCH
+        sizes[mark] = resident_mib()
+        print(f"image {seen}: {sizes[mark]:.0f} MiB", flush=True)
+    print(f"growth: {sizes[last] / sizes[first] - 1:+.1%} (bar: under 5%)")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", help="a folder of class folders; default: made for this run")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=30, help="timed in each round")
+    parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        folder = args.images or f"{work}/images"
+        if not args.images:
+            make_photos(pathlib.Path(folder), 2000)
+        if args.memory:
+            memory(folder, args.workers, 5_000, 50_000)
+        else:
+            pack.main([f"--path={folder}", f"--out={work}/packed", "--shard_size=500"])
+            speeds(folder, f"{work}/packed", args.workers, args.rounds, args.batches)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Keeps count of images that could not be read, and stops a run that has too many."""
+
+import logging
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from pixelflow_jax.data.loader import why_broken
+from pixelflow_jax.data.sources import Source
+from pixelflow_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+LISTED = 20  # of the broken images, in the error
+
+
+class BrokenImages:
+    """A count over the whole global batch, so that every process comes to the same verdict.
+
+    A run stops when more than `data.max_broken_share` of the images seen were broken, and these are
+    not just a few of a small data set that come round again.
+    """
+
+    def __init__(self, source: Source, data: ConfigDict):
+        self._source, self._data = source, data
+        self._seen = self._count = 0
+        self._found: dict[int, str] = {}
+
+    def add(self, indices: Iterable[int]) -> None:
+        """Takes in the batch entry "broken": for every image a broken example's index, or -1.
+
+        Raises:
+          UserError: with the list, when the share is passed.
+        """
+        for index in indices:
+            self._seen += 1
+            if index < 0:
+                continue
+            self._count += 1
+            if index not in self._found and len(self._found) < 10_000:
+                why = why_broken(self._source, index, self._data)
+                self._found[index] = why
+                log.warning("broken image %d, another takes its place: %s", len(self._found), why)
+        share = self._data.max_broken_share
+        several = len(self._found) > share * min(len(self._source), 1000)
+        if self._count > share * self._seen and several:
+            names = list(self._found.values())
+            more = f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            raise UserError(
+                f"{self._count} of {self._seen} images could not be read, more than "
+                f"config.data.max_broken_share={share}:\n  " + "\n  ".join(names[:LISTED]) + more
+            )

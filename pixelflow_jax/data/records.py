@@ -1,0 +1,145 @@
+"""ArrayRecord shards of encoded images: what `python -m pixelflow_jax.pack` writes, and its reader.
+
+A record is the label (int32, little-endian) and then the encoded image. manifest.json names the
+shards and how many records each must hold.
+"""
+
+import hashlib
+import io
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from pixelflow_jax import files
+from pixelflow_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+LABEL = struct.Struct("<i")
+WRITER_OPTIONS = "group_size:1,uncompressed"  # random access; images are compressed already
+
+
+def _array_record():
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise UserError(
+            f"ArrayRecord files need the extra `data` (pip install 'pixelflow_jax[data]'): {error}"
+        ) from None
+    return array_record_module
+
+
+class RecordSource:
+    """Random access to a folder of shards (a Source, see sources.py).
+
+    Raises:
+      UserError: if there is no whole manifest, or a shard is missing or has another length.
+    """
+
+    def __init__(self, path: str, split: str):
+        manifest = read_manifest(path)
+        packed = manifest.get("origin", {}).get("split", split)
+        if packed != split:
+            raise UserError(f"{path} holds the split {packed!r}, config.data.split is {split!r}")
+        if not manifest["complete"]:
+            raise UserError(f"{path} is not packed to the end; run the same pack command again")
+        self.num_classes = manifest["num_classes"]
+        self._names = [shard["name"] for shard in manifest["shards"]]
+        self._counts = [shard["records"] for shard in manifest["shards"]]
+        self._path = path
+        self._reader = self._open()
+
+    def _open(self):
+        _array_record()
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        paths = [f"{self._path}/{name}" for name in self._names]
+        try:
+            reader = ArrayRecordDataSource(paths)
+            found = len(reader)
+        except Exception as error:  # riegeli's own kinds
+            raise UserError(f"{self._path} has a shard that cannot be read: {error}") from None
+        if found != sum(self._counts):
+            raise UserError(
+                f"{self._path} holds {found} records, its {MANIFEST} says {sum(self._counts)}"
+            )
+        return reader
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        with files.reading():
+            record = self._reader[index]
+            return record[LABEL.size :], LABEL.unpack_from(record)[0]
+
+    def name(self, index: int) -> str:
+        shard = int(np.searchsorted(np.cumsum(self._counts), index, side="right"))
+        return f"{self._path}/{self._names[shard]}, record {index - sum(self._counts[:shard])}"
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """The manifest of a folder of shards. Raises UserError if it is missing or not one."""
+    manifest = files.read_json(epath.Path(path) / MANIFEST)
+    if not isinstance(manifest, dict) or not {"complete", "shards", "num_classes"} <= manifest.keys():
+        raise UserError(f"{path}/{MANIFEST} is not a manifest of packed images")
+    return manifest
+
+
+def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Callable = iter) -> int:
+    """Writes every example of `source` to shards in `out`; returns how many shards it wrote.
+
+    Shard k holds the examples [k, k + 1) x shard_size, so a packing that was stopped goes on with
+    the shards that are missing. `origin` says what is packed, and must agree when going on.
+
+    Raises:
+      UserError: if `out` holds something else.
+    """
+    writer_module, folder = _array_record(), epath.Path(out)
+    count = len(source)
+    starts = range(0, count, shard_size)
+    sizes = [min(shard_size, count - start) for start in starts]
+    names = [f"{k:05d}-of-{len(starts):05d}.array_record" for k in range(len(starts))]
+    manifest = {
+        "complete": False,
+        "origin": {**origin, "names": _names_digest(source)},
+        "num_classes": source.num_classes,
+        "classes": list(getattr(source, "classes", [])),
+        "shards": [dict(name=n, records=s) for n, s in zip(names, sizes, strict=True)],
+    }
+    present = files.list_files(folder)
+    if MANIFEST in present:
+        if {**read_manifest(out), "complete": False} != manifest:
+            raise UserError(f"--out={out} holds another packing, or its source has changed since")
+    elif present:
+        raise UserError(f"--out={out} holds files but no {MANIFEST}; name a new or empty folder")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / MANIFEST, manifest)
+    missing = [k for k, name in enumerate(names) if name not in present]
+    for k in progress(missing):
+        with files.atomic_path(folder / names[k], local=True) as temporary:
+            writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+            for index in range(starts[k], starts[k] + sizes[k]):
+                data, label = source[index]
+                writer.write(LABEL.pack(label) + (data if isinstance(data, bytes) else _png(data)))
+            writer.close()
+    files.write_json(folder / MANIFEST, {**manifest, "complete": True})
+    return len(missing)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _names_digest(source) -> str:
+    """A digest of all examples' names, so that shards of two states of a folder are not mixed."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.name(index).encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
