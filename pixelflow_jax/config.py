@@ -16,6 +16,11 @@ from pixelflow_jax.models.transformer import REMAT_POLICIES, PixelFlow
 
 # What decides the numbers of a run: a resumed run must agree on these.
 IDENTITY = ("model", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
+# Of those, what changes how fast a run goes and nothing else.
+FREE = {
+    *("model.remat", "model.scan_unroll"),
+    *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -26,11 +31,14 @@ def default_config() -> ConfigDict:
             seed=0,
             num_train_steps=1_600_000,
             batch_size=256,  # global
+            accumulation_steps=1,  # parts a batch is worked off in, to save memory
+            init_from="",  # a checkpoint (ours or official) whose parameters a new run starts from
             dtype="float32",  # of computation; parameters, optimizer and EMA stay in float32
             log_every=100,
             checkpoint_every=5000,
             sample_every=5000,  # a sample grid; 0 = never
-            keep_checkpoints=2,
+            keep_checkpoints=2,  # the newest ones
+            keep_every=0,  # also every checkpoint at a multiple of this step; 0 = none
             model=dict(
                 num_heads=16,
                 head_dim=72,
@@ -43,23 +51,37 @@ def default_config() -> ConfigDict:
             ),
             cascade=dict(num_stages=4, gamma=-1 / 3),
             data=dict(
-                source="digits",
+                source="digits",  # digits, idx, folder, tfds or array_record
                 path="",
+                name="",  # of a TFDS dataset
+                split="train",
                 resolution=256,
+                crop="random",  # random (short side to 1.125 x resolution first), center or none
+                flip=True,
                 label_dropout=0.1,  # share of labels replaced by the null class, for guidance
+                max_broken_share=0.05,  # of images that cannot be read; more stop the run
+                num_workers=0,  # processes that load; 0 = threads of this one
+                num_threads=8,
+                prefetch=4,  # batches read ahead, by each worker
             ),
             optimizer=dict(
                 learning_rate=1e-4,
-                schedule="constant",  # constant, or cosine to 0 at num_train_steps
+                schedule="constant",  # constant, or cosine or linear to 0 at num_train_steps
                 warmup_steps=0,
                 b1=0.9,
                 b2=0.999,
                 eps=1e-8,
                 weight_decay=0.0,
+                weight_decay_on="matrices",  # matrices (not biases and norms), or all
                 clip_norm=1.0,
             ),
-            ema=dict(decays=(0.9999,), warmup=False),  # warmup: a smaller decay in the first steps
-            mesh=dict(data=1, fsdp=1),
+            ema=dict(
+                decays=(0.9999,),  # an average each
+                half_lives=(),  # in images; an average each
+                warmup=False,  # a smaller decay in the first steps
+            ),
+            mesh=dict(data=-1, fsdp=1),  # -1 = the rest of the devices
+            profile=dict(first_step=10, num_steps=0),  # a profiler trace of these steps; 0 = none
             sample=dict(
                 solver="euler",
                 num_steps=(30,),  # a stage: one number for all, or one each
@@ -121,7 +143,7 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     found = []
     for name in IDENTITY:
         new, old = _flat(name, config[name]), _flat(name, other[name])
-        for key in sorted(new.keys() | old.keys()):
+        for key in sorted((new.keys() | old.keys()) - FREE):
             if new.get(key) != old.get(key):
                 found.append(f"{key}: {new.get(key)!r}, was {old.get(key)!r}")
     return found
@@ -129,10 +151,13 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that cannot work, with the key and what would be right."""
-    for key in ("num_train_steps", "batch_size", "log_every", "checkpoint_every"):
-        if config[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, got {config[key]}")
-    for key in ("sample_every", "optimizer.warmup_steps"):
+    at_least_1 = "num_train_steps batch_size accumulation_steps log_every checkpoint_every"
+    at_least_1 += " profile.first_step keep_checkpoints data.num_threads data.prefetch"
+    for key in at_least_1.split():
+        if _get(config, key) < 1:
+            raise UserError(f"config.{key} must be at least 1, got {_get(config, key)}")
+    at_least_0 = "sample_every keep_every optimizer.warmup_steps data.num_workers profile.num_steps"
+    for key in at_least_0.split():
         if _get(config, key) < 0:
             raise UserError(f"config.{key} must not be negative, got {_get(config, key)}")
     for key in ("num_heads", "head_dim", "depth", "patch_size"):
@@ -143,26 +168,43 @@ def check_config(config: ConfigDict) -> None:
             f"config.model.head_dim must be a multiple of 4 (2D rotary embedding), got "
             f"{config.model.head_dim}"
         )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed must lie in 0..2^32-1, got {config.seed}")
     _one_of("dtype", config.dtype, DTYPES)
     _one_of("model.remat", config.model.remat, REMAT_POLICIES)
-    _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine"))
+    _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear"))
+    _one_of("optimizer.weight_decay_on", config.optimizer.weight_decay_on, ("matrices", "all"))
+    _one_of("data.crop", config.data.crop, ("none", "random", "center"))
     for decay in config.ema.decays:
         if not 0 <= decay < 1:
             raise UserError(f"config.ema.decays must lie in [0, 1), got {decay}")
-    if config.mesh.data != 1 or config.mesh.fsdp != 1:
+    if any(half_life <= 0 for half_life in config.ema.half_lives):
+        raise UserError(f"config.ema.half_lives must be positive, got {config.ema.half_lives}")
+    if not 0 <= config.data.max_broken_share <= 1:
         raise UserError(
-            f"config.mesh is data={config.mesh.data}, fsdp={config.mesh.fsdp}, but this version "
-            f"trains on one device: leave both at 1"
+            f"config.data.max_broken_share must lie in [0, 1], got {config.data.max_broken_share}"
+        )
+    sizes = (config.mesh.data, config.mesh.fsdp)
+    if min(sizes) < -1 or 0 in sizes or sizes == (-1, -1):
+        raise UserError(
+            f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the rest "
+            f"of the devices; got {sizes[0]} and {sizes[1]}"
         )
     cascade = build_cascade(config)
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
-    unit = cascade.num_stages
+    check_batch_size(config)
+
+
+def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:
+    """Raises UserError unless every device gets as many images of every stage in every part."""
+    unit = config.cascade.num_stages * num_devices * config.accumulation_steps
     if config.batch_size % unit:
         below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
         raise UserError(
-            f"config.batch_size {config.batch_size} must be a multiple of {unit} (cascade.num_stages)"
-            f": each stage gets an equal share; the next is {above}"
-            + (f", the one before {below}" if below else "")
+            f"config.batch_size {config.batch_size} must be a multiple of {unit} = "
+            f"{config.cascade.num_stages} stages x {num_devices} devices x "
+            f"{config.accumulation_steps} accumulation steps: each gets an equal share; the next is "
+            f"{above}" + (f", the one before {below}" if below else "")
         )
 
 
@@ -212,7 +254,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
         value = text
     if isinstance(old, tuple):
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        kinds = (int, float) if any(isinstance(entry, float) for entry in old) else (int,)
+        kinds = (int,) if old and all(isinstance(entry, int) for entry in old) else (int, float)
         if all(isinstance(entry, kinds) and not isinstance(entry, bool) for entry in value):
             return value
     elif isinstance(old, bool):

@@ -272,17 +272,32 @@ def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path,
     return weights, yaml_path
 
 
-def _import_official(args: argparse.Namespace) -> str:
-    weights, yaml_path = _official_files(epath.Path(args.source), args.config)
+def read_official(
+    source: epath.PathLike, config: str | None = None, weights: str = "auto"
+) -> tuple[Params, ConfigDict]:
+    """Our parameters and config from official ones.
+
+    Args:
+      source: a folder with one weights file and config.yaml, or the weights file.
+      config: the config.yaml, if it is elsewhere.
+      weights: "ema", "model", or "auto", for training checkpoints that hold both.
+
+    Raises:
+      UserError: if a file is missing or unreadable, or an array is missing, unknown or misshapen.
+    """
+    path, yaml_path = _official_files(epath.Path(source), config)
     try:
         values = yaml.safe_load(yaml_path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{yaml_path} is not YAML: {str(error).splitlines()[0]}") from None
     config = official_config(values)
-    state = read_state(weights, args.weights)
-    params = from_official(state, config)
+    return from_official(read_state(path, weights), config), config
+
+
+def _import_official(args: argparse.Namespace) -> str:
+    params, config = read_official(args.source, args.config, args.weights)
     save_params(args.out, params, config)
-    return f"{len(state)} arrays, {_count(params)} parameters"
+    return f"{_count(params)} parameters"
 
 
 def _export_official(args: argparse.Namespace) -> str:

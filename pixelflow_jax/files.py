@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +15,23 @@ from pixelflow_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a temporary name beside `path`, renamed to it when the block ends without an error."""
+def atomic_path(path: epath.PathLike, local: bool = False) -> Iterator[epath.Path]:
+    """Yields a temporary name beside `path`, renamed to it when the block ends without an error.
+
+    With `local`, for writers that know local files only, the temporary name of a gs:// path is a
+    local one, which is copied up at the end.
+    """
     path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    unique = f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = path.parent / unique
+    if local and "://" in str(path):
+        temporary = epath.Path(tempfile.gettempdir()) / unique
     try:
         yield temporary
-        temporary.rename(path) if not path.exists() else temporary.replace(path)
+        if temporary.parent == path.parent:
+            temporary.replace(path)
+        else:
+            temporary.copy(path, overwrite=True)
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -30,6 +41,25 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file under a temporary name and renames it."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's contents; local files without epath's overhead, as a loader reads many."""
+    if "://" in path:
+        return epath.Path(path).read_bytes()
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Turns whatever a storage library raises into an OSError, so that callers need to know one."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -62,8 +92,12 @@ def json_line(values: dict[str, Any]) -> str:
 
 
 def append_line(path: epath.PathLike, line: str) -> None:
-    """Appends one line to a text file, creating it if need be."""
-    with epath.Path(path).open("a") as file:
+    """Appends one line to a text file, creating it if need be (buckets cannot: they get it anew)."""
+    path = epath.Path(path)
+    if "://" in str(path):
+        write_bytes(path, ((path.read_text() if path.exists() else "") + line).encode())
+        return
+    with path.open("a") as file:
         file.write(line)
 
 

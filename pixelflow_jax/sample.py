@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     out = _claim_folder(args.out, settings)
 
     paths = [out / f"{i:06d}.png" for i in range(len(labels))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    size = (sampler.height, sampler.width, 3)
+    missing = [i for i, path in enumerate(paths) if _read_png(path, size) is None]
     generate = make_generate(sampler)
     with tqdm(total=len(missing), unit="image", dynamic_ncols=True) as bar:
         for begin in range(0, len(missing), args.batch_size):
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 save_png(paths[i], image)
             bar.update(len(chosen))
 
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(path.read_bytes()))) for path in paths])
+    pixels = np.stack([_read_png(path, size) for path in paths])
     save_grid(out / "grid.png", pixels)
     with files.atomic_path(out / "samples.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=pixels, labels=labels)
@@ -82,6 +83,17 @@ def main(argv: list[str] | None = None) -> None:
         f"Wrote {len(missing)} images ({len(paths)} in all), step {meta['step']}, "
         f"guidance {config.sample.guidance_scale}: {out / 'grid.png'}"
     )
+
+
+def _read_png(path: epath.Path, size: tuple[int, int, int]) -> np.ndarray | None:
+    """The pixels of an image that is there and whole, else None: then it is drawn (again)."""
+    if not path.exists():
+        return None
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+        return None
+    return pixels if pixels.shape == size else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,15 +4,22 @@
     python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/small --config.model.depth=2
 
 Any key of the config can be set with --config.KEY=VALUE. If the workdir holds a run of the same
-config, training resumes from its newest checkpoint.
+config, training resumes from its newest checkpoint. A SIGTERM saves and exits with code 75.
 """
 
+import functools
 import sys
 
-from pixelflow_jax import cli
+from etils import epath
+from ml_collections import ConfigDict
+
+from pixelflow_jax import cli, convert
 from pixelflow_jax.config import load_config
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
+from pixelflow_jax.training.preemption import EXIT_CODE, Preempted
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,12 +33,28 @@ def main(argv: list[str] | None = None) -> None:
     overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
     args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
     config = load_config(args.config, overrides)
+    cli.connect_cluster()
+    if config.init_from and not epath.Path(config.init_from).exists():
+        raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
+    load_initial = functools.partial(initial_params, config) if config.init_from else None
     try:
-        _, report = train(config, args.workdir)
-    except TrainingDiverged as error:
-        print(f"error: {error}. The last checkpoint in {args.workdir} is kept", file=sys.stderr)
+        _, report = train(config, args.workdir, load_initial)
+    except Preempted as signal:
+        print(signal, file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except (TrainingDiverged, CheckpointFailed) as error:
+        print(f"error: {error}. Checkpoints before it in {args.workdir} are kept", file=sys.stderr)
         sys.exit(1)
-    print(report)
+    if cli.is_first_process():
+        print(report)
+
+
+def initial_params(config: ConfigDict) -> dict:
+    """The parameters that `config.init_from` names: a checkpoint of ours, or official weights."""
+    folder = epath.Path(config.init_from)
+    if folder.name == "checkpoints" or any((folder / n).exists() for n in ("checkpoints", "meta")):
+        return load_params(config.init_from)[0]
+    return convert.read_official(config.init_from)[0]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The train step and loop: determinism, one compilation, resume, corruption, divergence."""
 
+import itertools
 import json
 
 import jax
@@ -8,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from pixelflow_jax import flow
+from pixelflow_jax import flow, sharding
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.config import build_model
-from pixelflow_jax.data.loader import Loader
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.training import loop
 from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.loop import device_batches
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.optimizer import build_optimizer, build_schedule
 from pixelflow_jax.training.step import init_params, init_state, make_train_step
@@ -24,11 +25,13 @@ from pixelflow_jax.training.step import init_params, init_state, make_train_step
 def run_steps(config, count):
     """(state, losses, times the step was traced) after `count` steps."""
     model, optimizer = build_model(config), build_optimizer(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     state = init_state(init_params(model, config.seed), optimizer)
-    step = make_train_step(config, model, optimizer)
-    loader, losses = Loader(load_source(config), config.batch_size, config.seed), []
-    for index in range(count):
-        state, metrics = step(state, loader.batch(index))
+    step = make_train_step(config, model, optimizer, mesh)
+    state = jax.device_put(state, sharding.shardings(state, mesh))
+    losses = []
+    for batch in itertools.islice(device_batches(config, load_source(config), mesh, 0), count):
+        state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     return state, losses, step._cache_size()
 
@@ -101,19 +104,6 @@ def test_corruption_statistics():
         table = Cascade(2).timesteps[stage]
         assert times.min() >= table[0] - 1e-3 and times.max() <= table[-1] + 1e-3
         assert abs(float(times.mean()) - table.mean()) < 0.02 * (table[-1] - table[0])
-
-
-def test_loader_visits_every_example_once_an_epoch(tiny_config):
-    """Catches dropped or doubled examples, and a position that is not the step number alone."""
-    examples = load_source(tiny_config)
-    count = len(examples.labels)
-    loader = Loader(examples, 100, seed=3)
-    seen = [loader._example(position) for position in range(2 * count)]
-    assert sorted(seen[:count]) == sorted(seen[count:]) == list(range(count))
-    assert seen[:count] != seen[count:]
-    fresh = Loader(examples, 100, seed=3).batch(17)
-    np.testing.assert_array_equal(loader.batch(17)["image"], fresh["image"])
-    assert fresh["image"].dtype == np.uint8 and fresh["image"].shape == (100, 16, 16, 3)
 
 
 def test_held_out_digits_are_not_trained_on(tiny_config):

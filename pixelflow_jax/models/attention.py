@@ -19,6 +19,7 @@ def attention(
     v: Float[Array, "b m h d"],
     key_mask: Bool[Array, "b m"] | None = None,
     backend: str = "auto",
+    platform: str | None = None,
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v for every batch entry and head.
 
@@ -27,10 +28,12 @@ def attention(
       key_mask: True where a key may be attended to; None means everywhere.
       backend: "einsum" (all scores at once), "blockwise" (one block of queries at a time, so that
         long sequences stay in cache) or "auto" (by platform and length).
+      platform: what it will run on, for "auto"; None is JAX's default.
     """
     if backend == "auto":
         long = q.shape[1] >= 4 * BLOCK and q.shape[1] % BLOCK == 0
-        backend = "blockwise" if long and jax.default_backend() == "cpu" else "einsum"
+        on_gpu = (platform or jax.default_backend()) in ("gpu", "cuda", "rocm")
+        backend = "blockwise" if long and not on_gpu else "einsum"
     return BACKENDS[backend](q, k, v, key_mask)
 
 

@@ -7,6 +7,7 @@ Precision: parameters stay in float32 (`param_dtype`); `dtype` is that of the re
 matrix products. Norms, modulation, gates and rotation run in at least float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 from pixelflow_jax.models.attention import attention
 from pixelflow_jax.models.rope import apply_rope, rope_table
 from pixelflow_jax.packing import PackLayout
+from pixelflow_jax.sharding import GATHERED
 
 SINCOS_DIM = 256
 REMAT_POLICIES = {
-    "none": None,  # keep every activation
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),  # every activation
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream only
 }
@@ -103,6 +105,7 @@ class Attention(nn.Module):
     head_dim: int
     dtype: Dtype
     param_dtype: Dtype
+    platform: str | None = None
 
     @nn.compact
     def __call__(
@@ -136,7 +139,7 @@ class Attention(nn.Module):
             return None if y is None else y.reshape(-1, *y.shape[2:])
 
         out = [
-            attention(*map(merge, group)).reshape(*group[0].shape[:3], inner)
+            attention(*map(merge, group), platform=self.platform).reshape(*group[0].shape[:3], inner)
             for group in zip(layout.unpack(q), keys, values, masks, strict=True)
         ]
         return nn.Dense(x.shape[-1], name="o", **dense)(layout.pack(out))
@@ -151,10 +154,21 @@ class Block(nn.Module):
     cross_attention: bool
     dtype: Dtype
     param_dtype: Dtype
+    platform: str | None = None
+    gather: Callable[[Any], Any] | None = None
+
+    def __call__(self, *args):
+        """x [rows, n, d], conditioning [rows, sequences, d] -> (x, None), as nn.scan wants it."""
+        if self.gather is None:
+            return self.forward(*args)
+
+        def whole(variables):
+            return {"params": self.gather(variables["params"])}
+
+        return nn.map_variables(Block.forward, "params", trans_in_fn=whole)(self, *args)
 
     @nn.compact
-    def __call__(self, x, conditioning, rope, context, context_mask):
-        """x [rows, n, d], conditioning [rows, sequences, d] -> (x, None), as nn.scan wants it."""
+    def forward(self, x, conditioning, rope, context, context_mask):
         layout = self.layout
         dim, dtypes = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
         mod = nn.Dense(6 * dim, kernel_init=zeros, name="modulation", **dtypes)(nn.silu(conditioning))
@@ -162,12 +176,13 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (layout.to_tokens(m) for m in mod)
 
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
-        h = Attention(self.num_heads, self.head_dim, **dtypes, name="self_attention")(h, layout, rope)
+        settings = dict(num_heads=self.num_heads, head_dim=self.head_dim, platform=self.platform)
+        h = Attention(**settings, **dtypes, name="self_attention")(h, layout, rope)
         x = x + (gate1 * h).astype(self.dtype)
 
         if self.cross_attention:
             h = RMSNorm(self.param_dtype, name="cross_norm")(x)
-            cross = Attention(self.num_heads, self.head_dim, **dtypes, name="cross_attention")
+            cross = Attention(**settings, **dtypes, name="cross_attention")
             x = x + cross(h, layout, rope, context, context_mask)
 
         h = RMSNorm(self.param_dtype, name="mlp_norm")(x)
@@ -188,6 +203,8 @@ class PixelFlow(nn.Module):
       dtype, param_dtype: of computation and of parameters.
       remat: what the backward pass keeps; a name of REMAT_POLICIES.
       scan_unroll: layers an iteration of the scan over depth; more compiles longer, runs faster.
+      platform: what it is compiled for ("tpu", ...), for the choice of attention; None: JAX's default.
+      gather_layer: makes a layer's parameters whole where each device holds a part of them.
     """
 
     num_heads: int
@@ -200,6 +217,8 @@ class PixelFlow(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
     scan_unroll: int = 1
+    platform: str | None = None
+    gather_layer: Callable[[Any], Any] | None = None
 
     @nn.compact
     def __call__(
@@ -237,7 +256,7 @@ class PixelFlow(nn.Module):
         rope = tuple(jnp.asarray(table, rope_dtype) for table in rope)
 
         block = Block
-        if self.remat != "none":
+        if self.remat != "none" or self.gather_layer is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         blocks = nn.scan(
             block,
@@ -246,7 +265,16 @@ class PixelFlow(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
-        )(layout, self.num_heads, self.head_dim, self.context_dim > 0, **dtypes, name="blocks")
+        )(
+            layout,
+            self.num_heads,
+            self.head_dim,
+            self.context_dim > 0,
+            platform=self.platform,
+            gather=self.gather_layer,
+            **dtypes,
+            name="blocks",
+        )
         x, _ = blocks(x, conditioning, rope, context, context_mask)
 
         mod = nn.Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(

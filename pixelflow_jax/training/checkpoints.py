@@ -5,70 +5,215 @@ A step's folder holds the items `params`, `ema` (a list, one entry a decay), `op
 A converted checkpoint has `params` and `meta` only.
 """
 
+import contextlib
 import importlib.metadata
+import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from pixelflow_jax import files
 from pixelflow_jax.config import build_model, config_from_dict
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
 from pixelflow_jax.training.optimizer import ParamsEmaState
 from pixelflow_jax.training.step import TrainState, init_params
 
+log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+SAVE_TIMEOUT = 1800  # seconds after which a save in the background counts as failed
 
 
-def open_manager(workdir: epath.PathLike, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoint manager of a workdir; saves in the background and keeps the last `keep`."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+def open_manager(
+    workdir: epath.PathLike, keep: int | None = None, keep_every: int | None = None
+) -> ocp.CheckpointManager:
+    """The checkpoint manager of a workdir; saves in the background.
+
+    It keeps the last `keep`, and those at multiples of `keep_every`.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        create=True,
+        cleanup_tmp_directories=True,  # what a kill during a save leaves
+        async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT),
+    )
     return ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, config: ConfigDict) -> None:
-    """Starts saving a train state. An error of an earlier save in the background is raised here."""
-    step = int(state.step)
-    opt_state = dict(state.opt_state)
-    averages = opt_state.pop("ema").averages
-    items = dict(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave(opt_state),
-        meta=ocp.args.JsonSave(_meta(step, config)),
-    )
-    if averages:
-        items["ema"] = ocp.args.StandardSave(averages)
-    manager.save(step, args=ocp.args.Composite(**items))
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    config: ConfigDict,
+    pending: Sequence[tuple[int, dict[str, Any]]] = (),
+) -> None:
+    """Starts saving a train state. An error of an earlier save in the background is raised here.
+
+    `pending` are the metrics of steps that no logged mean holds yet.
+
+    Raises:
+      CheckpointFailed: if this save, or an earlier one in the background, cannot be written.
+    """
+    step, trees = int(state.step), _trees(state)
+    meta = {**_meta(step, config, trees), "pending": list(pending)}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items["meta"] = ocp.args.JsonSave(meta)
+    with _failures(manager):
+        manager.save(step, args=ocp.args.Composite(**items))
+
+
+def check_background_save(manager: ocp.CheckpointManager, wait: bool = False) -> None:
+    """Raises CheckpointFailed if the last save in the background has failed; may wait for its end."""
+    with _failures(manager):
+        manager.check_for_errors()
+        if wait:
+            manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _failures(manager: ocp.CheckpointManager):
+    try:
+        yield
+    except Exception as error:  # tensorstore, the file system or a timeout
+        raise CheckpointFailed(
+            f"a checkpoint could not be saved in {manager.directory}: {_in_short(error)}"
+        ) from error
 
 
 def save_params(workdir: epath.PathLike, params: dict, config: ConfigDict) -> None:
     """Writes parameters alone as a checkpoint at step 0 (what `convert` makes)."""
     with open_manager(workdir) as manager:
-        items = dict(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(_meta(0, config)))
+        meta = _meta(0, config, {"params": params})
+        items = dict(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
         manager.save(0, args=ocp.args.Composite(**items))
     files.write_json(epath.Path(workdir) / "config.json", config.to_dict())
 
 
-def restore(manager: ocp.CheckpointManager, step: int, template: TrainState) -> TrainState:
-    """Restores a train state; `template` gives shapes, dtypes and shardings (arrays or abstract)."""
-    opt_state = dict(template.opt_state)
-    ema = opt_state.pop("ema")
-    items = dict(
-        params=ocp.args.StandardRestore(_abstract(template.params)),
-        optimizer=ocp.args.StandardRestore(_abstract(opt_state)),
+def restore_newest(
+    manager: ocp.CheckpointManager, template: TrainState
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run with its `meta`, or None if it has none at all.
+
+    Damaged ones are reported, and moved to <workdir>/damaged once an older one has been restored.
+
+    Raises:
+      UserError: if there are checkpoints, but all are damaged: better than a silent fresh start.
+    """
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        restored, reason = _try_restore(manager.directory, step, template)
+        if restored is not None:
+            for bad in damaged:
+                _set_aside(manager, bad)
+            return restored
+        log.warning("checkpoint %d in %s is damaged: %s", step, manager.directory, reason)
+        damaged.append(step)
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {manager.directory} can be restored (see above); nothing was changed. "
+            f"Mend or remove them, or name a new --workdir"
+        )
+    return None
+
+
+def _try_restore(
+    folder: epath.Path, step: int, template: TrainState
+) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+    """(state and meta, "") or (None, why not); the same verdict on every process.
+
+    Each process reads on its own, without Orbax's barriers, so that one that fails does not leave the
+    others waiting; then they agree, and only then compare checksums, which takes all of them.
+    """
+    mine = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process{jax.process_index()}",
     )
-    if ema.averages:
-        items["ema"] = ocp.args.StandardRestore(_abstract(ema.averages))
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=mine)
+    restored, reason = None, ""
+    with ocp.CheckpointManager(folder, options=options) as reader:
+        try:
+            restored = restore(reader, step, template), _read_meta(reader, step)
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise  # out of memory is not damage
+        except PermissionError as error:
+            raise UserError(f"{folder / str(step)} may not be read: {error}") from None
+        except Exception as error:  # Orbax and tensorstore raise a dozen kinds, bare Exception too
+            reason = _in_short(error)
+    if not np.all(multihost_utils.process_allgather(np.array(restored is not None))):
+        return None, reason or "another process could not read it"
+    state, meta = restored
+    try:
+        for name, tree in _trees(state).items():
+            check_fingerprints(name, tree, meta)
+    except ValueError as error:
+        return None, str(error)
+    return restored, ""
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint that hold arrays."""
+    opt_state = dict(state.opt_state)
+    averages = opt_state.pop("ema").averages
+    trees = {"params": state.params, "optimizer": opt_state}
+    return trees | ({"ema": averages} if averages else {})
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of an error, without tensorstore's list of places and of what it was given."""
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    return re.sub(
+        r" See full TensorStore details.*| \[(source locations|\w*spec|os_error\w*)=.*", "", first
+    )[:400]
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Moves a step's folder out of the way of the save that will come at this step again."""
+    log.warning("checkpoint %d is moved to %s", step, manager.directory.parent / "damaged")
+    aside = manager.directory.parent / "damaged" / str(step)
+    if jax.process_index() == 0:
+        aside.parent.mkdir(exist_ok=True)
+        # A bucket has no empty folders, and renames into one that exists only.
+        (aside.parent / "README.txt").write_text("Checkpoints that could not be restored.\n")
+        if aside.exists():
+            aside.rmtree()
+        (manager.directory / str(step)).rename(aside)
+    multihost_utils.sync_global_devices("damaged checkpoint set aside")
+    manager.reload()
+
+
+def restore(manager: ocp.CheckpointManager, step: int, template: TrainState) -> TrainState:
+    """Restores a train state; `template` gives shapes, dtypes and shardings (arrays or abstract).
+
+    The shardings, and so the mesh and the number of processes, may be others than at the save.
+    """
+    items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in _trees(template).items()}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    opt_state = {
-        **restored.optimizer,
-        "ema": ParamsEmaState(restored.get("ema") or [], jnp.asarray(step, jnp.int32)),
-    }
-    return TrainState(jnp.asarray(step, jnp.int32), restored.params, opt_state)
+    where = template.step.sharding
+    counters = [
+        jax.make_array_from_callback((), where, lambda _: np.asarray(step, np.int32)) for _ in range(2)
+    ]
+    ema = ParamsEmaState(restored.get("ema") or [], counters[0])
+    return TrainState(counters[1], restored.params, {**restored.optimizer, "ema": ema})
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if not isinstance(meta, dict) or not {"step", "config"} <= meta.keys():
+        raise ValueError("its meta item is not one of a checkpoint")
+    return meta
 
 
 def load_params(
@@ -78,7 +223,7 @@ def load_params(
 
     Args:
       checkpoint: a workdir (its newest step is taken) or one step's folder in it.
-      ema: which average, by its decay; 0 takes the raw parameters, None the first average.
+      ema: which average, by its decay or half-life; 0 takes the raw parameters, None the first average.
 
     Raises:
       UserError: if that is no checkpoint, or it has no such average.
@@ -86,23 +231,29 @@ def load_params(
     folder, step = _find_step(checkpoint)
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as manager:
         try:
-            meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            meta = _read_meta(manager, step)
             config = config_from_dict(meta["config"])
         except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{folder / str(step)} is not a whole checkpoint: {error}") from None
         abstract = jax.eval_shape(lambda: init_params(build_model(config), 0))
-        decays = list(config.ema.decays) if (folder / str(step) / "ema").exists() else []
+        known = [*config.ema.decays, *config.ema.half_lives]
+        known = known if (folder / str(step) / "ema").exists() else []
         if ema is None:
-            ema = decays[0] if decays else 0.0
-        if ema and ema not in decays:
-            raise UserError(f"--ema={ema}: {checkpoint} has {decays or 'no averages'}; 0 is without")
-        name, target = ("ema", [abstract] * len(decays)) if ema else ("params", abstract)
+            ema = known[0] if known else 0.0
+        if ema and ema not in known:
+            raise UserError(f"--ema={ema}: {checkpoint} has {known or 'no averages'}; 0 is without")
+        name, target = ("ema", [abstract] * len(known)) if ema else ("params", abstract)
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(_abstract(target))})
         try:
             restored = manager.restore(step, args=args)[name]
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"{folder / str(step)} does not fit its config: {error}") from None
-    return restored[decays.index(ema)] if ema else restored, config, {**meta, "ema": ema}
+            check_fingerprints(name, restored, meta)
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise
+        except Exception as error:  # Orbax and tensorstore raise a dozen kinds
+            raise UserError(
+                f"{folder / str(step)} is damaged, or does not fit its config: {error}"
+            ) from None
+    return restored[known.index(ema)] if ema else restored, config, {**meta, "ema": ema}
 
 
 def _find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, int]:
@@ -125,7 +276,7 @@ def _find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, int]:
 
 def _abstract(tree):
     """Shapes, dtypes and shardings of a tree of arrays (or of shapes: then one local device)."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def one(x):
         sharding = getattr(x, "sharding", None) or device
@@ -134,11 +285,12 @@ def _abstract(tree):
     return jax.tree.map(one, tree)
 
 
-def _meta(step: int, config: ConfigDict) -> dict[str, Any]:
+def _meta(step: int, config: ConfigDict, trees: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": step,
         "seed": config.seed,
-        "data_position": step,  # the loader's position is the number of batches drawn
+        "data_position": step,  # batches drawn: the loader's position is the step number
         "config": config.to_dict(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "fingerprints": {name: fingerprints(tree) for name, tree in trees.items()},
     }

@@ -1,115 +1,199 @@
 """The train loop: set up, restore, and go step by step to the end."""
 
+import contextlib
+import functools
 import time
+from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files
-from pixelflow_jax.config import build_model, config_from_dict, differences
-from pixelflow_jax.data.loader import Loader
-from pixelflow_jax.data.sources import load_source
+from pixelflow_jax import flow, sharding
+from pixelflow_jax.config import build_cascade, build_model, check_batch_size
+from pixelflow_jax.data.broken import BrokenImages
+from pixelflow_jax.data.loader import make_batches
+from pixelflow_jax.data.sources import Source, load_source
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, image_keys, make_generate, save_grid
 from pixelflow_jax.training import checkpoints
-from pixelflow_jax.training.metrics import Metrics
+from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
-from pixelflow_jax.training.step import TrainState, init_params, init_state, make_train_step
+from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
+from pixelflow_jax.training.start import claim_workdir, start_or_resume
+from pixelflow_jax.training.step import TrainState, make_train_step
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> tuple[TrainState, str]:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    load_initial: Callable[[], dict] | None = None,
+    devices: list | None = None,
+) -> tuple[TrainState, str]:
     """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
+
+    Args:
+      config: see config.py.
+      workdir: a new folder, or that of a run of the same config.
+      load_initial: gives the parameters that a new run starts from, in place of random ones.
+      devices: to train on; default all.
 
     Returns the final state and a line that says what happened.
 
     Raises:
-      UserError: if the workdir holds something else than a run of the same config.
+      UserError: if the workdir holds something else than a run of the same config, or the batch
+        does not fit the devices, or too many images are broken.
       TrainingDiverged: if a step's numbers are not finite; the last checkpoint stays.
+      CheckpointFailed: if a checkpoint cannot be written; those before it stay.
+      Preempted: after a signal, when the state is saved.
     """
     workdir = epath.Path(workdir)
     if config.model.context_dim:
         raise UserError("training a text model needs captions, which this version does not have yet")
-    examples = load_source(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    check_batch_size(config, mesh.size)
+    source = load_source(config)
     resuming = claim_workdir(workdir, config)
     started = time.perf_counter()
 
     model, optimizer = build_model(config), build_optimizer(config)
-    init = jax.jit(lambda: init_state(init_params(model, config.seed), optimizer))
-    manager = checkpoints.open_manager(workdir, config.keep_checkpoints)
-    first = manager.latest_step() or 0
-    if first > config.num_train_steps:
-        raise UserError(
-            f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
-        )
-    state = checkpoints.restore(manager, first, jax.eval_shape(init)) if first else init()
-
-    train_step = make_train_step(config, model, optimizer)
-    draw_samples = make_sample_grid(config, workdir)
-    batches = Loader(examples, config.batch_size, config.seed).iterate(first)
-    metrics = Metrics(workdir, first, config.num_train_steps, config.batch_size)
-    if first:
-        metrics.say(f"Going on from step {first} of {workdir}")
-    elif resuming:
-        metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
-    try:
-        for step in range(first + 1, config.num_train_steps + 1):
-            last = step == config.num_train_steps
-            state, numbers = train_step(state, next(batches))
-            metrics.add(step, numbers)
-            if step % config.log_every == 0 or last:
-                metrics.flush()
-            if step % config.checkpoint_every == 0 or last:
-                metrics.check()  # a broken state must not replace a good checkpoint
-                with metrics.paused():
-                    checkpoints.save(manager, state, config)
-            if config.sample_every and (step % config.sample_every == 0 or last):
-                with metrics.paused():
-                    draw_samples(state, step)
-        manager.wait_until_finished()
-    finally:
-        metrics.close()
-        manager.close()
+    manager = checkpoints.open_manager(workdir, config.keep_checkpoints, config.keep_every)
+    with PreemptionWatch() as preemption, _closing(manager):
+        state, meta = start_or_resume(config, model, optimizer, mesh, manager, load_initial)
+        first = int(state.step)
+        if first > config.num_train_steps:
+            raise UserError(
+                f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
+            )
+        train_step = make_train_step(config, model, optimizer, mesh)
+        draw_samples = make_sample_grid(config, mesh, workdir)
+        batches = device_batches(config, source, mesh, first)
+        broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
+        costs = workload(config, mesh)
+        metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta["pending"])
+        if first:
+            metrics.say(f"Going on from step {first} of {workdir}")
+        elif resuming:
+            metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
+        with _closing(metrics), _closing(profiler):
+            for step in range(first + 1, config.num_train_steps + 1):
+                last = step == config.num_train_steps
+                profiler.before(step, state)
+                with metrics.waiting():
+                    batch = next(batches)
+                state, numbers = train_step(state, batch)
+                metrics.add(step, numbers)
+                checkpoints.check_background_save(manager)
+                if step % config.log_every == 0 or last:
+                    metrics.flush()
+                stop = preemption.requested(step) and not last
+                draw = config.sample_every and (step % config.sample_every == 0 or last)
+                save = step % config.checkpoint_every == 0 or last or stop
+                if draw and not stop:  # before the checkpoint: a run that resumes there has its grid
+                    with metrics.paused():
+                        draw_samples(state, step)
+                if save:
+                    pending = metrics.check()  # a broken state must not replace a good checkpoint
+                    with metrics.paused():
+                        checkpoints.save(manager, state, config, pending)
+                if stop:
+                    checkpoints.check_background_save(manager, wait=True)
+                    raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
+        checkpoints.check_background_save(manager, wait=True)
     seconds = time.perf_counter() - started
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
-    """Writes config.json into a new workdir, or makes sure that an old one is of the same run.
+@contextlib.contextmanager
+def _closing(thing) -> Iterator[None]:
+    """Closes `thing` at the end; an error then does not hide the one that came before."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            thing.close()
+        raise
+    thing.close()
 
-    Returns whether there was a run. Raises UserError if it differs, or if other files are there.
+
+def device_batches(
+    config: ConfigDict, source: Source, mesh: Mesh, first_step: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Global batches on the mesh, from `first_step` on; the next one travels while one is in use."""
+    where = NamedSharding(mesh, sharding.BATCH)
+    rows = sharding.local_rows(where, config.batch_size)
+    ahead = None
+    for batch in make_batches(source, config, first_step, rows):
+        placed = sharding.place_batch(batch, where, config.batch_size)
+        if ahead is not None:
+            yield ahead
+        ahead = placed
+
+
+def workload(config: ConfigDict, mesh: Mesh) -> Workload:
+    """What a step of `config` costs."""
+    cascade, model = build_cascade(config), build_model(config)
+    counts = (config.batch_size // cascade.num_stages,) * cascade.num_stages
+    size = config.data.resolution
+    layout = flow.train_layout(cascade, counts, size, size, model.patch_size)
+    flops = 3 * forward_flops(model, layout)
+    return Workload(config.batch_size, layout.row_length, flops, mesh.size)
+
+
+def make_sample_grid(config: ConfigDict, mesh: Mesh, workdir: epath.Path):
+    """A function (state, step) that writes samples/<step>.png for every EMA, or for the params.
+
+    The first average's grid has the plain name; the others' add their decay or half-life.
     """
-    path = workdir / "config.json"
-    names = files.list_files(workdir)
-    if path.name in names:
-        try:
-            changed = differences(config, config_from_dict(files.read_json(path)))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not the config of a run: {error}") from None
-        if changed:
-            raise UserError(
-                f"--workdir={workdir} holds a run of another config; these differ: "
-                f"{'; '.join(changed)}. Name a new workdir"
-            )
-    elif names:
-        raise UserError(f"--workdir={workdir} holds files but no run; name a new or empty folder")
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, config.to_dict())
-    return path.name in names
-
-
-def make_sample_grid(config: ConfigDict, workdir: epath.Path):
-    """A function (state, step) that writes samples/<step>.png from the first EMA, or the params."""
     sampler = build_sampler(config)
-    generate = make_generate(sampler)
-    index = jnp.arange(config.sample.num_images)
-    keys, labels = image_keys(config.seed, index), index % max(config.model.num_classes, 1)
+    count = config.sample.num_images
+    index = np.arange(-(-count // mesh.size) * mesh.size)  # as many on every device
+    labels = (index % max(config.model.num_classes, 1)).astype(np.int32)
+    split, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def generate(params, index, labels):
+        return make_generate(sampler)(params, image_keys(config.seed, index), labels)
+
+    names = [*config.ema.decays, *config.ema.half_lives]
 
     def draw(state: TrainState, step: int) -> None:
+        placed = sharding.place_batch({"index": index, "labels": labels}, split, len(index))
         averages = state.opt_state["ema"].averages
-        pixels = generate(averages[0] if averages else state.params, keys, labels)
-        (workdir / "samples").mkdir(exist_ok=True)
-        save_grid(workdir / "samples" / f"{step}.png", jax.device_get(pixels))
+        for place, params in enumerate(averages or [state.params]):
+            pixels = jax.device_get(generate(params, placed["index"], placed["labels"]))
+            if jax.process_index() == 0:
+                (workdir / "samples").mkdir(exist_ok=True)
+                suffix = f"_ema{names[place]}" if place else ""
+                save_grid(workdir / "samples" / f"{step}{suffix}.png", pixels[:count])
 
     return draw
+
+
+class Profiler:
+    """Writes a trace of the steps that `config.profile` names to <workdir>/profile (see xprof)."""
+
+    def __init__(self, config: ConfigDict, workdir: epath.Path):
+        self._first, self._folder = config.profile.first_step, str(workdir / "profile")
+        self._end = self._first + config.profile.num_steps
+        self._running = False
+
+    def before(self, step: int, state: TrainState) -> None:
+        """Starts or stops the trace; to be called before every step, with the state it begins from."""
+        if step in (self._first, self._end):
+            jax.block_until_ready(state)  # the trace holds whole steps, and these alone
+        if self._first <= step < self._end and not self._running:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif step >= self._end:
+            self.close()
+
+    def close(self) -> None:
+        """Stops the trace if it runs."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -1,10 +1,11 @@
 """What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pixelflow_jax import files
+from pixelflow_jax.data.broken import BrokenImages
 
+AHEAD = 3  # steps that the host may be ahead of the devices
 FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is not
 
 
@@ -22,23 +25,72 @@ class TrainingDiverged(RuntimeError):
     """A step's loss, gradient or parameters were NaN or infinite."""
 
 
+# Peak TFLOP/s of a device in bfloat16, by JAX's name for its kind (the makers' data sheets).
+PEAK_TFLOPS = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a step costs: `images`, `tokens` and `flops` of the global batch, over `devices`."""
+
+    images: int
+    tokens: int
+    flops: float  # forward and backward
+    devices: int
+
+
 class Metrics:
     """Collects the device's metrics of every step without waiting, and reports them at times.
 
-    Metrics stay on the device until `flush`, so that the host can run ahead of it.
+    Metrics stay on the device until `flush` or `check`, so that the host can run ahead of it. Every
+    process checks; the first one alone writes.
+
+    Args:
+      workdir: gets metrics.jsonl and tensorboard/.
+      first_step, last_step: steps done before, and at the end.
+      workload: for the speeds.
+      broken: gets the batches' entry "broken".
+      pending: metrics of steps before `first_step` that no mean holds yet, from the checkpoint.
     """
 
-    def __init__(self, workdir: epath.Path, first_step: int, last_step: int, batch_size: int):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        first_step: int,
+        last_step: int,
+        workload: Workload,
+        broken: BrokenImages,
+        pending: Sequence[tuple[int, dict[str, Any]]] = (),
+    ):
         self._path = workdir / "metrics.jsonl"
-        self._drop_rows_after(first_step)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
-        self._batch_size = batch_size
-        self._pending: list[tuple[int, dict[str, Any]]] = []
-        self._since = time.perf_counter()
-        self._paused = 0.0
+        self._workload, self._broken = workload, broken
+        self._writes = jax.process_index() == 0
+        self._pending = [(step, dict(numbers)) for step, numbers in pending]
+        self._carried = len(self._pending)  # steps of an earlier run: they took no time in this one
+        self._since, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
+        self._tensorboard = None
+        if self._writes:
+            self._drop_rows_after(first_step)
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         interval = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
-            initial=first_step, total=last_step, unit="step", mininterval=interval, dynamic_ncols=True
+            initial=first_step,
+            total=last_step,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=not self._writes,
         )
 
     def _drop_rows_after(self, step: int) -> None:
@@ -50,17 +102,25 @@ class Metrics:
                 files.write_bytes(self._path, "".join(kept).encode())
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Notes the metrics of update number `step` (the first is 1)."""
+        """Notes the metrics of update number `step` (the first is 1).
+
+        Waits until no more than AHEAD steps are under way, as each holds its batch in memory.
+        """
         self._pending.append((step, metrics))
+        if len(self._pending) > AHEAD:
+            jax.block_until_ready(self._pending[-1 - AHEAD])
 
     def check(self) -> list[tuple[int, dict[str, Any]]]:
-        """Waits for the pending steps and returns them.
+        """Waits for the pending steps and returns them, as Python numbers.
 
         Raises:
           TrainingDiverged: names the first step with a number that is not finite.
+          UserError: if too many images are broken.
         """
-        self._pending = jax.device_get(self._pending)
-        for step, metrics in self._pending:
+        for place, (step, metrics) in enumerate(jax.device_get(self._pending)):
+            metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+            self._pending[place] = (step, metrics)
+            self._broken.add(metrics.pop("broken", ()))
             for name in FINITE:
                 if not np.isfinite(metrics[name]):
                     raise TrainingDiverged(
@@ -75,13 +135,16 @@ class Metrics:
         if not pending:
             return
         now = time.perf_counter()
-        seconds = now - self._since - self._paused
         step = pending[-1][0]
         means = {
             name: np.mean([metrics[name] for _, metrics in pending], axis=0).tolist()
             for name in pending[0][1]
         }
-        means["images_per_s"] = len(pending) * self._batch_size / seconds
+        means |= self._speeds(len(pending) - self._carried, now - self._since)
+        self._pending, self._carried = [], 0
+        self._since, self._paused, self._waited = now, 0.0, 0.0
+        if not self._writes:
+            return
         files.append_line(self._path, files.json_line({"step": step, **means}))
         for name, value in means.items():
             entries = enumerate(value) if isinstance(value, list) else [("", value)]
@@ -91,21 +154,42 @@ class Metrics:
             f"loss {means['loss']:.4f}, {means['images_per_s']:.0f} images/s", refresh=False
         )
         self._bar.update(step - self._bar.n)
-        self._pending, self._since, self._paused = [], now, 0.0
+
+    def _speeds(self, steps: int, seconds: float) -> dict[str, float]:
+        """Rates over `steps` steps in `seconds`, pauses taken out; MFU where the peak is known."""
+        rate = steps / max(seconds - self._paused, 1e-9)
+        tflops = rate * self._workload.flops / 1e12 / self._workload.devices
+        speeds = {
+            "images_per_s": rate * self._workload.images,
+            "tokens_per_s": rate * self._workload.tokens,
+            "tflops_per_device": tflops,
+            "data_wait_share": self._waited / max(seconds, 1e-9),
+        }
+        peak = PEAK_TFLOPS.get(jax.devices()[0].device_kind)
+        return speeds | ({"mfu": tflops / peak} if peak else {})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps the time spent in its block (samples, checkpoints) out of images_per_s."""
-        jax.block_until_ready(self._pending)  # steps still under way are not part of the pause
+        """Keeps the time spent in its block (samples, checkpoints) out of the speeds."""
+        jax.block_until_ready([m for _, m in self._pending])  # steps under way are not the pause
         begin = time.perf_counter()
         yield
         self._paused += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent in its block as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
     def say(self, message: str) -> None:
-        """Prints a line without breaking the progress bar."""
-        self._bar.write(message, file=sys.stderr)
+        """Prints a line without breaking the progress bar; on the first process only."""
+        if self._writes:
+            self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         """Closes the bar and the TensorBoard file."""
         self._bar.close()
-        self._tensorboard.close()
+        if self._tensorboard:
+            self._tensorboard.close()

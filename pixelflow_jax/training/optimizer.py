@@ -9,32 +9,54 @@ import optax
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from pixelflow_jax import sharding
+
 
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """clip -> AdamW -> EMA as one transformation; its state is a dict with those three names."""
     opt = config.optimizer
-    adamw = optax.adamw(build_schedule(config), opt.b1, opt.b2, opt.eps, weight_decay=opt.weight_decay)
+    mask = is_matrix if opt.weight_decay_on == "matrices" else None
+    rate, decay = build_schedule(config), opt.weight_decay
+    adamw = optax.adamw(rate, opt.b1, opt.b2, opt.eps, weight_decay=decay, mask=mask)
     return optax.named_chain(
         ("clip", clip_by_global_norm(opt.clip_norm)),
         ("adamw", adamw),
-        ("ema", params_ema(config.ema.decays, config.ema.warmup)),
+        ("ema", params_ema(ema_decays(config), config.ema.warmup)),
     )
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then constant or a cosine to 0 at num_train_steps."""
+    """Learning rate by step: a linear warm-up, then constant, or falling to 0 at num_train_steps."""
     opt = config.optimizer
-    if opt.schedule == "cosine":
-        steps = max(config.num_train_steps - opt.warmup_steps, 1)
-        main = optax.cosine_decay_schedule(opt.learning_rate, steps)
-    else:
-        main = optax.constant_schedule(opt.learning_rate)
+    steps = max(config.num_train_steps - opt.warmup_steps, 1)
+    main = {
+        "constant": optax.constant_schedule(opt.learning_rate),
+        "cosine": optax.cosine_decay_schedule(opt.learning_rate, steps),
+        "linear": optax.linear_schedule(opt.learning_rate, 0.0, steps),
+    }[opt.schedule]
     if not opt.warmup_steps:
         return main
     # The first step already moves: its rate is 1/warmup_steps of the full one.
     first = opt.learning_rate / opt.warmup_steps
     warmup = optax.linear_schedule(first, opt.learning_rate, max(opt.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, main], [opt.warmup_steps])
+
+
+def is_matrix(params: dict) -> dict:
+    """True for the leaves that weight decay is for: matrices, not biases, norms and embeddings."""
+
+    def one(path, leaf):
+        names = [entry.key for entry in path]
+        stacked = sharding.SCANNED in names
+        return leaf.ndim - stacked >= 2 and names[-1] != "embedding"
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def ema_decays(config: ConfigDict) -> list[float]:
+    """The decay of every average: `ema.decays`, then one for each of `ema.half_lives` (in images)."""
+    by_half_life = [0.5 ** (config.batch_size / images) for images in config.ema.half_lives]
+    return [*config.ema.decays, *by_half_life]
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -6,10 +6,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
-from pixelflow_jax import flow, images
+from pixelflow_jax import flow, images, sharding
 from pixelflow_jax.config import build_cascade
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.packing import Group, PackLayout
@@ -40,6 +42,26 @@ def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+def abstract_state(
+    config: ConfigDict, model: PixelFlow, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
+    where = sharding.shardings(shapes, mesh)
+    return jax.tree.map(lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), shapes, where)
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a global batch."""
+    size, side = config.batch_size, config.data.resolution
+    where = NamedSharding(mesh, sharding.BATCH)
+    return {
+        "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=where),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=where),
+        "broken": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=where),
+    }
+
+
 def packed_loss(
     model: PixelFlow, params: dict, batch: flow.FlowBatch, layout: PackLayout
 ) -> Float[Array, "rows s"]:
@@ -48,56 +70,102 @@ def packed_loss(
     return flow.loss_per_image(layout, velocity, batch.target)
 
 
-def update(
-    model: PixelFlow,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    batch: flow.FlowBatch,
-    layout: PackLayout,
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: dict
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step on a packed batch; returns the new state and the metrics."""
-
-    def loss_fn(params):
-        per_image = packed_loss(model, params, batch, layout)
-        return per_image.mean(), per_image
-
-    (loss, per_image), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    """The state after an update, and the norms of the gradient and of the new parameters."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "loss": loss,
-        "loss_per_stage": jnp.stack([part.mean() for part in layout.split_sequences(per_image)]),
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
-    }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    return TrainState(state.step + 1, params, opt_state), norms
 
 
-def make_train_step(
-    config: ConfigDict, model: PixelFlow, optimizer: optax.GradientTransformation, rows: int = 1
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step: uint8 batch in, corruption, packing, forward, backward and update inside.
+def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
+    """(params, images [B, H, W, 3], labels [B], step key) -> (mean loss of each stage [S], gradients).
 
-    batch is {"image": uint8 [B, H, W, 3], "label": int32 [B]}. Image i of the batch has the key
-    fold(seed, step, i) and the stage i mod S; the B images split evenly over `rows` packed rows.
+    Under shard_map: a device packs its B / mesh.size images into rows, one for each accumulation
+    step. Image i of the batch has the key fold(step key, i) and the stage i mod S, whatever the mesh.
     """
-    cascade = build_cascade(config)
-    root = jax.random.fold_in(jax.random.key(config.seed), 1)  # init has the unfolded key
+    cascade, parts = build_cascade(config), config.accumulation_steps
+    total, num_stages = config.batch_size, cascade.num_stages
+    shapes = jax.eval_shape(lambda: init_params(model, 0))
+    specs = sharding.specs(shapes, mesh)
+    rest = {name: spec for name, spec in specs.items() if name != sharding.SCANNED}
+    model = model.clone(platform=mesh.devices.flat[0].platform)
+    if mesh.shape["fsdp"] > 1:
+        model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 
-    def train_step(state, batch):
-        size = len(batch["label"])
-        step_key = jax.random.fold_in(root, state.step)
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(size))
-        x1 = images.from_uint8(batch["image"])
-        flow_batch, layout = flow.corrupt(
+    def row_loss(params, pixels, labels, keys):
+        """(loss summed over a device's images, its sum for each stage), as shares of the batch mean."""
+        whole = sharding.gather({name: params[name] for name in rest}, rest, model.dtype)
+        x1 = images.from_uint8(pixels)
+        batch, layout = flow.corrupt(
             cascade,
             model.patch_size,
-            x1.reshape(rows, size // rows, *x1.shape[1:]),
-            batch["label"].reshape(rows, size // rows),
-            keys.reshape(rows, size // rows),
+            x1[None],
+            labels[None],
+            keys[None],
             model.num_classes,
             config.data.label_dropout,
         )
-        return update(model, optimizer, state, flow_batch, layout)
+        per_image = packed_loss(model, {**params, **whole}, batch, layout)
+        stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
+        return per_image.sum() / total, stages * num_stages / total
 
-    return jax.jit(train_step, donate_argnums=0)
+    def local(params, pixels, labels, index, step_key):
+        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
+        grad_fn = jax.value_and_grad(row_loss, has_aux=True)
+        if parts == 1:
+            (_, stages), grads = grad_fn(params, pixels, labels, keys)
+        else:
+
+            def add(total, part):
+                (_, stages), grads = grad_fn(params, *part)
+                return jax.tree.map(jnp.add, total, (stages, grads)), None
+
+            zeros = jnp.zeros(num_stages), jax.tree.map(jnp.zeros_like, params)
+            split = [x.reshape(parts, -1, *x.shape[1:]) for x in (pixels, labels, keys)]
+            (stages, grads), _ = jax.lax.scan(add, zeros, split)
+        return jax.lax.psum(stages, sharding.AXES), sharding.reduce_gradients(grads, specs)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, sharding.BATCH, sharding.BATCH, sharding.BATCH, P()),
+        out_specs=(P(), specs),
+        check_vma=False,  # the sums over the mesh are written out in reduce_gradients
+    )
+
+    def loss_and_grads(
+        params: dict,
+        pixels: UInt8[Array, "b h w 3"],
+        labels: Int[Array, " b"],
+        step_key: Key[Array, ""],
+    ):
+        return mapped(params, pixels, labels, jnp.arange(total), step_key)
+
+    return loss_and_grads
+
+
+def make_train_step(
+    config: ConfigDict, model: PixelFlow, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step: uint8 batch in, corruption, packing, forward, backward and update inside.
+
+    batch is {"image": uint8 [B, H, W, 3], "label": int32 [B], "broken": int32 [B]}, global arrays;
+    `broken` (see data/loader.py) is only passed on, so that every process sees all of it.
+    """
+    loss_and_grads = make_loss_and_grads(config, model, mesh)
+    root = jax.random.fold_in(jax.random.key(config.seed), 1)  # init has the unfolded key
+    everywhere = NamedSharding(mesh, P())
+
+    def train_step(state, batch):
+        step_key = jax.random.fold_in(root, state.step)
+        stages, grads = loss_and_grads(state.params, batch["image"], batch["label"], step_key)
+        state, norms = apply_gradients(optimizer, state, grads)
+        metrics = {"loss": stages.mean(), "loss_per_stage": stages, **norms}
+        return state, {**metrics, "broken": batch["broken"]}
+
+    state = abstract_state(config, model, optimizer, mesh)
+    out = jax.tree.map(lambda x: x.sharding, state), everywhere
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)

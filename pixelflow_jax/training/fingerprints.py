@@ -1,0 +1,43 @@
+"""Checksums of arrays: what a file format lets pass, such as a flipped bit, they do not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.jit  # one program for a whole tree: several with collectives at once could block each other
+def _checksums(tree: Any) -> list[jax.Array]:
+    return [_fingerprint(x) for x in jax.tree.leaves(tree)]
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """A 32-bit checksum of an array's bits and their places, the same on every mesh.
+
+    A sum modulo 2^32, so its order does not matter.
+    """
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def fingerprints(tree: Any) -> dict[str, list]:
+    """{path: [dtype, checksum]} of every array; catches what the file format lets pass."""
+    sums = jax.device_get(_checksums(tree))
+    return {
+        jax.tree_util.keystr(path): [str(x.dtype), int(value)]
+        for (path, x), value in zip(jax.tree_util.tree_leaves_with_path(tree), sums, strict=True)
+    }
+
+
+def check_fingerprints(name: str, tree: Any, meta: dict[str, Any]) -> None:
+    """Raises ValueError if an array is not, bit for bit, the one that was saved."""
+    known = meta.get("fingerprints", {}).get(name)
+    if known is None:
+        return
+    for path, (dtype, value) in fingerprints(tree).items():
+        was = known.get(path)
+        if was is None or (was[0] == dtype and was[1] != value):
+            raise ValueError(f"{name}{path} is not what was saved (its checksum differs)")

@@ -1,0 +1,45 @@
+"""Notices that the machine is about to be taken away."""
+
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 75  # "stopped by a preemption signal after saving: start me again"
+
+
+class Preempted(Exception):
+    """The run has saved a checkpoint and stopped because of a signal."""
+
+
+class PreemptionWatch:
+    """Tells, after each step, whether a SIGTERM has come; used as a context manager.
+
+    In one process it handles the signal itself. With several, JAX's preemption service does (a
+    signal to any one of them counts) and agrees on the step after which all of them stop, so that
+    they save the same one; that is the signal that Orbax goes by too.
+    """
+
+    def __init__(self):
+        self._seen = False
+        self._several = jax.process_count() > 1
+        self._before = None
+
+    def __enter__(self):
+        if not self._several and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_):
+        self._seen = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to save after update number `step` and stop; the same answer on every process."""
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._seen

@@ -1,0 +1,98 @@
+"""How a run begins: its workdir, and its state, new or restored."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from pixelflow_jax import files
+from pixelflow_jax.config import config_from_dict, differences
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.training import checkpoints
+from pixelflow_jax.training.step import TrainState, abstract_state, init_params, init_state
+
+
+def start_or_resume(
+    config: ConfigDict,
+    model: PixelFlow,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    manager: ocp.CheckpointManager,
+    load_initial: Callable[[], dict] | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, meta) of the newest checkpoint, or of a new run.
+
+    Shapes first, then shardings, then each device makes or reads its own part: no host ever holds a
+    whole state (of `load_initial`'s parameters alone it does).
+    """
+
+    def init():
+        return init_state(init_params(model, config.seed), optimizer)
+
+    template = abstract_state(config, model, optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, template)
+    restored = checkpoints.restore_newest(manager, template)
+    if restored is not None:
+        state, meta = restored
+        return state, {"pending": [], **meta}
+    if load_initial is None:
+        return jax.jit(init, out_shardings=shardings)(), {"pending": []}
+    params = load_initial()
+    check_shapes(params, template.params, config.init_from)
+    params = jax.tree.map(
+        lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]),
+        jax.tree.map(np.asarray, params),
+        shardings.params,
+    )
+    begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
+    return begin(params), {"pending": []}
+
+
+def check_shapes(params: dict, expected: dict, path: str) -> None:
+    """Raises UserError unless parameters have the names and shapes that the config's model has."""
+
+    def flat(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+
+    ours, theirs = flat(expected), flat(params)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"config.init_from={path} does not fit config.model: {name} is "
+                f"{theirs.get(name, 'missing')} there, {ours.get(name, 'unknown')} here"
+            )
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
+    """Writes config.json into a new workdir, or makes sure that an old one is of the same run.
+
+    Returns whether there was a run. Raises UserError if it differs, or if other files are there.
+    """
+    path = workdir / "config.json"
+    names = files.list_files(workdir)
+    if path.name in names:
+        try:
+            changed = differences(config, config_from_dict(files.read_json(path)))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not the config of a run: {error}") from None
+        if changed:
+            raise UserError(
+                f"--workdir={workdir} holds a run of another config; these differ: "
+                f"{'; '.join(changed)}. Name a new workdir"
+            )
+    elif names:
+        raise UserError(f"--workdir={workdir} holds files but no run; name a new or empty folder")
+    multihost_utils.sync_global_devices("every process has looked at the workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, config.to_dict())
+    return path.name in names

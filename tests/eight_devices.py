@@ -1,0 +1,77 @@
+"""Runs the same training on several meshes of 8 simulated devices; prints one JSON object.
+
+A script of its own, as the number of devices is fixed when JAX starts. test_sharding.py runs it.
+"""
+
+import itertools
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+
+from pixelflow_jax import hlo, sharding
+from pixelflow_jax.config import build_model, load_config
+from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.training.loop import device_batches
+from pixelflow_jax.training.optimizer import build_optimizer
+from pixelflow_jax.training.step import init_params, init_state, make_train_step
+
+from conftest import TINY
+
+MESHES = {  # name: (data, fsdp, accumulation_steps)
+    "one": (1, 1, 1),
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "mixed": (2, 4, 1),
+    "accumulated": (1, 1, 4),
+    "mixed_accumulated": (2, 2, 2),
+}
+STEPS = 10
+
+
+def run(data: int, fsdp: int, accumulation: int, *overrides: str) -> dict:
+    """Losses of 10 steps, and the share of each large array that one device holds."""
+    config = load_config(
+        "configs/digits.py", [*TINY, "batch_size=32", f"accumulation_steps={accumulation}", *overrides]
+    )
+    mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    model, optimizer = build_model(config), build_optimizer(config)
+
+    def init():
+        return init_state(init_params(model, config.seed), optimizer)
+
+    state = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init), mesh))()
+    step, losses = make_train_step(config, model, optimizer, mesh), []
+    batches = device_batches(config, load_source(config), mesh, 0)
+    for batch in itertools.islice(batches, STEPS):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    shares = {
+        name: max(shard.data.size for shard in x.addressable_shards) / x.size
+        for name, x in _flat(state)
+        if x.size > 1000
+    }
+    return {
+        "losses": losses,
+        "shares": shares,
+        "traces": step._cache_size(),
+        "collectives": hlo.summary(hlo.collectives(step.lower(state, batch).compile().as_text())),
+        "block_bytes": sum(x.nbytes for name, x in _flat(state.params) if "blocks" in name),
+        "bytes": sum(x.nbytes for _, x in _flat(state.params)),
+    }
+
+
+def _flat(tree) -> list[tuple[str, jax.Array]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+
+
+if __name__ == "__main__":
+    results = {name: run(*mesh) for name, mesh in MESHES.items()}
+    results["bfloat16"] = run(1, 1, 1, "dtype=bfloat16")
+    results["bfloat16_fsdp"] = run(1, 8, 1, "dtype=bfloat16")
+    results["remat_fsdp"] = run(1, 8, 1, "model.remat=full", "model.scan_unroll=1")
+    json.dump(results, sys.stdout)

@@ -1,0 +1,176 @@
+"""Many devices and processes: the same numbers as one, and every large array really split."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from pixelflow_jax import sharding
+from pixelflow_jax.config import load_config
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.sharding import P, make_mesh, param_spec
+from pixelflow_jax.training import loop
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    """What eight_devices.py prints."""
+    child = subprocess.run(
+        [sys.executable, HERE / "eight_devices.py"], capture_output=True, text=True, cwd=HERE.parent
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "mixed", "accumulated", "mixed_accumulated"])
+def test_every_mesh_gives_the_losses_of_one_device(results, name):
+    """Catches gradients summed twice or not at all, noise or stages that depend on the device."""
+    np.testing.assert_allclose(results[name]["losses"], results["one"]["losses"], rtol=1e-5)
+    assert results[name]["traces"] == 1
+
+
+def test_bfloat16_and_remat_under_fsdp(results):
+    """Catches a gather in the wrong dtype, or a backward pass that does not gather again."""
+    np.testing.assert_allclose(
+        results["bfloat16_fsdp"]["losses"], results["bfloat16"]["losses"], rtol=1e-3
+    )
+    np.testing.assert_allclose(results["remat_fsdp"]["losses"], results["one"]["losses"], rtol=1e-5)
+
+
+def test_fsdp_holds_an_eighth_of_every_large_array(results):
+    """Catches a parameter, moment or average that stays whole on every device."""
+    shares = results["fsdp"]["shares"]
+    assert set(shares.values()) == {1 / 8}
+    for part in ("params/", "opt_state/adamw", "opt_state/ema"):
+        assert any(name.startswith(part) for name in shares), part
+    assert set(results["mixed"]["shares"].values()) == {1 / 4}
+    assert set(results["data"]["shares"].values()) == {1.0}
+
+
+def test_collectives_of_a_step_are_those_written_down(results):
+    """Catches a gather that is kept or repeated, and a parser that miscounts loops.
+
+    Layers are gathered in the forward and again in the backward pass, the rest once; every gradient
+    is summed once.
+    """
+    ours = results["remat_fsdp"]
+    found = ours["collectives"]
+    assert found["all-to-all"]["ops"] == found["collective-permute"]["ops"] == 0
+    expected = ours["bytes"] + ours["block_bytes"]
+    assert 0.9 * expected < found["all-gather"]["bytes"] < 1.02 * expected
+    assert 0.9 < found["reduce-scatter"]["bytes"] / ours["bytes"] <= 1
+    assert found["all-reduce"]["bytes"] / ours["bytes"] < 0.2  # vectors, norms
+    assert results["one"]["collectives"]["all-gather"]["bytes"] == 0
+
+
+def test_param_specs():
+    """Catches a split of the layer axis, of a vector, or of a dimension that does not divide."""
+    assert param_spec("params/blocks/q/kernel", (28, 1152, 1152), 16) == P(None, "fsdp")
+    assert param_spec("params/class_embed/embedding", (1001, 1152), 16) == P(None, "fsdp")
+    assert param_spec("opt_state/adamw/mu/blocks/q/bias", (32, 1152), 16) == P()
+    assert param_spec("params/head/kernel", (1152, 48), 1) == P()
+    assert param_spec("params/odd", (7, 9), 4) == P()
+
+
+def test_meshes_that_do_not_fit():
+    """Catches a run that leaves devices idle without a word."""
+    devices = jax.devices()[:1]
+    assert dict(make_mesh(-1, 1, devices).shape) == {"data": 1, "fsdp": 1}
+    for sizes in ((2, 1), (1, 2), (-1, 2), (3, -1)):
+        with pytest.raises(UserError, match="do not fit 1 devices"):
+            make_mesh(*sizes, devices)
+
+
+def test_local_rows_are_all_rows_of_one_process():
+    """Catches rows loaded twice where a batch is on several devices of one process."""
+    where = jax.sharding.NamedSharding(make_mesh(-1, 1), sharding.BATCH)
+    np.testing.assert_array_equal(sharding.local_rows(where, 8), np.arange(8))
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start_cluster(workdir, flags, processes=2, devices=2):
+    """Starts `train` as several processes with several devices each."""
+    address = f"127.0.0.1:{free_port()}"
+    children = []
+    for index in range(processes):
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, "-m", "pixelflow_jax.train", f"--workdir={workdir}", *flags]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        children.append(subprocess.Popen(command, env=env, cwd=HERE.parent, **pipes))
+    return children
+
+
+def finish(children) -> list[str]:
+    outputs = [child.communicate(timeout=150)[0] for child in children]
+    for child, output in zip(children, outputs, strict=True):
+        assert child.returncode == 0, output[-3000:]
+    return outputs
+
+
+def test_two_processes_equal_one_and_resume_as_one(tmp_path, tiny_flags):
+    """Catches data loaded twice or in another order by a second host, and a checkpoint that only
+    as many processes as wrote it can read."""
+    flags = [*tiny_flags, "--config.batch_size=32", "--config.log_every=1", "--config.mesh.fsdp=2"]
+    flags += ["--config.num_train_steps=10", "--config.checkpoint_every=6"]
+    flags += ["--config.optimizer.schedule=constant", "--config.sample.num_images=6"]
+    flags += ["--config.sample_every=10"]
+    outputs = finish(start_cluster(tmp_path / "run", flags))
+    assert "Trained steps 0 to 10" in outputs[0] and "Trained" not in outputs[1]
+    assert (tmp_path / "run" / "samples" / "10.png").exists()
+
+    overrides = [flag.removeprefix("--config.") for flag in flags if "mesh" not in flag]
+    config = load_config("configs/digits.py", overrides)
+    config.num_train_steps = 12
+    loop.train(config, tmp_path / "alone")
+    loop.train(config, tmp_path / "run")
+    _flip_a_bit(tmp_path / "run" / "checkpoints" / "12" / "params")
+    outputs = finish(start_cluster(tmp_path / "run", [*flags, "--config.num_train_steps=13"]))
+    assert "checkpoint 12 in" in outputs[0] and "Going on from step 10" in outputs[0]
+    losses = [
+        [json.loads(row)["loss"] for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "alone")
+    ]
+    assert len(losses[0]) == 13
+    np.testing.assert_allclose(losses[0][:12], losses[1], rtol=1e-5)
+
+
+def _flip_a_bit(folder):
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path, tiny_flags):
+    """Catches hosts that save different steps, or one that waits for another for ever."""
+    workdir = tmp_path / "run"
+    flags = [*tiny_flags, "--config.num_train_steps=100000", "--config.checkpoint_every=50000"]
+    children = start_cluster(workdir, flags)
+    metrics, end = workdir / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert all(child.poll() is None for child in children) and time.monotonic() < end
+        time.sleep(0.1)
+    children[1].send_signal(signal.SIGTERM)
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [75, 75], outputs
+    assert len(list((workdir / "checkpoints").iterdir())) == 1
