@@ -2,8 +2,8 @@
 
 python -m pixelflow_jax.train --config=configs/imagenet256_b.py --workdir=gs://BUCKET/imagenet256_b
 
-Hardware: a TPU slice of 8 chips or more; the ImageNet source comes with the data pipeline. No
-published result: this size is ours.
+Data: as imagenet256_xl. Hardware: a TPU slice of 8 chips or more. No published result: this size is
+ours.
 """
 
 from pixelflow_jax.config import default_config
@@ -17,6 +17,9 @@ def get_config():
     config.model.num_heads = 12
     config.model.head_dim = 64
     config.model.depth = 12
-    config.data.source = "imagenet"
+    config.data.source = "tfds"
+    config.data.name = "imagenet2012"
+    config.data.num_workers = 16
+    config.mesh.data, config.mesh.fsdp = 1, -1
     config.data.resolution = 256
     return config

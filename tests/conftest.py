@@ -1,5 +1,8 @@
 """What several tests share."""
 
+import os
+import tempfile
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,16 @@ import pytest
 from pixelflow_jax.config import load_config
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training.step import init_params
+
+# Programs are compiled once a session, also those of child processes.
+CACHE = tempfile.TemporaryDirectory(prefix="pixelflow-tests-")
+for name, value in (
+    ("jax_compilation_cache_dir", CACHE.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0.5),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 TINY = (
     "model.num_heads=2",

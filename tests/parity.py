@@ -8,6 +8,7 @@ The error of an array is max |ours - theirs| / max |theirs|.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Noise, Sampler, class_conditions
 from pixelflow_jax.training.optimizer import build_optimizer
-from pixelflow_jax.training.step import init_state, update
+from pixelflow_jax.training.step import apply_gradients, init_state, packed_loss
 
 Errors = dict[str, tuple[float, float]]  # what -> (error, bound)
 DEFAULT_CASES = pathlib.Path(__file__).parent / "data" / "parity"
@@ -181,13 +182,11 @@ def run_train(case) -> Errors:
     batch, layout = train_batch(case, 0, cascade, p)
     packed = with_prefix(case, "step0/packed/")
     velocity = model.apply({"params": state.params}, batch.tokens, batch.timesteps, layout, batch.labels)
-    grads = jax.grad(
-        lambda params: flow.loss_per_image(
-            layout,
-            model.apply({"params": params}, batch.tokens, batch.timesteps, layout, batch.labels),
-            batch.target,
-        ).mean()
-    )(state.params)
+
+    def loss_fn(params, batch, layout):
+        return packed_loss(model, params, batch, layout).mean()
+
+    grads = jax.grad(loss_fn)(state.params, batch, layout)
     clipped, _ = optimizer_clip(config).update(grads, optax.EmptyState())
     sequence_order = [part[0] for part in layout.split_sequences(batch.timesteps)][::-1]
     result = {
@@ -209,9 +208,13 @@ def run_train(case) -> Errors:
             1e-5,
         ),
     }
-    step = jax.jit(
-        lambda state, batch, layout: update(model, optimizer, state, batch, layout), static_argnums=2
-    )
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(state, batch, layout):
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, layout)
+        state, norms = apply_gradients(optimizer, state, grads)
+        return state, {"loss": loss, **norms}
+
     losses, norms = [], []
     for index in range(config.num_train_steps):
         batch, layout = train_batch(case, index, cascade, p)

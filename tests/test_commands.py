@@ -69,6 +69,7 @@ def test_sample_writes_completes_and_refuses(trained, tmp_path, capsys):
             np.testing.assert_array_equal(np.asarray(Image.open(out / name)), file["arr_0"][i])
     for name in ("000001.png", "000004.png", "samples.npz"):
         (out / name).unlink()
+    (out / "000002.png").write_bytes(before["000002.png"][:60])  # damaged: it is drawn again
     sample.main(flags)
     after = contents(out)
     assert all(after[name] == before[name] for name in names)
@@ -98,13 +99,17 @@ def test_sample_flags_reach_the_sampler(trained, tmp_path):
         (["--config.model.dept=3"], "did you mean config.model.depth"),
         (["--config.model.depth=many"], "expected a value like"),
         (["--config.data.resolution=18"], "height 18 must be a positive multiple of 8"),
+        (["--config.seed=-1"], "must lie in 0"),
+        (["--config.init_from=nowhere"], "no such file or folder"),
+        (["--config.mesh.fsdp=0"], "at least 1"),
+        (["--config.data.split=val"], "train or test for digits"),
         (["--config.batch_size=7"], "the next is 8"),
         (["--config.num_train_steps=0"], "at least 1"),
         (["--config.num_train_steps=-5"], "at least 1"),
         (["--config.optimizer.schedule=step"], "one of constant, cosine"),
-        (["--config.data.source=imagenet"], "one of digits"),
+        (["--config.data.source=imagenet"], "one of digits, idx"),
         (["--config.model.num_classes=5"], "has 10 classes"),
-        (["--config.mesh.data=4"], "one device"),
+        (["--config.mesh.data=4"], "do not fit"),
         (["--config=nothing.py"], "installed configs: digits"),
         (["--config.model.head_dim=6"], "multiple of 4"),
     ],

@@ -1,0 +1,50 @@
+"""The train step compiled for a real TPU slice. Needs libtpu (the extra `aot`), in a venv of its own."""
+
+import importlib.util
+import json
+
+import pytest
+
+from pixelflow_jax import compile_check
+from pixelflow_jax.errors import UserError
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[aot]'"
+)
+
+
+@needs_libtpu
+def test_the_schedule_of_the_class_model_is_clean(tmp_path, capsys):
+    """Catches a resharding that the compiler puts in by itself, a gather in float32, a copied state."""
+    path = tmp_path / "figures.json"
+    flags = ["--config=configs/imagenet256_xl.py", "--topology=v5e:4x4", f"--json={path}"]
+    compile_check.main(flags)
+    print(capsys.readouterr().out)
+    figures = json.loads(path.read_text())
+    assert figures["collectives"]["all-to-all"]["ops"] == 0
+    assert figures["collectives"]["collective-permute"]["ops"] == 0
+    assert 1.5 < figures["gathered_per_parameter_byte"] <= 2.1
+    assert 0.95 < figures["reduced_per_gradient_byte"] <= 1.05
+    # float32 parameters, two moments and one average, a sixteenth of each
+    state = 4 * 4 * figures["parameters"] / 16
+    assert 1 <= figures["memory_per_device"]["arguments"] / state < 1.05
+    assert figures["memory_per_device"]["peak"] < 16 * 2**30
+
+
+@needs_libtpu
+def test_topologies_that_do_not_exist():
+    """Catches a traceback from libtpu."""
+    with pytest.raises(UserError, match="write it as v5e:4x4"):
+        compile_check.tpu_devices("v5e:3x5")
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    """Catches a traceback where libtpu is missing."""
+    import importlib.metadata
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(UserError, match="pip install"):
+        compile_check.tpu_devices("v5e:4x4")
