@@ -11,13 +11,13 @@ from pixelflow_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.num_train_steps = 2600
+    config.num_train_steps = 1100
     config.batch_size = 48
     config.log_every = 50
-    config.checkpoint_every = 500
-    config.sample_every = 500
+    config.checkpoint_every = 550
+    config.sample_every = 550
 
-    config.model.num_heads = 4
+    config.model.num_heads = 3
     config.model.head_dim = 64
     config.model.depth = 6
     config.model.patch_size = 4
