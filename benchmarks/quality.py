@@ -79,7 +79,7 @@ def draw(checkpoint: str, count: int, scale: float | None = None, ema: float | N
     for begin in range(0, count, 250):
         index = np.arange(begin, begin + 250)
         keys = image_keys(config.seed + 1000, index)
-        parts.append(jax.device_get(generate(params, keys, labels[index % count])))
+        parts.append(jax.device_get(generate(params, keys, labels[index % count])[0]))
     return np.concatenate(parts)[:count], labels, config
 
 

@@ -11,6 +11,7 @@ one whose settings.json equals the request: that one is completed.
 import argparse
 import io
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,13 @@ def main(argv: list[str] | None = None) -> None:
             chosen = missing[begin : begin + args.batch_size]
             padded = np.resize(chosen, args.batch_size)  # one shape, so one compilation
             keys = image_keys(args.seed, jnp.asarray(padded))
-            pixels = jax.device_get(generate(params, keys, jnp.asarray(labels[padded])))
+            pixels, finite = jax.device_get(generate(params, keys, jnp.asarray(labels[padded])))
+            if not finite.all():
+                sys.exit(
+                    f"error: image {padded[np.argmin(finite)]} is not finite; those before it are in "
+                    f"{out}. Try --dtype=float32, another --solver or more --num_steps; if nothing "
+                    f"helps, the weights of --checkpoint={args.checkpoint} are broken"
+                )
             for i, image in zip(chosen, pixels, strict=False):
                 save_png(paths[i], image)
             bar.update(len(chosen))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -217,3 +218,19 @@ def test_import_is_quick_and_lean():
         "assert not {'torch', 'tensorflow', 'gradio'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_images_that_are_not_finite(trained, tmp_path, solver, monkeypatch):
+    """Catches black pictures in place of an error, from broken weights or a solver that gives up."""
+    load = sample.load_params
+
+    def broken(*args):
+        params, config, meta = load(*args)
+        return jax.tree.map(lambda x: x * np.nan, params), config, meta
+
+    monkeypatch.setattr(sample, "load_params", broken)
+    flags = [f"--checkpoint={trained}", f"--out={tmp_path / 'out'}", "--labels=3", f"--solver={solver}"]
+    with pytest.raises(SystemExit, match="image 0 is not finite"):
+        sample.main([*flags, "--num_steps=1"])
+    assert not list((tmp_path / "out").glob("*.png"))

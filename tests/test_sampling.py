@@ -106,7 +106,7 @@ def test_one_compilation_a_shape(noisy_params):
     generate = make_generate(make_sampler())
     for seed in range(3):
         labels = jnp.full(4, seed)
-        image = generate(params, image_keys(seed, jnp.arange(4)), labels)
+        image, _ = generate(params, image_keys(seed, jnp.arange(4)), labels)
     assert generate._cache_size() == 1
     assert image.shape == (4, 16, 16, 3) and image.dtype == jnp.uint8
 

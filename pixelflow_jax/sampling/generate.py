@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Int, Key, UInt8
+from jaxtyping import Array, Bool, Int, Key, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -41,13 +42,18 @@ def image_keys(seed: int, index: Int[Array, " b"]) -> Key[Array, " b"]:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
 
 
-def make_generate(sampler: Sampler) -> Callable[..., UInt8[Array, "b h w 3"]]:
-    """The jitted function (params, keys [B], labels [B]) -> images: the cascade in one program."""
+def make_generate(
+    sampler: Sampler,
+) -> Callable[..., tuple[UInt8[Array, "b h w 3"], Bool[Array, " b"]]]:
+    """The jitted function (params, keys [B], labels [B]) -> images: the cascade in one program.
+
+    It also returns whether each image is finite, which pixels cannot tell.
+    """
 
     def generate(params, keys, labels):
         conditions = class_conditions(labels, sampler.model.num_classes)
         ends = sampler.sample(params, sampler.draw_noise(keys), *conditions)
-        return images.to_uint8(ends[-1])
+        return images.to_uint8(ends[-1]), jnp.isfinite(ends[-1]).all((1, 2, 3))
 
     return jax.jit(generate)
 

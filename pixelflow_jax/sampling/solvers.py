@@ -27,6 +27,7 @@ def heun_step(field: Field, x, tau, size):
 
 FIXED_STEP = {"euler": euler_step, "heun": heun_step}
 ADAPTIVE = ("dopri5",)
+MAX_STEPS = 10_000  # of an adaptive solver, a stage
 SOLVERS = (*FIXED_STEP, *ADAPTIVE)
 
 
@@ -49,7 +50,11 @@ def solve_fixed(name: str, field: Field, x: Float[Array, "..."], grid: StageGrid
 def solve_adaptive(
     name: str, field: Field, x: Float[Array, "..."], rtol: float, atol: float
 ) -> Float[Array, "..."]:
-    """Integrates from tau 0 to 1 with one error control for all of x; vmap it for one an image."""
+    """Integrates from tau 0 to 1 with one error control for all of x; vmap it for one an image.
+
+    NaN if the tolerance is not reached in MAX_STEPS: Diffrax's own error would be a call back into
+    Python, which a program for another machine cannot hold.
+    """
     import diffrax  # imports Equinox; only who asks for it pays
 
     solver = {"dopri5": diffrax.Dopri5}[name]()
@@ -61,6 +66,8 @@ def solve_adaptive(
         dt0=None,
         y0=x,
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
-        max_steps=10_000,
+        max_steps=MAX_STEPS,
+        throw=False,
     )
-    return solution.ys[-1]
+    reached = solution.result == diffrax.RESULTS.successful
+    return jnp.where(reached, solution.ys[-1], jnp.nan)
