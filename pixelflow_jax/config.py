@@ -81,6 +81,11 @@ def default_config() -> ConfigDict:
                 warmup=False,  # a smaller decay in the first steps
             ),
             mesh=dict(data=-1, fsdp=1),  # -1 = the rest of the devices
+            hosts=dict(  # seconds
+                start_timeout=300.0,  # until all processes must have come
+                heartbeat_timeout=60.0,  # of silence, after which one counts as gone
+                step_timeout=1800.0,  # in one place, after which the run counts as hanging
+            ),
             profile=dict(first_step=10, num_steps=0),  # a profiler trace of these steps; 0 = none
             sample=dict(
                 solver="euler",
@@ -160,6 +165,9 @@ def check_config(config: ConfigDict) -> None:
     for key in at_least_0.split():
         if _get(config, key) < 0:
             raise UserError(f"config.{key} must not be negative, got {_get(config, key)}")
+    for key, seconds in config.hosts.items():
+        if seconds <= 0:
+            raise UserError(f"config.hosts.{key} must be positive, got {seconds}")
     for key in ("num_heads", "head_dim", "depth", "patch_size"):
         if config.model[key] < 1:
             raise UserError(f"config.model.{key} must be at least 1, got {config.model[key]}")

@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message says what was wrong, where it came from and what would be right. Commands print it
     as one line without a traceback and exit with code 2; anything else that escapes is a bug.
     """
+
+
+EXIT_PREEMPTED = 75  # a run stopped by a preemption signal after saving: start it again
+EXIT_LOST = 76  # a run that cannot go on without a process that is gone or hangs

@@ -13,13 +13,14 @@ import sys
 from etils import epath
 from ml_collections import ConfigDict
 
-from pixelflow_jax import cli, convert
+from pixelflow_jax import cli, convert, hosts
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, UserError
 from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
-from pixelflow_jax.training.preemption import EXIT_CODE, Preempted
+from pixelflow_jax.training.preemption import Preempted
+from pixelflow_jax.training.watchdog import Lost, Watchdog
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,18 +34,24 @@ def main(argv: list[str] | None = None) -> None:
     overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
     args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
     config = load_config(args.config, overrides)
-    cli.connect_cluster()
     if config.init_from and not epath.Path(config.init_from).exists():
         raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
     load_initial = functools.partial(initial_params, config) if config.init_from else None
+    timeouts = config.hosts
+    cluster = hosts.gather(timeouts.start_timeout, config=config.to_dict(), workdir=args.workdir)
     try:
-        _, report = train(config, args.workdir, load_initial)
+        with Watchdog(cluster, timeouts.step_timeout, timeouts.heartbeat_timeout) as watchdog:
+            if cluster:
+                hosts.connect_jax(cluster, timeouts.start_timeout)
+                if cli.is_first_process():
+                    print(hosts.host_table(cluster), file=sys.stderr)
+            _, report = train(config, args.workdir, load_initial, watch=watchdog.at)
     except Preempted as signal:
         print(signal, file=sys.stderr)
-        sys.exit(EXIT_CODE)
-    except (TrainingDiverged, CheckpointFailed) as error:
+        sys.exit(EXIT_PREEMPTED)
+    except (TrainingDiverged, CheckpointFailed, Lost) as error:
         print(f"error: {error}. Checkpoints before it in {args.workdir} are kept", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(EXIT_LOST if isinstance(error, Lost) else 1)
     if cli.is_first_process():
         print(report)
 

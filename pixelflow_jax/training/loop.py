@@ -33,6 +33,7 @@ def train(
     workdir: epath.PathLike,
     load_initial: Callable[[], dict] | None = None,
     devices: list | None = None,
+    watch: Callable[[str], None] = lambda what: None,
 ) -> tuple[TrainState, str]:
     """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
 
@@ -41,6 +42,7 @@ def train(
       workdir: a new folder, or that of a run of the same config.
       load_initial: gives the parameters that a new run starts from, in place of random ones.
       devices: to train on; default all.
+      watch: is told, again and again, how far this process is (see watchdog.py).
 
     Returns the final state and a line that says what happened.
 
@@ -83,6 +85,7 @@ def train(
             for step in range(first + 1, config.num_train_steps + 1):
                 last = step == config.num_train_steps
                 profiler.before(step, state)
+                watch(f"step {step}")
                 with metrics.waiting():
                     batch = next(batches)
                 state, numbers = train_step(state, batch)
@@ -94,15 +97,18 @@ def train(
                 draw = config.sample_every and (step % config.sample_every == 0 or last)
                 save = step % config.checkpoint_every == 0 or last or stop
                 if draw and not stop:  # before the checkpoint: a run that resumes there has its grid
+                    watch(f"samples after step {step}")
                     with metrics.paused():
                         draw_samples(state, step)
                 if save:
+                    watch(f"checkpoint after step {step}")
                     pending = metrics.check()  # a broken state must not replace a good checkpoint
                     with metrics.paused():
                         checkpoints.save(manager, state, config, pending)
                 if stop:
                     checkpoints.check_background_save(manager, wait=True)
                     raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
+        watch("last checkpoint")
         checkpoints.check_background_save(manager, wait=True)
     seconds = time.perf_counter() - started
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
@@ -157,7 +163,7 @@ def make_sample_grid(config: ConfigDict, mesh: Mesh, workdir: epath.Path):
 
     @functools.partial(jax.jit, out_shardings=whole)
     def generate(params, index, labels):
-        return make_generate(sampler)(params, image_keys(config.seed, index), labels)
+        return make_generate(sampler)(params, image_keys(config.seed, index), labels)[0]
 
     names = [*config.ema.decays, *config.ema.half_lives]
 

@@ -6,8 +6,6 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # "stopped by a preemption signal after saving: start me again"
-
 
 class Preempted(Exception):
     """The run has saved a checkpoint and stopped because of a signal."""

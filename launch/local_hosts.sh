@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Runs training as N processes on this machine, as N hosts of a pod would: for trying things out.
+#
+#   launch/local_hosts.sh 2 --config=configs/digits.py --workdir=runs/two
+#
+# Every line is marked with the number of its process. Ends with 0 if all ended well, with 75 if all
+# were preempted (start again), else with the code of the first that failed. Ctrl-C stops all.
+# Processes that do not follow one that failed are killed after END_SECONDS (60).
+# DEVICES=4 gives each process 4 (virtual CPU) devices; PYTHON names the interpreter.
+set -euo pipefail
+
+if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+count=$1
+shift
+python=${PYTHON:-python}
+port=${PORT:-$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')}
+if [[ -n "${DEVICES:-}" ]]; then
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
+fi
+
+pids=()
+stop_all() { # stop_all SIGNAL: to those that still run
+  for pid in "${pids[@]}"; do [[ -z "$pid" ]] || kill "-$1" "$pid" 2>/dev/null || true; done
+}
+trap 'stop_all TERM' TERM   # as on a preempted machine: each saves and ends with 75
+trap 'stop_all INT; sleep 1; stop_all KILL; exit 130' INT
+
+for ((i = 0; i < count; i++)); do
+  JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$i PYTHONUNBUFFERED=1 \
+    "$python" -m pixelflow_jax.train "$@" > >(sed -u "s/^/[$i] /") 2>&1 &
+  pids+=($!)
+done
+
+result=0
+ended=0
+while ((ended < count)); do
+  for ((i = 0; i < count; i++)); do
+    if [[ -z "${pids[i]}" ]] || kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+    code=0
+    wait "${pids[i]}" 2>/dev/null || code=$?
+    pids[i]=""
+    ended=$((ended + 1))
+    if ((code == 0)); then continue; fi
+    echo "process $i ended with code $code$( ((code < 128)) || echo ", by signal $((code - 128))")" >&2
+    if ((result == 0 || result == 75)); then result=$code; fi
+    deadline=${deadline:-$((SECONDS + ${END_SECONDS:-60}))} # the others should follow on their own
+  done
+  if ((SECONDS > ${deadline:-SECONDS})); then stop_all KILL; fi
+  sleep 0.2
+done
+exit "$result"

@@ -1,0 +1,156 @@
+"""Notices that a process of the run is gone, or that a step hangs, and ends the run with a reason.
+
+Without it the others wait in a collective until JAX aborts them with a stack trace, or for ever.
+Processes tell each other how far they are, over the connections of the roll call (hosts.py), from a
+thread each; process 0 hears all and decides.
+"""
+
+import contextlib
+import os
+import select
+import sys
+import threading
+import time
+
+from pixelflow_jax.errors import EXIT_LOST, UserError
+from pixelflow_jax.hosts import Cluster
+from pixelflow_jax.training.metrics import TrainingDiverged
+from pixelflow_jax.training.preemption import Preempted
+
+BEAT = 1.0  # seconds between messages
+START_SILENCE = 300.0  # seconds of silence that a process may keep before its first step
+GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over
+OWN = (UserError, TrainingDiverged, Preempted)  # errors that speak for themselves
+LOST = "Start the same command again on all: it goes on from the newest checkpoint"
+
+
+class Lost(Exception):
+    """The run cannot go on without a process that is gone or hangs; checkpoints are kept."""
+
+
+class Watchdog:
+    """Watches from `with` to its end; `at` tells how far this process is.
+
+    Args:
+      cluster: of the run; None if this process is alone.
+      step_timeout: seconds in one place after which a process counts as hanging.
+      heartbeat_timeout: seconds of silence after which a process counts as gone.
+    """
+
+    def __init__(self, cluster: Cluster | None, step_timeout: float, heartbeat_timeout: float):
+        self._cluster = cluster
+        self._index = cluster.place.index if cluster else 0
+        self._step_timeout, self._heartbeat_timeout = step_timeout, heartbeat_timeout
+        self._place = (0, "starting", time.monotonic())  # how many places before, which, since when
+        self._links = dict(cluster.links) if cluster else {}
+        now = time.monotonic()
+        self._heard = {index: now for index in self._links}
+        self._others = {index: (0, "starting") for index in self._links}
+        self._verdict: str | None = None
+        self._judged, self._done = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Says goodbye. An error that comes of another's end is replaced by a Lost that says so."""
+        own = error is None or isinstance(error, OWN)
+        if not own and self._links:
+            self._judged.wait(2 * BEAT)  # a collective fails before we hear why
+        self._done.set()
+        self._thread.join(2 * BEAT)
+        fine = error is None or isinstance(error, Preempted)
+        self._tell({"bye": None if fine else f"{type(error).__name__}: {error}".splitlines()[0]})
+        if self._verdict and not own and isinstance(error, Exception):
+            raise Lost(self._verdict) from error
+
+    def _tell(self, message: dict) -> None:
+        for link in list(self._links.values()):
+            with contextlib.suppress(OSError):  # we hear of it when we listen
+                link.send(message)
+
+    def at(self, what: str) -> None:
+        """Notes that this process has come to `what`, such as "step 41"."""
+        self._place = (self._place[0] + 1, what, time.monotonic())
+
+    def _watch(self) -> None:
+        while not self._done.is_set() and self._verdict is None:
+            begin = time.monotonic()
+            verdict = self._exchange() or self._hanging()
+            if verdict and not self._done.is_set():
+                self._end(verdict)
+            self._done.wait(max(0.0, BEAT - (time.monotonic() - begin)))
+
+    def _end(self, verdict: str) -> None:
+        """Tells all; ends this process if its main thread does not do so itself."""
+        self._verdict = verdict
+        self._judged.set()
+        if self._index == 0:
+            self._tell({"end": verdict})
+        if not self._done.wait(GRACE):
+            print(f"\nerror: {verdict}", file=sys.stderr, flush=True)
+            os._exit(EXIT_LOST)  # the main thread is in a collective that will not return
+
+    def _exchange(self) -> str | None:
+        """Hears the others for a beat, tells them where we are; what is wrong, if anything is."""
+        self._tell({"at": self._place[:2]})
+        end = time.monotonic() + BEAT
+        while self._links and (left := end - time.monotonic()) > 0 and not self._done.is_set():
+            sockets = {link.socket: index for index, link in self._links.items()}
+            for ready in select.select(list(sockets), [], [], left)[0]:
+                verdict = self._hear(sockets[ready])
+                if verdict:
+                    return verdict
+        now = time.monotonic()
+        silent = [i for i, at in self._heard.items() if now - at > self._patience(i)]
+        if silent:
+            return (
+                f"nothing was heard of {self._names(silent)} for {self._patience(silent[0]):g} s. See "
+                f"whether the machine is up. {LOST}"
+            )
+        return None
+
+    def _patience(self, index: int) -> float:
+        """Seconds of silence that a process is granted: more while JAX starts, which can block it."""
+        started = self._others[index][0] > 0
+        return self._heartbeat_timeout if started else max(self._heartbeat_timeout, START_SILENCE)
+
+    def _hear(self, index: int) -> str | None:
+        """Takes the messages of one process; what is wrong, if anything is."""
+        link = self._links[index]
+        try:
+            while (message := link.receive(0)) is not None:
+                self._heard[index] = time.monotonic()
+                if "end" in message:
+                    return message["end"]
+                if "bye" in message:
+                    del self._links[index], self._heard[index], self._others[index]
+                    if message["bye"]:
+                        return f"{self._cluster.name(index)} stopped: {message['bye']}"
+                    return None
+                self._others[index] = tuple(message["at"])
+        except OSError:
+            return f"{self._cluster.name(index)} is gone: killed, crashed or cut off. {LOST}"
+        return None
+
+    def _hanging(self) -> str | None:
+        """Who is late, if nothing has moved here for too long."""
+        count, what, since = self._place
+        if self._index or time.monotonic() - since < self._step_timeout:
+            return None
+        places = {0: (count, what), **self._others}
+        first = min(places.values())[0]
+        late = sorted(i for i, (n, _) in places.items() if n == first)
+        where = f"{places[late[0]][1]!r} for {self._step_timeout:g} s"
+        if len(late) == len(places):
+            who = "every process" if self._cluster else "this process"
+            return f"{who} has been at {where} (--config.hosts.step_timeout). {LOST}"
+        return (
+            f"{self._names(late)} is late: at {where}, while others wait at "
+            f"{max(places.values())[1]!r} (--config.hosts.step_timeout). {LOST}"
+        )
+
+    def _names(self, indices: list[int]) -> str:
+        return " and ".join(self._cluster.name(index) for index in indices)

@@ -1,0 +1,418 @@
+"""Several processes: the roll call, what is said when one is missing or lost, doctor, restarts."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pixelflow_jax import doctor, hosts
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.hosts import Place, make_record, roll_call
+from pixelflow_jax.training import watchdog
+from pixelflow_jax.training.watchdog import Lost, Watchdog
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def gather(records, timeout=10.0, count=None, indices=None):
+    """The roll call of several processes, as threads: a Cluster or an error of each."""
+    address, count = f"127.0.0.1:{free_port()}", count or len(records)
+    indices = indices or range(len(records))
+
+    def one(index, record):
+        try:
+            return roll_call(Place(address, count, index), record, timeout)
+        except UserError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(len(records)) as pool:
+        return list(pool.map(one, indices, records))
+
+
+def record(host, **settings):
+    return make_record(**settings) | {"hostname": host}
+
+
+def close(clusters):
+    for cluster in clusters:
+        for link in getattr(cluster, "links", {}).values():
+            link.close()
+
+
+def test_all_come_and_all_know_of_all():
+    """Catches records mixed up, and a start that depends on who is first."""
+    clusters = gather([record(f"h{i}", config={"a": 1}) for i in range(5)])
+    assert all(c.records == clusters[0].records for c in clusters)
+    assert [clusters[0].name(i) for i in range(5)] == [f"process {i} (h{i})" for i in range(5)]
+    assert set(clusters[0].links) == {1, 2, 3, 4} and all(
+        abs(s) < 1 for s in clusters[0].offsets.values()
+    )
+    close(clusters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"config": {"model": {"depth": 6}, "seed": 1}},
+            r"config.model.depth: 4 on process 0 \(a\), process 2 \(c\); 6 on process 1 \(b\)",
+        ),
+        ({"workdir": "y"}, "workdir: 'x' on process 0"),
+        ({"versions": {"jax": "0.9"}}, "versions.jax"),
+        ({"pixelflow_jax": "other"}, "pixelflow_jax"),
+    ],
+)
+def test_hosts_that_disagree_are_refused_alike(changes, said):
+    """Catches a pod of two configs, versions or checkouts that trains something else together."""
+    same = {"config": {"model": {"depth": 4}, "seed": 1}, "workdir": "x"}
+    errors = gather([record("a", **same), record("b", **same) | changes, record("c", **same)])
+    assert all(isinstance(error, UserError) for error in errors)
+    assert len({str(error) for error in errors}) == 1
+    assert "hosts disagree" in str(errors[0]) and re.search(said, str(errors[0])), errors[0]
+    assert "seed" not in str(errors[0])
+
+
+def test_who_is_missing_is_said_to_all():
+    """Catches the pod that waits in silence for a worker that nobody started (jax-ml/jax#22436)."""
+    begin = time.monotonic()
+    errors = gather([record("a"), record("b"), record("d")], timeout=1.5, count=4, indices=[0, 1, 3])
+    assert time.monotonic() - begin < 10
+    for error in errors:
+        assert "3 of 4 hosts arrived" in str(error) and "missing: 2." in str(error), error
+        assert "on all workers" in str(error)
+
+
+def test_process_0_missing():
+    """Catches the same where the one that did not come is the one that all wait for."""
+    (error,) = gather([record("b")], timeout=1, count=2, indices=[1])
+    assert "process 0 at 127.0.0.1" in str(error) and "on all workers" in str(error)
+
+
+def test_two_with_the_same_index_and_another_number():
+    """Catches a launcher that numbers badly."""
+    errors = gather([record("a"), record("b"), record("c")], count=3, indices=[0, 1, 1])
+    assert all("two processes say that they are process 1" in str(error) for error in errors)
+    address = f"127.0.0.1:{free_port()}"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(roll_call, Place(address, count, index), record("a"), 5)
+            for index, count in ((0, 2), (1, 3))
+        ]
+    assert all("was told of 2 processes, but process 1" in str(job.exception()) for job in jobs)
+
+
+def test_strangers_and_stale_runs():
+    """Catches a port scanner that stops a run, and a port that an earlier run still holds."""
+    port = free_port()
+    place = [Place(f"127.0.0.1:{port}", 2, index) for index in range(2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(roll_call, place[0], record("a"), 10)
+        time.sleep(0.3)
+        for hello in (b"GET / HTTP/1.1\r\n\r\n", b'{"index": "x"}\n', b"{]\n", b""):
+            with socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.sendall(hello)
+        second = pool.submit(roll_call, place[1], record("b"), 10)
+        close([first.result(), second.result()])
+    with socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True):
+        with pytest.raises(UserError, match="an earlier run"):
+            roll_call(place[0], record("a"), 1)
+
+
+def test_the_place_by_hand(monkeypatch):
+    """Catches a run that starts alone because one of the variables is missing."""
+    for name in hosts.SIGNS:
+        monkeypatch.delenv(name, raising=False)
+    assert hosts.find_place() is None
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID not"):
+        hosts.find_place()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert hosts.find_place() == Place("127.0.0.1:1", 2, 1)
+    for name, value, said in (
+        ("JAX_PROCESS_ID", "2", "below"),
+        ("JAX_NUM_PROCESSES", "two", "whole number"),
+        ("JAX_COORDINATOR_ADDRESS", "localhost", "HOST:PORT"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(UserError, match=said):
+                hosts.find_place()
+
+
+# -- the watchdog, with threads for processes
+
+
+@contextlib.contextmanager
+def watched(count, step_timeout=60.0, heartbeat_timeout=60.0):
+    """Watchdogs of `count` processes, and what ended them: [(exit code, message)]."""
+    clusters = gather([record(f"h{i}") for i in range(count)])
+    dogs = [Watchdog(cluster, step_timeout, heartbeat_timeout) for cluster in clusters]
+    yield dogs
+    close(clusters)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Short beats, and no process that really ends; the verdict lands in the list."""
+    monkeypatch.setattr(watchdog, "BEAT", 0.05)
+    monkeypatch.setattr(watchdog, "GRACE", 0.2)
+    ended = []
+    monkeypatch.setattr(watchdog.os, "_exit", ended.append)
+    return ended
+
+
+def work(dog, seconds, every=0.05, fail=None):
+    """Steps for a while, then an error or a good end."""
+    with dog:
+        end, step = time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            step += 1
+            dog.at(f"step {step}")
+            time.sleep(every)
+        if fail:
+            raise fail
+
+
+def together(*calls):
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        jobs = [pool.submit(*call) for call in calls]
+    return [job.exception() for job in jobs]
+
+
+def test_a_good_end_is_quiet(fast, capfd):
+    """Catches a watchdog that takes the first to finish for lost."""
+    with watched(3) as dogs:
+        assert together(*[(work, dog, 0.2 + i * 0.4) for i, dog in enumerate(dogs)]) == [None] * 3
+    assert fast == [] and "error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_gone_is_named(fast, capfd, victim):
+    """Catches a pod that hangs in a collective after a crash."""
+    with watched(3) as dogs:
+
+        def die():
+            time.sleep(0.3)
+            for link in dogs[victim]._links.values():
+                link.socket.shutdown(socket.SHUT_RDWR)
+
+        others = [(work, dog, 1.5) for i, dog in enumerate(dogs) if i != victim]
+        together((die,), *others)
+    said = capfd.readouterr().err
+    assert fast == [76, 76] and said.count(f"process {victim} (h{victim}) is gone") == 2, said
+
+
+def test_silence_counts_as_gone(fast, capfd):
+    """Catches a machine that lost its power or network: no connection is closed then."""
+    with watched(3, heartbeat_timeout=0.6) as dogs:
+        dogs[1]._tell({"at": [1, "step 1"]})
+        together((work, dogs[0], 2.0), (work, dogs[2], 2.0))
+    assert fast == [76, 76] and "nothing was heard of process 1 (h1) for 0.6 s" in capfd.readouterr().err
+
+
+def test_a_hanging_host_is_named(fast, capfd):
+    """Catches a step that never ends, and blame for those that wait for the late one."""
+    with watched(3, step_timeout=0.6) as dogs:
+
+        def slow(dog, steps):
+            with dog:
+                for step in range(steps):
+                    dog.at(f"step {step}")
+                time.sleep(1.5)
+
+        together((slow, dogs[0], 9), (slow, dogs[1], 4), (slow, dogs[2], 9))
+    said = capfd.readouterr().err
+    assert (
+        fast == [76] * 3 and "process 1 (h1) is late: at 'step 3'" in said and "wait at 'step 8'" in said
+    )
+    with watched(1, step_timeout=0.4) as dogs:
+        together((slow, dogs[0], 2))
+    assert "has been at 'step 1' for 0.4 s" in capfd.readouterr().err
+
+
+def test_an_error_of_one_reaches_the_others(fast, capfd):
+    """Catches hosts that wait minutes for one that has stopped with a good reason of its own."""
+    own = UserError("its disk is full")
+    with watched(2) as dogs:
+        errors = together((work, dogs[0], 3.0), (work, dogs[1], 0.3, 0.05, own))
+    assert errors[1] is own and fast == [76]
+    assert "process 1 (h1) stopped: UserError: its disk is full" in capfd.readouterr().err
+
+
+def test_a_failing_collective_is_explained(fast):
+    """Catches a traceback of the network's in place of the reason for it."""
+    broken = ValueError("Gloo AllGather failed")
+    with watched(2) as dogs:
+
+        def die():
+            time.sleep(0.3)
+            for link in dogs[1]._links.values():
+                link.socket.shutdown(socket.SHUT_RDWR)
+
+        errors = together((work, dogs[0], 0.4, 0.05, broken), (die,))
+    assert isinstance(errors[0], Lost) and "process 1 (h1) is gone" in str(errors[0])
+
+
+# -- real processes, through launch/local_hosts.sh
+
+
+def local_hosts(count, workdir, flags, env=()):
+    command = [ROOT / "launch" / "local_hosts.sh", str(count), f"--workdir={workdir}", *flags]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable, "END_SECONDS": "40"} | dict(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def process_of(index, workdir) -> int:
+    """The pid of a process of a run."""
+    for folder in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and f"--workdir={workdir}".encode() in (
+                folder / "cmdline"
+            ).read_bytes().split(b"\0"):
+                if f"JAX_PROCESS_ID={index}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    return int(folder.name)
+    raise AssertionError(f"no process {index} of {workdir}")
+
+
+def rows(workdir) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+
+def numbers(workdir):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(workdir)]
+
+
+def wait_for_rows(child, workdir, count):
+    end = time.monotonic() + 150
+    while len(rows(workdir)) < count:
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, tiny_flags):
+    """Catches a pod that hangs after a crash of one host, or loses steps by it."""
+    flags = [*tiny_flags, "--config.batch_size=16", "--config.checkpoint_every=5"]
+    flags += [
+        "--config.log_every=1",
+        "--config.num_train_steps=40",
+        "--config.optimizer.schedule=constant",
+    ]
+    whole = local_hosts(2, tmp_path / "whole", flags)
+    assert whole.wait(200) == 0, whole.communicate()[0]
+    for victim in (1, 0):
+        child = local_hosts(2, tmp_path / "run", [*flags, "--config.num_train_steps=4000"])
+        wait_for_rows(child, tmp_path / "run", len(rows(tmp_path / "run")) + 7)
+        os.kill(process_of(victim, tmp_path / "run"), signal.SIGKILL)
+        begin = time.monotonic()
+        output = child.communicate(timeout=100)[0]
+        assert child.returncode != 0 and time.monotonic() - begin < 30, output
+        assert f"error: process {victim} " in output and "is gone" in output, output
+        assert "Checkpoints before it" in output
+        _cut_rows(tmp_path / "run")
+    end = local_hosts(2, tmp_path / "run", flags)
+    output = end.communicate(timeout=200)[0]
+    assert end.returncode == 0 and "Going on from step" in output, output
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def _cut_rows(workdir):
+    """The run must not have passed the end of the one it is compared with."""
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    assert steps and max(steps) < 40, steps
+
+
+def test_one_never_started_and_two_versions(tmp_path, tiny_flags):
+    """Catches silence for a missing process, and a run of two configs, through the real command."""
+    port = free_port()
+    flags = [*tiny_flags, "--config.hosts.start_timeout=6"]
+
+    def start(index, *more):
+        env = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, "-m", "pixelflow_jax.train", f"--workdir={tmp_path / 'run'}"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([*command, *flags, *more], cwd=ROOT, env=env, **pipes)
+
+    alone = start(0)
+    output = alone.communicate(timeout=60)[0]
+    assert alone.returncode == 2 and output.startswith("error: 1 of 2 hosts arrived within 6 s"), output
+    pair = [start(0), start(1, "--config.model.depth=3")]
+    for child in pair:
+        output = child.communicate(timeout=60)[0]
+        assert child.returncode == 2 and "config.model.depth: 2 on process 0" in output, output
+        assert len(output.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+# -- doctor
+
+
+def test_doctor(tmp_path, tiny_flags, capsys):
+    """Catches a doctor that leaves traces, calls the sick well or dies of the disease."""
+    flags = [*tiny_flags, "--no_compile", f"--workdir={tmp_path / 'a' / 'run'}"]
+    with pytest.raises(SystemExit) as end:
+        doctor.main(flags)
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "all is well" in said and "FAIL" not in said
+    assert re.search(r"ok +data +1,347 examples", said) and list(tmp_path.iterdir()) == []
+
+    (tmp_path / "file").touch()
+    bad = [*flags, f"--workdir={tmp_path / 'file' / 'run'}", "--config.data.source=folder"]
+    with pytest.raises(SystemExit) as end:
+        doctor.main([*bad, f"--config.data.path={tmp_path / 'none'}", "--config.mesh.fsdp=7"])
+    said = capsys.readouterr().out
+    assert end.value.code == 1 and "4 of 9 checks failed" in said
+    for name in ("batch", "data", "workdir", "clock"):
+        assert re.search(rf"FAIL +{name}", said), said
+
+
+def test_doctor_compares_memory_and_regions(tmp_path, tiny_flags, capsys, monkeypatch):
+    """Catches an estimate that is not the compiled step's, and a bucket on another continent."""
+    monkeypatch.setattr(doctor, "device_memory", lambda: 1000)
+    with pytest.raises(SystemExit):
+        doctor.main([*tiny_flags, f"--workdir={tmp_path / 'run'}"])
+    assert re.search(
+        r"FAIL +memory +a step needs 0.\d+ GiB.*accumulation_steps", capsys.readouterr().out
+    )
+
+    fake = tmp_path / "gcloud"
+    fake.write_text("#!/bin/sh\necho EUROPE-WEST4\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "this_zone", lambda: "us-central2-b")
+    monkeypatch.setattr(doctor.epath.Path, "exists", lambda self: True, raising=False)
+    assert doctor.bucket_region("gs://b/x") == "europe-west4"
+
+
+def test_threads_are_gone():
+    """Catches a watchdog that outlives its run; last, on purpose."""
+    assert not any(thread.name == "watchdog" and thread.is_alive() for thread in threading.enumerate())
