@@ -67,13 +67,14 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list:
     return list(found.devices)
 
 
-def measure(config, topology: str, num_slices: int = 1) -> dict[str, Any]:
-    """Compiles the real train step and collects its figures (see `report`)."""
-    devices = tpu_devices(topology, num_slices)
+def compile_step(config, devices: list):
+    """The compiled train step, its abstract state, its mesh, and the seconds to trace and compile it.
+
+    `devices` may be real ones or descriptions of some that are not here.
+    """
     import jax
 
-    from pixelflow_jax import hlo, sharding
-    from pixelflow_jax.config import DTYPES
+    from pixelflow_jax import sharding
     from pixelflow_jax.training.optimizer import build_optimizer
     from pixelflow_jax.training.step import abstract_batch, abstract_state, make_train_step
 
@@ -87,9 +88,36 @@ def measure(config, topology: str, num_slices: int = 1) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:  # it does not fit the device's memory, mostly
-        raise UserError(f"it does not compile for {topology}: {str(error).splitlines()[0]}") from None
-    done = time.perf_counter()
-    memory, found = compiled.memory_analysis(), hlo.collectives(compiled.as_text())
+        raise UserError(
+            f"it does not compile for {devices[0].device_kind}: {str(error).splitlines()[0]}"
+        ) from None
+    return compiled, state, mesh, (traced - begin, time.perf_counter() - traced)
+
+
+def memory_per_device(compiled) -> dict[str, int]:
+    """Bytes of a compiled program on each device; "peak" is what must fit."""
+    memory = compiled.memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+        "peak": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+    }
+
+
+def measure(config, topology: str, num_slices: int = 1) -> dict[str, Any]:
+    """Compiles the real train step for a TPU slice and collects its figures (see `report`)."""
+    devices = tpu_devices(topology, num_slices)
+    import jax
+
+    from pixelflow_jax import hlo
+    from pixelflow_jax.config import DTYPES
+
+    compiled, state, mesh, (traced, took) = compile_step(config, devices)
+    found = hlo.collectives(compiled.as_text())
     count = sum(x.size for x in jax.tree.leaves(state.params))
     item = DTYPES[config.dtype].dtype.itemsize
     totals = hlo.summary(found)
@@ -101,17 +129,9 @@ def measure(config, topology: str, num_slices: int = 1) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "libtpu")},
-        "trace_seconds": traced - begin,
-        "compile_seconds": done - traced,
-        "memory_per_device": {
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "program": memory.generated_code_size_in_bytes,
-            "peak": memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes,
-        },
+        "trace_seconds": traced,
+        "compile_seconds": took,
+        "memory_per_device": memory_per_device(compiled),
         "parameters": count,
         "collectives": totals,
         "gathered_bytes": gathered,

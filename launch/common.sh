@@ -1,0 +1,161 @@
+# What the launch scripts share; they source it. Not a command.
+# shellcheck shell=bash disable=SC2034
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+settings="$here/settings.env"
+dry_run=""
+any_region=""
+declare -A setting=()
+arguments=()
+where=() # the project and zone, as gcloud and xpk want them
+
+fail() { # fail MESSAGE [CODE]
+  echo "error: $1" >&2
+  exit "${2:-2}"
+}
+
+say() { echo "$(date +%H:%M:%S) $*" >&2; }
+
+usage() { # the comment at the head of the script
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0" >&2
+  exit "${1:-2}"
+}
+
+# Takes the flags that every script knows off "$@"; the rest is left in `arguments`.
+parse_flags() {
+  arguments=()
+  while (($#)); do
+    case "$1" in
+      --settings=*) settings="${1#*=}" ;;
+      --dry_run) dry_run=1 ;;
+      --any_region) any_region=1 ;;
+      --help | -h) usage 0 ;;
+      *) arguments+=("$1") ;;
+    esac
+    shift
+  done
+  [[ -f "$settings" ]] || fail "$settings does not exist: copy launch/settings.example.env and fill it in"
+  local line key value
+  while IFS= read -r line || [[ -n "$line" ]]; do
+    line=${line%%$'\r'}
+    [[ "$line" =~ ^[[:space:]]*(#.*)?$ ]] && continue
+    [[ "$line" =~ ^([A-Z_]+)=(.*)$ ]] || fail "$settings: not KEY=VALUE: $line"
+    key=${BASH_REMATCH[1]}
+    value=${BASH_REMATCH[2]%%[[:space:]]#*}
+    setting[$key]=${value%"${value##*[![:space:]]}"}
+  done <"$settings"
+  where=(--project="${setting[PROJECT]:-}" --zone="${setting[ZONE]:-}")
+}
+
+need() { # need KEY...: stops if a setting is missing
+  local key
+  for key in "$@"; do
+    [[ -n "${setting[$key]:-}" ]] || fail "$settings: $key is not set"
+  done
+}
+
+run() { # runs a command, or prints it with --dry_run
+  if [[ -n "$dry_run" ]]; then
+    local word line=+
+    for word in "$@"; do
+      if [[ "$word" =~ [^A-Za-z0-9_./:=,@%+-] ]]; then word=${word@Q}; fi
+      line+=" $word"
+    done
+    printf '%s\n' "$line"
+    return 0
+  fi
+  "$@"
+}
+
+need_tool() { # need_tool NAME WHERE_FROM
+  [[ -n "$dry_run" ]] || command -v "$1" >/dev/null || fail "$1 is not on PATH: $2"
+}
+
+# The train command line, quoted for a remote shell; "$@" are further flags.
+train_command() {
+  local flags
+  read -ra flags <<<"${setting[FLAGS]:-}"
+  printf 'python -m pixelflow_jax.train'
+  printf ' %q' "--config=${setting[CONFIG]}" "--workdir=${setting[WORKDIR]}" "${flags[@]}" "$@"
+}
+
+# Stops unless the bucket lies in the zone's region (or in a multi-region of its continent).
+check_region() {
+  local region place
+  region=${setting[ZONE]%-*}
+  if [[ -n "$dry_run" ]]; then
+    run gcloud storage buckets describe "${setting[BUCKET]}" --project="${setting[PROJECT]}" --format="value(location)"
+    return
+  fi
+  place=$(gcloud storage buckets describe "${setting[BUCKET]}" --project="${setting[PROJECT]}" --format="value(location)") ||
+    fail "the bucket ${setting[BUCKET]} cannot be read: gcloud auth login, or see BUCKET in $settings" 1
+  place=$(tr '[:upper:]' '[:lower:]' <<<"$place")
+  case "$place" in
+    "$region") ;;
+    us | eu | asia)
+      local continent=${region%%-*}
+      [[ "$place" == "${continent/europe/eu}" ]] || wrong_region "$place" "$region"
+      say "note: ${setting[BUCKET]} is a multi-region bucket ($place); one in $region reads faster"
+      ;;
+    *) wrong_region "$place" "$region" ;;
+  esac
+}
+
+wrong_region() {
+  [[ -n "$any_region" ]] && say "warning: ${setting[BUCKET]} is in $1, the TPU in $2" && return
+  fail "${setting[BUCKET]} is in $1, but ${setting[ZONE]} is in $2: every byte read is billed, and slow. \
+Use a bucket in $2, or --any_region if you know what it costs"
+}
+
+# -- on TPU VMs (tpu_vm.sh, spot.sh)
+
+remote="pixelflow_run" # folder in the home of every worker
+process='^python -m pixelflow_jax[.]train' # the training process, not the shells around it
+
+on_workers() { # on_workers WHICH COMMAND: on worker WHICH, or all; ends with the first code that is not 0
+  local flags
+  read -ra flags <<<"${setting[SSH_FLAGS]:-}"
+  run gcloud compute tpus tpu-vm ssh "${setting[NAME]}" "${where[@]}" "${flags[@]}" \
+    --worker="$1" --command="$2"
+}
+
+# Every worker gets the same commit: what is not committed stays here. uv brings its own Python, as the
+# images come with one that is too old.
+setup_workers() {
+  local archive=${TMPDIR:-/tmp}/$remote.tar.gz
+  run git -C "$here/.." archive --format=tar.gz -o "$archive" HEAD || fail "git archive failed" 1
+  on_workers all "mkdir -p $remote" || fail "not all workers can be reached (see above)" 1
+  run gcloud compute tpus tpu-vm scp "$archive" "${setting[NAME]}:$remote/code.tar.gz" "${where[@]}" \
+    --worker=all || fail "the code could not be copied to all workers" 1
+  on_workers all "cd $remote && rm -rf code && mkdir code && tar xzf code.tar.gz -C code && \
+python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 venv && \
+python3 -m uv pip install -q --python venv/bin/python -e 'code[tpu,gcs,data]'" ||
+    fail "the set-up failed on a worker (see above)" 1
+}
+
+# In the background there, so that a lost connection here ends nothing. `flock` makes a second start fail
+# instead of training twice; the exit code lands in a file.
+start_training() {
+  local inner
+  stop_training
+  inner="cd code; . ../venv/bin/activate; $(train_command "$@")"
+  on_workers all "cd $remote || exit 1; rm -f exit_code; nohup setsid flock -n lock bash -c $(printf %q \
+    "$inner; echo \$? >../exit_code") >>train.log 2>&1 </dev/null &" || fail "training was not started" 1
+}
+
+# SIGTERM: a checkpoint is saved. What still runs after 120 s, or holds the TPU, is killed.
+stop_training() {
+  on_workers all "pkill -TERM -f '$process' || exit 0; for i in \$(seq 120); do \
+pgrep -f '$process' >/dev/null || exit 0; sleep 1; done; \
+pkill -KILL -f '$process'; rm -f /tmp/libtpu_lockfile" || true
+}
+
+worker_codes() { # a line a worker: "running", "lost" (gone without a code) or the exit code
+  on_workers all "cat $remote/exit_code 2>/dev/null || { pgrep -f '$process' >/dev/null && \
+echo running || echo lost; }"
+}
+
+delete_vm() {
+  run gcloud compute tpus tpu-vm delete "${setting[NAME]}" "${where[@]}" --quiet
+}

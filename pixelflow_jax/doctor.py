@@ -1,0 +1,309 @@
+"""Looks whether a training run can go well here, before it costs anything. Changes nothing.
+
+    python -m pixelflow_jax.doctor --config=configs/imagenet256_xl.py --workdir=gs://bucket/run
+
+A line a check, with what to do where something is wrong. With several hosts, run it on all of them
+(launch/tpu_vm.sh doctor): they compare notes. Exit code 0 if a run can start, 1 if not.
+"""
+
+import contextlib
+import datetime
+import glob
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+
+from etils import epath
+from packaging.requirements import Requirement
+
+from pixelflow_jax import cli, hosts
+from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
+from pixelflow_jax.config import load_config
+from pixelflow_jax.errors import UserError
+
+BATCHES = 5  # read to see how fast the data comes
+CLOCK_SECONDS = 5.0  # by which clocks may differ
+METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/zone"
+
+
+class Problem(Exception):
+    """A check that failed: what is wrong, and what to do."""
+
+
+class Note(Exception):
+    """A check that found something to know, with which a run can start."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--config", default="configs/digits.py", help="config file (%(default)s)")
+    parser.add_argument("--workdir", required=True, help="folder that the run would use")
+    parser.add_argument("--no_compile", action="store_true", help="skip the memory estimate (minutes)")
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
+    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
+    config = load_config(args.config, overrides)
+    cluster = hosts.gather(
+        config.hosts.start_timeout, config=config.to_dict(), workdir=args.workdir, command="doctor"
+    )
+    if cluster:
+        hosts.connect_jax(cluster, config.hosts.start_timeout)
+    state_bytes = {}
+    checks: dict[str, Callable[[], str]] = {
+        "versions": check_versions,
+        "devices": check_devices,
+        "hosts": lambda: check_hosts(cluster),
+        "batch": lambda: check_batch(config),
+        "data": lambda: check_data(config),
+        "memory": lambda: check_memory(config, args.no_compile, state_bytes),
+        "workdir": lambda: check_workdir(args.workdir, config, state_bytes),
+        "bucket": lambda: check_buckets(args.workdir, config),
+        "clock": lambda: check_clock(args.workdir, cluster),
+    }
+    failed = sum(not look(name, check) for name, check in checks.items())
+    print(f"{failed} of {len(checks)} checks failed" if failed else "all is well: a run can start")
+    sys.exit(1 if failed else 0)
+
+
+def look(name: str, check: Callable[[], str]) -> bool:
+    """Prints a check's line; whether a run can start as far as it goes."""
+    try:
+        mark, said = "ok", check()
+    except Note as note:
+        mark, said = "note", str(note)
+    except (Problem, UserError, OSError) as error:
+        mark, said = "FAIL", str(error)
+    except Exception as error:  # of a storage library, mostly; a doctor must not die of the disease
+        mark, said = "FAIL", f"{type(error).__name__}: {error}"
+    print(f"{mark:<5} {name:<9} {said}", flush=True)
+    return mark != "FAIL"
+
+
+def check_versions() -> str:
+    """The packages that are here, against this package's lower bounds."""
+    found = []
+    for text in importlib.metadata.requires("pixelflow_jax") or ():
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            raise Problem(f"{needed.name} is not installed: pip install '{text}'") from None
+        if not needed.specifier.contains(version, prereleases=True):
+            raise Problem(f"{needed.name} {version} is not {needed.specifier}: pip install '{text}'")
+        if needed.name in ("jax", "flax", "orbax-checkpoint", "grain"):
+            found.append(f"{needed.name} {version}")
+    return f"python {sys.version.split()[0]}, {', '.join(found)}, code {hosts.code_digest()}"
+
+
+def check_devices() -> str:
+    """Whether JAX sees the accelerators that are plugged in."""
+    import jax
+
+    devices, local = jax.devices(), jax.local_devices()
+    said = f"{len(devices)} x {devices[0].device_kind}, {len(local)} of them here"
+    if devices[0].platform == "cpu":
+        if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+            raise Problem(f"{said}, but there are TPU chips: pip install 'pixelflow_jax[tpu]'")
+        if shutil.which("nvidia-smi"):
+            raise Problem(f"{said}, but there is a GPU: pip install 'pixelflow_jax[cuda]'")
+        raise Note(f"{said}: no accelerator, fit for small configs only")
+    return said
+
+
+def check_hosts(cluster: hosts.Cluster | None) -> str:
+    """The roll call came to its end before; here is its table."""
+    if cluster is None:
+        return "one process"
+    table = hosts.host_table(cluster).replace("\n", "\n" + " " * 16)
+    return f"{cluster.place.count} agree on code, packages, config and workdir\n{' ' * 16}{table}"
+
+
+def check_batch(config) -> str:
+    """Whether the batch splits over the mesh."""
+    from pixelflow_jax import sharding
+    from pixelflow_jax.config import check_batch_size
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch_size(config, mesh.size)
+    return f"{config.batch_size} over mesh {dict(mesh.shape)}, {config.batch_size // mesh.size} a device"
+
+
+def check_data(config) -> str:
+    """Reads the first batches as training would."""
+    from pixelflow_jax.data.loader import make_batches, why_broken
+    from pixelflow_jax.data.sources import load_source
+
+    begin = time.perf_counter()
+    try:
+        source = load_source(config)
+        batches = make_batches(source, config)
+        bad = [i for i in next(batches)["broken"] if i >= 0]
+    except Exception as error:
+        if not config.data.path.startswith("gs://"):
+            raise
+        raise Problem(
+            f"{config.data.path}: {error}. If the bucket can be reached (see below), mount it with "
+            f"gcsfuse and give --config.data.path the local folder"
+        ) from None
+    first = time.perf_counter() - begin
+    begin = time.perf_counter()
+    for _ in range(BATCHES):
+        bad += [i for i in next(batches)["broken"] if i >= 0]
+    rate = BATCHES * config.batch_size / (time.perf_counter() - begin)
+    said = f"{len(source):,} examples; first batch after {first:.1f} s, then {rate:,.0f} images/s"
+    if bad:
+        seen = (BATCHES + 1) * config.batch_size
+        why = why_broken(source, int(bad[0]), config.data)
+        words = f"{said}; {len(bad)} of {seen} images are broken, as {why}. Mend or remove them"
+        raise Problem(words) if len(bad) > config.data.max_broken_share * seen else Note(words)
+    return f"{said} (compare with images_per_s of the run)"
+
+
+def check_memory(config, skip: bool, state_bytes: dict) -> str:
+    """Compiles the step for the devices that are here, and compares with what they have."""
+    if skip:
+        raise Note("not estimated (--no_compile)")
+    import jax
+
+    if config.model.context_dim:
+        raise Note("not estimated: a text model's train step is not here yet")
+    compiled, state, _, (_, seconds) = compile_step(config, jax.devices())
+    state_bytes["all"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    needed = memory_per_device(compiled)["peak"]
+    have = device_memory()
+    said = (
+        f"a step needs {needed / GIB:.2f} GiB on a device, which has {have / GIB:.1f} GiB; compiled in "
+        f"{seconds:.0f} s"
+    )
+    if needed > have:
+        raise Problem(
+            f"{said}. Raise --config.mesh.fsdp or --config.accumulation_steps, set "
+            f"--config.model.remat=full, or lower --config.batch_size"
+        )
+    return said
+
+
+def device_memory() -> int:
+    """Bytes of a device; CPU devices share those of the machine."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+
+
+@contextlib.contextmanager
+def trial_file(workdir: epath.Path) -> Iterator[epath.Path]:
+    """A file written and renamed as checkpoints are, gone afterwards, with folders that are new."""
+    made = []
+    for folder in (workdir, *workdir.parents):
+        if folder.exists():
+            break
+        made.append(folder)
+    name = f".doctor.{uuid.uuid4().hex[:8]}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / f"{name}.tmp").write_bytes(b"doctor")
+        (workdir / f"{name}.tmp").rename(workdir / name)
+        yield workdir / name
+    finally:
+        for path in (workdir / f"{name}.tmp", workdir / name):
+            path.unlink(missing_ok=True)
+        for folder in made:  # another host may have a file of its own there
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def check_workdir(workdir: str, config, state_bytes: dict) -> str:
+    """Writes, renames, reads and deletes a file; compares room with what checkpoints need."""
+    path = epath.Path(workdir)
+    try:
+        with trial_file(path) as trial:
+            if trial.read_bytes() != b"doctor":
+                raise Problem(f"{workdir}: what was read is not what was written")
+            free = None if "://" in workdir else shutil.disk_usage(workdir).free
+    except (OSError, ImportError) as error:
+        raise Problem(
+            f"{workdir} cannot be written: {error}. Name another --workdir, or mend its rights"
+        ) from None
+    said = f"{workdir} can be written, renamed in, read"
+    if free is not None and state_bytes:
+        need = state_bytes["all"] * (config.keep_checkpoints + 1)
+        said += f"; {free / GIB:.1f} GiB free, checkpoints take {need / GIB:.2f} GiB"
+        if need > free:
+            raise Problem(f"{said}. Free some, or lower --config.keep_checkpoints")
+    return said
+
+
+def check_buckets(workdir: str, config) -> str:
+    """Whether buckets can be reached and lie in this machine's region."""
+    named = {"--workdir": workdir, "data.path": config.data.path, "init_from": config.init_from}
+    named = {flag: path for flag, path in named.items() if path.startswith("gs://")}
+    if not named:
+        return "no gs:// path is used"
+    said, zone = [], this_zone()
+    for flag, path in named.items():
+        try:
+            epath.Path(path).exists()
+        except Exception as error:  # google-auth's, gcsfs's, aiohttp's ...
+            raise Problem(
+                f"{flag}={path}: {type(error).__name__}: {str(error).splitlines()[0]}. Install "
+                f"'pixelflow_jax[gcs]', log in (gcloud auth application-default login), see the name"
+            ) from None
+        place = bucket_region(path)
+        said.append(f"{flag} in {place or 'an unknown region (no gcloud here)'}")
+        if zone and place and place not in (zone.rpartition("-")[0], "us", "eu", "asia"):
+            raise Problem(f"{flag}={path} is in {place}, this machine in {zone}: use a bucket beside it")
+    return ", ".join(said) + (f"; this machine in {zone}" if zone else "")
+
+
+def this_zone() -> str | None:
+    """The Google Cloud zone of this machine, or None elsewhere."""
+    request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=2) as answer:
+            return answer.read().decode().rpartition("/")[2]
+    except OSError:
+        return None
+
+
+def bucket_region(path: str) -> str | None:
+    """Where a gs:// path's bucket lies, in lower case, or None if gcloud cannot tell."""
+    bucket = "/".join(path.split("/")[:3])
+    command = ["gcloud", "storage", "buckets", "describe", bucket, "--format=value(location)"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().lower() or None
+
+
+def check_clock(workdir: str, cluster: hosts.Cluster | None) -> str:
+    """This clock against the workdir's server's and, on process 0, the other hosts'."""
+    with trial_file(epath.Path(workdir)) as trial:
+        off = time.time() - trial.stat().mtime
+    offsets = {"the workdir's server": off}
+    if cluster:
+        offsets |= {cluster.name(index): seconds for index, seconds in cluster.offsets.items()}
+    for who, seconds in offsets.items():
+        if abs(seconds) > CLOCK_SECONDS:
+            raise Problem(
+                f"{seconds:+.1f} s from that of {who}: switch on NTP (timedatectl set-ntp true)"
+            )
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    largest = max(abs(seconds) for seconds in offsets.values())
+    return f"{now}, within {largest:.1f} s of {' and '.join(offsets)}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

