@@ -11,13 +11,13 @@ from pixelflow_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.num_train_steps = 3600
+    config.num_train_steps = 4200
     config.batch_size = 32
     config.log_every = 100
-    config.checkpoint_every = 1200
-    config.sample_every = 1200
+    config.checkpoint_every = 1400
+    config.sample_every = 1400
 
-    config.model.num_heads = 4
+    config.model.num_heads = 3
     config.model.head_dim = 64
     config.model.depth = 6
     config.model.patch_size = 4

@@ -80,75 +80,88 @@ train_command() {
   printf ' %q' "--config=${setting[CONFIG]}" "--workdir=${setting[WORKDIR]}" "${flags[@]}" "$@"
 }
 
-# Stops unless the bucket lies in the zone's region (or in a multi-region of its continent).
+# Stops unless every bucket in the settings lies in the zone's region (or in a multi-region around it).
 check_region() {
-  local region place
+  local region place bucket continent
   region=${setting[ZONE]%-*}
-  if [[ -n "$dry_run" ]]; then
-    run gcloud storage buckets describe "${setting[BUCKET]}" --project="${setting[PROJECT]}" --format="value(location)"
-    return
-  fi
-  place=$(gcloud storage buckets describe "${setting[BUCKET]}" --project="${setting[PROJECT]}" --format="value(location)") ||
-    fail "the bucket ${setting[BUCKET]} cannot be read: gcloud auth login, or see BUCKET in $settings" 1
-  place=$(tr '[:upper:]' '[:lower:]' <<<"$place")
-  case "$place" in
-    "$region") ;;
-    us | eu | asia)
-      local continent=${region%%-*}
-      [[ "$place" == "${continent/europe/eu}" ]] || wrong_region "$place" "$region"
-      say "note: ${setting[BUCKET]} is a multi-region bucket ($place); one in $region reads faster"
-      ;;
-    *) wrong_region "$place" "$region" ;;
-  esac
+  continent=${region%%-*}
+  local all="${setting[BUCKET]} ${setting[WORKDIR]} ${setting[FLAGS]:-}" buckets=()
+  mapfile -t buckets < <(grep -oE 'gs://[^/ ]+' <<<"$all" | sort -u)
+  for bucket in "${buckets[@]}"; do
+    local look=(gcloud storage buckets describe "$bucket" --project="${setting[PROJECT]}")
+    if [[ -n "$dry_run" ]]; then
+      run "${look[@]}" --format="value(location)"
+      continue
+    fi
+    place=$("${look[@]}" --format="value(location)") ||
+      fail "the bucket $bucket cannot be read: gcloud auth login, or mend its name in $settings" 1
+    place=$(tr '[:upper:]' '[:lower:]' <<<"$place")
+    case "$place" in
+      "$region") ;;
+      "${continent/europe/eu}")
+        say "note: $bucket is a multi-region bucket ($place); one in $region reads faster"
+        ;;
+      *) wrong_region "$bucket" "$place" "$region" ;;
+    esac
+  done
 }
 
-wrong_region() {
-  [[ -n "$any_region" ]] && say "warning: ${setting[BUCKET]} is in $1, the TPU in $2" && return
-  fail "${setting[BUCKET]} is in $1, but ${setting[ZONE]} is in $2: every byte read is billed, and slow. \
-Use a bucket in $2, or --any_region if you know what it costs"
+wrong_region() { # wrong_region BUCKET PLACE REGION
+  if [[ -n "$any_region" ]]; then
+    say "warning: $1 is in $2, the TPU in $3"
+    return
+  fi
+  fail "$1 is in $2, but ${setting[ZONE]} is in $3: every byte read is billed, and slow. \
+Use a bucket in $3, or --any_region if you know what it costs"
 }
 
 # -- on TPU VMs (tpu_vm.sh, spot.sh)
 
 remote="pixelflow_run" # folder in the home of every worker
-process='^python -m pixelflow_jax[.]train' # the training process, not the shells around it
+# The training process, not the shells around it.
+process='^python -m pixelflow_jax[.](train|doctor)'
+started=$(date -u +%Y-%m-%dT%H:%M:%SZ)
 
 on_workers() { # on_workers WHICH COMMAND: on worker WHICH, or all; ends with the first code that is not 0
   local flags
   read -ra flags <<<"${setting[SSH_FLAGS]:-}"
-  run gcloud compute tpus tpu-vm ssh "${setting[NAME]}" "${where[@]}" "${flags[@]}" \
+  run gcloud compute tpus tpu-vm ssh "${setting[NAME]}" "${where[@]}" --quiet "${flags[@]}" \
     --worker="$1" --command="$2"
 }
 
-# Every worker gets the same commit: what is not committed stays here. uv brings its own Python, as the
-# images come with one that is too old.
-setup_workers() {
-  local archive=${TMPDIR:-/tmp}/$remote.tar.gz
+make_archive() { # of the last commit: what is not committed stays here
+  archive=$(mktemp -d)/code.tar.gz
   run git -C "$here/.." archive --format=tar.gz -o "$archive" HEAD || fail "git archive failed" 1
+}
+
+# Every worker gets the same commit, and packages as they were when the script was started. uv brings its
+# own Python, as the images come with one that is too old.
+setup_workers() {
+  local flags
+  read -ra flags <<<"${setting[SSH_FLAGS]:-}"
   on_workers all "mkdir -p $remote" || fail "not all workers can be reached (see above)" 1
   run gcloud compute tpus tpu-vm scp "$archive" "${setting[NAME]}:$remote/code.tar.gz" "${where[@]}" \
-    --worker=all || fail "the code could not be copied to all workers" 1
+    --quiet "${flags[@]}" --worker=all || fail "the code could not be copied to all workers" 1
   on_workers all "cd $remote && rm -rf code && mkdir code && tar xzf code.tar.gz -C code && \
 python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 venv && \
-python3 -m uv pip install -q --python venv/bin/python -e 'code[tpu,gcs,data]'" ||
+python3 -m uv pip install -q --exclude-newer $started --python venv/bin/python -e 'code[tpu,gcs,data]'" ||
     fail "the set-up failed on a worker (see above)" 1
 }
 
 # In the background there, so that a lost connection here ends nothing. `flock` makes a second start fail
-# instead of training twice; the exit code lands in a file.
+# instead of training twice. The exit code lands in a file, also at a shutdown's SIGTERM.
 start_training() {
   local inner
-  stop_training
-  inner="cd code; . ../venv/bin/activate; $(train_command "$@")"
+  inner="trap : TERM; cd code; . ../venv/bin/activate; $(train_command "$@")"
   on_workers all "cd $remote || exit 1; rm -f exit_code; nohup setsid flock -n lock bash -c $(printf %q \
     "$inner; echo \$? >../exit_code") >>train.log 2>&1 </dev/null &" || fail "training was not started" 1
 }
 
 # SIGTERM: a checkpoint is saved. What still runs after 120 s, or holds the TPU, is killed.
 stop_training() {
-  on_workers all "pkill -TERM -f '$process' || exit 0; for i in \$(seq 120); do \
-pgrep -f '$process' >/dev/null || exit 0; sleep 1; done; \
-pkill -KILL -f '$process'; rm -f /tmp/libtpu_lockfile" || true
+  on_workers all "pkill -TERM -f '$process'; for i in \$(seq 120); do \
+pgrep -f '$process' >/dev/null || break; sleep 1; done; pkill -KILL -f '$process'; \
+sudo -n fuser -k /dev/accel* /dev/vfio/[0-9]* >/dev/null 2>&1; sudo -n rm -f /tmp/libtpu_lockfile; true" || true
 }
 
 worker_codes() { # a line a worker: "running", "lost" (gone without a code) or the exit code

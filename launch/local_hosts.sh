@@ -6,21 +6,34 @@
 # Every line is marked with the number of its process. Ends with 0 if all ended well, with 75 if all
 # were preempted (start again), else with the code of the first that failed. Ctrl-C stops all.
 # Processes that do not follow one that failed are killed after END_SECONDS (60).
-# DEVICES=4 gives each process 4 (virtual CPU) devices; PYTHON names the interpreter.
+# --dry_run after N prints the commands. DEVICES=4 gives each process 4 (virtual CPU) devices; PYTHON
+# names the interpreter.
 set -euo pipefail
 
 if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0" >&2
   exit 2
 fi
 count=$1
 shift
+dry_run=""
+if [[ "${1:-}" == --dry_run ]]; then
+  dry_run=1
+  shift
+fi
 python=${PYTHON:-python}
 port=${PORT:-$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')}
 if [[ -n "${DEVICES:-}" ]]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
 fi
 
+if [[ -n "$dry_run" ]]; then
+  for ((i = 0; i < count; i++)); do
+    echo "+ JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$i" \
+      "$python -m pixelflow_jax.train $*"
+  done
+  exit 0
+fi
 pids=()
 stop_all() { # stop_all SIGNAL: to those that still run
   for pid in "${pids[@]}"; do [[ -z "$pid" ]] || kill "-$1" "$pid" 2>/dev/null || true; done

@@ -24,14 +24,11 @@ script=$(
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=${setting[NAME]}-%j.log
-#SBATCH --signal=B:TERM@180
+#SBATCH --signal=TERM@180
+trap : TERM # goes to the processes, which save and end with 75; this shell waits for them
 . $(printf %q "${setting[VENV]}")/bin/activate
-srun --kill-on-bad-exit=0 $(train_command "${arguments[@]}") &
-child=\$!
-trap 'kill -TERM \$child' TERM # srun passes it on: every process saves and ends with 75
 code=0
-wait \$child || code=\$?
-while kill -0 \$child 2>/dev/null; do code=0; wait \$child || code=\$?; done
+srun --kill-on-bad-exit=0 $(train_command "${arguments[@]}") || code=\$?
 if ((code == 75)); then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit \$code
 END

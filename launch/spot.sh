@@ -6,33 +6,55 @@
 #
 # It asks for the TPU, sets it up, trains, and looks every minute. Exit code 75 of a worker, or a VM that
 # is gone, starts again and resumes; 0 deletes the TPU and ends; another code stops, shows the log and
-# leaves the TPU for you to look at. Ctrl-C lets training save, then deletes the TPU.
+# leaves the TPU for you to look at. Ctrl-C lets training save, then deletes the TPU. Every start takes the
+# commit, and the package versions, of the first.
 #
 # Settings come from launch/settings.env or --settings=FILE; --dry_run prints every command;
 # --any_region allows a bucket elsewhere. POLL_SECONDS (60) is how often it looks.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 poll_seconds=${POLL_SECONDS:-60}
+tries=5            # of what can fail for reasons of the moment
+short_seconds=1800 # a start that is lost sooner than this has done nothing
 
-state() { # of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; "NONE" if there is none
-  gcloud compute tpus queued-resources describe "${setting[NAME]}" "${where[@]}" \
-    --format="value(state.state)" 2>/dev/null || echo NONE
+pause() { # a sleep that signals end at once
+  sleep "$poll_seconds" &
+  wait $!
+}
+
+# Of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED ...; NONE if there is none, UNKNOWN if
+# the answer is not to be had just now.
+state() {
+  local said
+  if said=$(gcloud compute tpus queued-resources describe "${setting[NAME]}" "${where[@]}" \
+    --format="value(state.state)" 2>&1); then
+    echo "${said##*$'\n'}"
+  elif [[ "$said" == *NOT_FOUND* || "$said" == *"not found"* ]]; then
+    echo NONE
+  else
+    say "the state is not known: ${said##*$'\n'}"
+    echo UNKNOWN
+  fi
 }
 
 request() {
   run gcloud compute tpus queued-resources create "${setting[NAME]}" "${where[@]}" \
     --node-id="${setting[NAME]}" --accelerator-type="${setting[TYPE]}" \
-    --runtime-version="${setting[RUNTIME]}" --spot --quiet ||
-    fail "the TPU could not be asked for (see above)" 1
+    --runtime-version="${setting[RUNTIME]}" --spot --quiet
 }
 
-delete() { # with the VM that belongs to it
-  run gcloud compute tpus queued-resources delete "${setting[NAME]}" "${where[@]}" --force --quiet ||
-    say "warning: ${setting[NAME]} could not be deleted; see: gcloud compute tpus queued-resources list"
+delete() { # with the VM that belongs to it; looks whether it is really gone
+  local i
+  for ((i = 0; i < 2 * tries; i++)); do
+    run gcloud compute tpus queued-resources delete "${setting[NAME]}" "${where[@]}" --force --quiet || true
+    if [[ -n "$dry_run" || "$(state)" == NONE ]]; then return; fi
+    pause
+  done
+  fail "${setting[NAME]} COULD NOT BE DELETED and may cost money: see gcloud compute tpus queued-resources list" 1
 }
 
 interrupted() {
-  trap '' INT TERM
+  trap '' INT TERM HUP
   say "interrupted: training saves, then the TPU is deleted"
   stop_training
   delete
@@ -40,43 +62,74 @@ interrupted() {
 }
 
 wait_until_active() {
-  local now before=""
+  local now before="" failed=0
   while true; do
     now=$(state)
     [[ "$now" == "$before" ]] || say "queued resource ${setting[NAME]}: $now"
     before=$now
     case "$now" in
       ACTIVE) return ;;
-      NONE) request ;;
-      FAILED | SUSPENDED) delete ;;
+      NONE)
+        if ! request; then
+          failed=$((failed + 1))
+          ((failed < tries)) || fail "the TPU could not be asked for (see above)" 1
+        fi
+        ;;
+      SUSPENDED) delete ;;
+      FAILED)
+        gcloud compute tpus queued-resources describe "${setting[NAME]}" "${where[@]}" \
+          --format="value(state.failedData.error.message)" >&2 || true
+        delete
+        fail "Google Cloud refused the TPU, for the reason above: see TYPE, RUNTIME, ZONE and your quota" 1
+        ;;
     esac
-    sleep "$poll_seconds"
+    pause
   done
 }
 
-# Looks until training has ended: prints "done", "again" or the exit code that stopped it.
+prepare() { # sets up and starts; on a TPU that is there, again and again before it gives up
+  local i
+  for ((i = 0; i < tries; i++)); do
+    if (stop_training && setup_workers && start_training "$@"); then return 0; fi
+    pause
+    case "$(state)" in
+      ACTIVE | UNKNOWN) say "set-up failed; trying again" ;;
+      *) return 1 ;;
+    esac
+  done
+  fail "set-up failed $tries times on a TPU that is there (see above); it still runs" 1
+}
+
+# Looks until training has ended, and sets `end` to "done", "again", "renew" (the machine is of no use) or
+# the exit code that stopped it.
 wait_for_end() {
-  local codes gone=0
+  local codes reason gone=0 silent=0
   while true; do
-    sleep "$poll_seconds"
-    if [[ "$(state)" != ACTIVE ]]; then echo again && return; fi
-    if ! codes=$(worker_codes 2>/dev/null); then
+    pause
+    case "$(state)" in
+      ACTIVE) ;;
+      UNKNOWN) continue ;;
+      *) end=again && return ;;
+    esac
+    if ! codes=$(worker_codes); then
+      silent=$((silent + 1))
       say "a worker does not answer; looking again"
+      if ((silent > 3 * tries)); then end=renew && return; fi
       continue
     fi
+    silent=0
     codes=$(grep -E '^([0-9]+|running|lost)$' <<<"$codes" | sort -u || true)
     case "$codes" in
       *running* | "") continue ;;
-      0) echo "done" && return ;;
+      0) end="done" && return ;;
     esac
-    # 76 says that another process was lost: the reason is that one's code, or that its machine is gone,
-    # which the state may tell only a little later.
-    local reason
+    # 76 says that another process was lost, and "lost" that one left no code: if the machine is gone, the
+    # state may tell only a little later.
     reason=$(grep -vE '^(0|75|76|lost)$' <<<"$codes" | head -n 1 || true)
-    if [[ -n "$reason" ]]; then echo "$reason" && return; fi
-    if grep -qx 75 <<<"$codes"; then echo again && return; fi
+    if [[ -n "$reason" ]]; then end=$reason && return; fi
+    if grep -qx 75 <<<"$codes"; then end=again && return; fi
     gone=$((gone + 1))
-    if ((gone > 5)); then echo 76 && return; fi
+    if ((gone > tries)); then end=lost && return; fi
   done
 }
 
@@ -84,6 +137,7 @@ parse_flags "$@"
 need PROJECT ZONE NAME TYPE RUNTIME BUCKET CONFIG WORKDIR
 need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 check_region
+make_archive
 if [[ -n "$dry_run" ]]; then
   request
   setup_workers
@@ -92,17 +146,21 @@ if [[ -n "$dry_run" ]]; then
   delete
   exit 0
 fi
-trap interrupted INT TERM
+trap interrupted INT TERM HUP
+lost=0
 while true; do
   wait_until_active
-  ready=1
-  (setup_workers && start_training "${arguments[@]}") || ready=""
-  if [[ -z "$ready" ]]; then
-    [[ "$(state)" == ACTIVE ]] && fail "set-up failed on a TPU that is there (see above); it still runs" 1
+  if ! prepare "${arguments[@]}"; then
     say "the TPU went away during set-up"
     continue
   fi
-  end=$(wait_for_end)
+  begin=$SECONDS
+  wait_for_end
+  if ((SECONDS - begin > short_seconds)); then lost=0; fi
+  if [[ "$end" == lost ]]; then
+    lost=$((lost + 1))
+    if ((lost < tries)); then end=again; else end=76; fi
+  fi
   case "$end" in
     done)
       say "training is complete: ${setting[WORKDIR]}"
@@ -110,9 +168,13 @@ while true; do
       exit 0
       ;;
     again) say "preempted: starting again, from the newest checkpoint" ;;
+    renew)
+      say "the TPU does not answer: asking for another"
+      delete
+      ;;
     *)
       say "training ended with code $end; the TPU still runs (launch/tpu_vm.sh delete). The log says:"
-          on_workers all "tail -n 20 $remote/train.log" >&2 || true
+      on_workers all "tail -n 20 $remote/train.log" >&2 || true
       exit "$end"
       ;;
   esac

@@ -23,14 +23,19 @@ need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 case "$action" in
   create)
     check_region
-    trap 'say "interrupted: deleting what was made"; delete_vm; exit 130' INT TERM
+    trap 'say "interrupted: deleting what was made"; delete_vm || say "NOT DELETED: see \
+gcloud compute tpus tpu-vm list"; exit 130' INT TERM HUP
     run gcloud compute tpus tpu-vm create "${setting[NAME]}" "${where[@]}" \
       --accelerator-type="${setting[TYPE]}" --version="${setting[RUNTIME]}" ||
       fail "${setting[NAME]} was not created (see above); if it exists half-made: launch/tpu_vm.sh delete" 1
     ;;
-  setup) setup_workers ;;
+  setup)
+    make_archive
+    setup_workers
+    ;;
   train)
     check_region
+    stop_training
     start_training "${arguments[@]:1}"
     say "started; follow it with: launch/tpu_vm.sh logs"
     ;;

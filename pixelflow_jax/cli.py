@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from pixelflow_jax import hosts
-from pixelflow_jax.errors import EXIT_PREEMPTED, UserError
+from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -27,6 +27,9 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except Lost as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_LOST
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error}", file=sys.stderr)
         code = 1

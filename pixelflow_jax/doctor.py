@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         config.hosts.start_timeout, config=config.to_dict(), workdir=args.workdir, command="doctor"
     )
     if cluster:
-        hosts.connect_jax(cluster, config.hosts.start_timeout)
+        hosts.connect_jax(cluster, config.hosts.start_timeout, config.hosts.heartbeat_timeout)
     state_bytes = {}
     checks: dict[str, Callable[[], str]] = {
         "versions": check_versions,
@@ -68,8 +68,23 @@ def main(argv: list[str] | None = None) -> None:
         "clock": lambda: check_clock(args.workdir, cluster),
     }
     failed = sum(not look(name, check) for name, check in checks.items())
-    print(f"{failed} of {len(checks)} checks failed" if failed else "all is well: a run can start")
-    sys.exit(1 if failed else 0)
+    everywhere = all_verdicts(failed) if cluster else {0: failed}
+    for index, count in everywhere.items():
+        if count:
+            where = f" on {cluster.name(index)}" if cluster else ""
+            print(f"{count} of {len(checks)} checks failed{where}")
+    if any(everywhere.values()):
+        sys.exit(1)
+    print("all is well: a run can start")
+
+
+def all_verdicts(failed: int) -> dict[int, int]:
+    """The number of failed checks of every process, so that all end alike."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.process_allgather(np.int32(failed))
+    return dict(enumerate(found.tolist()))
 
 
 def look(name: str, check: Callable[[], str]) -> bool:
@@ -262,9 +277,15 @@ def check_buckets(workdir: str, config) -> str:
             ) from None
         place = bucket_region(path)
         said.append(f"{flag} in {place or 'an unknown region (no gcloud here)'}")
-        if zone and place and place not in (zone.rpartition("-")[0], "us", "eu", "asia"):
+        if zone and place and place not in near(zone):
             raise Problem(f"{flag}={path} is in {place}, this machine in {zone}: use a bucket beside it")
     return ", ".join(said) + (f"; this machine in {zone}" if zone else "")
+
+
+def near(zone: str) -> tuple[str, str]:
+    """Where a bucket may lie that a machine in `zone` reads: its region, or the multi-region around."""
+    region = zone.rpartition("-")[0]
+    return region, region.partition("-")[0].replace("europe", "eu")
 
 
 def this_zone() -> str | None:

@@ -9,5 +9,12 @@ class UserError(ValueError):
     """
 
 
+class Lost(Exception):
+    """The run cannot go on without a process that is missing, gone or hangs; nothing is broken.
+
+    Commands print it as one line and exit with EXIT_LOST.
+    """
+
+
 EXIT_PREEMPTED = 75  # a run stopped by a preemption signal after saving: start it again
-EXIT_LOST = 76  # a run that cannot go on without a process that is gone or hangs
+EXIT_LOST = 76  # see Lost: start it again when the machines are well

@@ -6,6 +6,7 @@ TCP, at the address where JAX will meet: process 0 collects a record of each (ho
 config) and answers all with the same verdict. The connections stay open for watchdog.py.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -24,12 +25,18 @@ import signal
 import socket
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import Lost, UserError
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+WORKER_NUMBER = (
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
+)
+START_SILENCE = 300.0  # seconds of silence that a process may keep before its first step
 HELLO_SECONDS = 5.0  # for whoever connects to say who it is
 LEAVE_SECONDS = 10.0  # for the others to end, before process 0 does
 SHOWN = 10  # disagreements that an error lists
@@ -115,7 +122,8 @@ def find_place(timeout: float = 300) -> Place | None:
     Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID to start processes by hand.
 
     Raises:
-      UserError: if some of these are set but not all, or the machine's own word is not to be had.
+      UserError: if some of these are set but not all.
+      Lost: if the machine's own word is not to be had, perhaps for the moment.
     """
     signs = [name for name, test in SIGNS.items() if test(os.environ.get(name, ""))]
     if not signs and not _on_tpu_vm():
@@ -130,11 +138,10 @@ def find_place(timeout: float = 300) -> Place | None:
         )
         place = Place(*found)
     except Exception as error:  # no metadata server, a variable that is not there
-        if signs:
-            raise UserError(
-                f"{signs[0]} is set, but this process's place is not known: {error}"
-            ) from None
-        return None  # a TPU without a pod around it
+        if not signs and not _pod_is_near():
+            return None
+        found = f"{signs[0]} is set" if signs else "this is a Cloud TPU VM (else TPU_SKIP_MDS_QUERY=1)"
+        raise Lost(f"{found}, but this process's place is not known: {error}") from None
     known = (place.address, place.count, place.index)
     if None in known:
         if not signs:
@@ -160,6 +167,20 @@ def _on_tpu_vm() -> bool:
     """Whether TPU chips are plugged in here; on Google Cloud the metadata server knows the rest."""
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _pod_is_near() -> bool:
+    """Whether a TPU VM may have others beside it: Google's metadata server does not say no."""
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):
+        return False
+    request = urllib.request.Request(WORKER_NUMBER, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code != 404
+    except OSError as error:  # no such name: not on Google Cloud
+        return not isinstance(getattr(error, "reason", error), socket.gaierror)
 
 
 def make_record(**settings: Any) -> dict[str, Any]:
@@ -202,27 +223,31 @@ def roll_call(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: if some do not come in time, two claim the same place, or they disagree.
+      Lost: if some do not come in time.
+      UserError: if two claim the same place, or they disagree.
     """
     if place.index:
         return _report(place, record, timeout)
     records, links, offsets = {0: record}, {}, {}
-    problem = _collect(place, timeout, records, links, offsets)
-    ordered = [records[i] for i in sorted(records)]
-    problem = problem or disagreements(ordered)
-    verdict = {"error": problem} if problem else {"records": ordered}
-    for link in links.values():
-        try:
-            link.send(verdict)
-        except OSError:  # the watchdog will say who
-            pass
-    if problem:
-        raise UserError(problem)
+    verdict: dict[str, Any] = {"error": "process 0 was stopped", "lost": True}
+    try:
+        _collect(place, timeout, records, links, offsets)
+        ordered = [records[i] for i in sorted(records)]
+        problem, verdict = disagreements(ordered), {"records": ordered}
+        if problem:
+            raise UserError(problem)
+    except (Lost, UserError) as error:
+        verdict = {"error": str(error), "lost": isinstance(error, Lost)}
+        raise
+    finally:
+        for link in links.values():
+            with contextlib.suppress(OSError):  # the watchdog will say who
+                link.send(verdict)
     return Cluster(place, ordered, links, offsets)
 
 
-def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: dict) -> str:
-    """On process 0: adds those who come in time; what is wrong, or ""."""
+def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: dict) -> None:
+    """On process 0: adds those who come in time. Raises as `roll_call` does."""
     end = time.monotonic() + timeout
     with _listen(place.address) as listener:
         while len(records) < place.count:
@@ -230,7 +255,7 @@ def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: 
             try:
                 link = Link(listener.accept()[0])
             except TimeoutError:
-                return _missing(place, records, timeout)
+                raise Lost(_missing(place, records, timeout)) from None
             try:
                 hello = link.receive(HELLO_SECONDS) or {}
                 index, count, record = int(hello["index"]), hello["count"], dict(hello["record"])
@@ -239,18 +264,17 @@ def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: 
                 continue
             if index in links and not _is_closed(links[index]):
                 links[-1] = link  # so that it hears the verdict too
-                return (
+                raise UserError(
                     f"two processes say that they are process {index}: on {records[index]['hostname']} "
                     f"and on {record['hostname']}. Start each process once, with an index of its own"
                 )
             links[index], records[index] = link, record
             offsets[index] = time.time() - float(hello["time"])
             if count != place.count:
-                return (
+                raise UserError(
                     f"process 0 was told of {place.count} processes, but process {index} "
                     f"({record['hostname']}) of {count}: start all with the same number"
                 )
-    return ""
 
 
 def _missing(place: Place, records: dict[int, dict], timeout: float) -> str:
@@ -302,12 +326,12 @@ def _report(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
             reason = str(error)
             time.sleep(0.2)
     else:
-        raise UserError(
+        raise Lost(
             f"process {place.index}: process 0 at {place.address} was not reached within {timeout:g} s "
             f"({reason}). Run the same command on all workers, process 0 too"
         )
     if "error" in verdict:
-        raise UserError(verdict["error"])
+        raise (Lost if verdict["lost"] else UserError)(verdict["error"])
     return Cluster(place, verdict["records"], {0: link}, {})
 
 
@@ -344,8 +368,10 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def connect_jax(cluster: Cluster, timeout: float) -> None:
+def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float) -> None:
     """Connects JAX to the other processes; must come before other JAX calls.
+
+    Its own heartbeat is set to notice a loss later than the watchdog, who can say more.
 
     JAX aborts a process with a stack trace if this fails, which the roll call makes unlikely, and as
     soon as process 0 is gone. For the watchdog to have the last word then, SIGABRT first sleeps for as
@@ -363,7 +389,8 @@ def connect_jax(cluster: Cluster, timeout: float) -> None:
         place.count,
         place.index,
         place.local_device_ids,
-        initialization_timeout=int(timeout),
+        initialization_timeout=int(start_timeout),
+        heartbeat_timeout_seconds=int(2 * max(START_SILENCE, heartbeat_timeout)),
     )
     _connected = cluster
     if place.index:

@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import cli, convert, hosts
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, UserError
+from pixelflow_jax.errors import EXIT_PREEMPTED, UserError
 from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.preemption import Preempted
-from pixelflow_jax.training.watchdog import Lost, Watchdog
+from pixelflow_jax.training.watchdog import Watchdog
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,16 +42,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with Watchdog(cluster, timeouts.step_timeout, timeouts.heartbeat_timeout) as watchdog:
             if cluster:
-                hosts.connect_jax(cluster, timeouts.start_timeout)
+                hosts.connect_jax(cluster, timeouts.start_timeout, timeouts.heartbeat_timeout)
                 if cli.is_first_process():
                     print(hosts.host_table(cluster), file=sys.stderr)
             _, report = train(config, args.workdir, load_initial, watch=watchdog.at)
     except Preempted as signal:
         print(signal, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
-    except (TrainingDiverged, CheckpointFailed, Lost) as error:
+    except (TrainingDiverged, CheckpointFailed) as error:
         print(f"error: {error}. Checkpoints before it in {args.workdir} are kept", file=sys.stderr)
-        sys.exit(EXIT_LOST if isinstance(error, Lost) else 1)
+        sys.exit(1)
     if cli.is_first_process():
         print(report)
 

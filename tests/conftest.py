@@ -11,6 +11,12 @@ from pixelflow_jax.config import load_config
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training.step import init_params
 
+# XLA's cheapest code generation halves the time of the tests, most of which goes into compiling. Set
+# PIXELFLOW_TESTS_OPTIMIZED=1 for what users run; CI does so on its second Python.
+if not os.environ.get("PIXELFLOW_TESTS_OPTIMIZED"):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
 # Programs are compiled once a session, also those of child processes.
 CACHE = tempfile.TemporaryDirectory(prefix="pixelflow-tests-")
 for name, value in (
@@ -57,3 +63,9 @@ def noisy_params():
         return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
 
     return make
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a child process that is to see `count` CPU devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}".strip()}

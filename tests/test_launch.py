@@ -100,7 +100,7 @@ def test_shellcheck():
         (
             ["logs", "2"],
             [
-                f"gcloud compute tpus tpu-vm ssh run1 {WHERE} --worker=2 "
+                f"gcloud compute tpus tpu-vm ssh run1 {WHERE} --quiet --worker=2 "
                 "--command=tail -n 100 -F pixelflow_run/train.log"
             ],
         ),
@@ -117,10 +117,10 @@ def test_setup_brings_the_same_commit_to_all_workers(cloud):
     """Catches workers of different code: one worker left out, or files that are not committed."""
     code, _, err, ran = call(cloud, "tpu_vm.sh", "setup")
     assert code == 0, err
-    ssh = f"gcloud compute tpus tpu-vm ssh run1 {WHERE} --worker=all --command="
+    ssh = f"gcloud compute tpus tpu-vm ssh run1 {WHERE} --quiet --worker=all --command="
     assert ran[0] == f"{ssh}mkdir -p pixelflow_run"
     assert ran[1].startswith("gcloud compute tpus tpu-vm scp ")
-    assert ran[1].endswith(f"run1:pixelflow_run/code.tar.gz {WHERE} --worker=all")
+    assert ran[1].endswith(f"run1:pixelflow_run/code.tar.gz {WHERE} --quiet --worker=all")
     assert ran[2].startswith(ssh) and "-e 'code[tpu,gcs,data]'" in ran[2] and len(ran) == 3
 
 
@@ -128,10 +128,11 @@ def test_train_starts_in_the_background_on_all_workers(cloud):
     """Catches a run that ends with the connection, and flags that the remote shell takes apart."""
     code, _, err, ran = call(cloud, "tpu_vm.sh", "train", "--config.data.name=a b")
     assert code == 0, err
-    assert ran[0] == REGION and "pkill -TERM" in ran[1]
+    assert ran[0] == REGION and "pkill -TERM" in ran[1] and "fuser -k" in ran[1]
     assert "--worker=all" in ran[2] and "nohup setsid flock -n lock" in ran[2] and ran[2].endswith("&")
     inner = ran[2].split(" bash -c ")[1].split(" >>train.log")[0]
     said = subprocess.run(["bash", "-c", f"printf %s {inner}"], capture_output=True, text=True).stdout
+    assert said.startswith("trap : TERM; ")
     assert f"{TRAIN} --config.data.name=a\\ b; echo $? >../exit_code" in said
 
 
@@ -155,12 +156,15 @@ def test_dry_run_runs_nothing(cloud, script, action):
     ],
 )
 def test_a_bucket_elsewhere_is_refused(cloud, place, code, said):
-    """Catches the bill for a bucket on another continent."""
+    """Catches the bill for a bucket on another continent, also one that only a flag names."""
     cloud(f'case "$*" in *buckets*) echo {place};; esac')
     got, _, err, ran = call(cloud, "tpu_vm.sh", "create")
     assert got == code and said in err and (len(ran) == 2) == (code == 0)
     if code:
         assert call(cloud, "tpu_vm.sh", "--any_region", "create")[0] == 0
+        cloud.settings.write_text(SETTINGS.replace("gs://b/data", "gs://far/data"))
+        cloud(f'case "$*" in *gs://far*) echo {place};; *buckets*) echo US-CENTRAL2;; esac')
+        assert "gs://far is in" in call(cloud, "tpu_vm.sh", "create")[2]
 
 
 @pytest.mark.parametrize(
@@ -203,8 +207,14 @@ next() { local line; line=$(head -n 1 "$FAKE_STATE.$1"); \
 [ $(wc -l <"$FAKE_STATE.$1") -gt 1 ] && sed -i 1d "$FAKE_STATE.$1"; echo "$line"; }
 case "$*" in
   *buckets*) echo US-CENTRAL2 ;;
-  *describe*) s=$(next states); [ "$s" = NONE ] && return 1; echo "$s" ;;
-  *exit_code*pgrep*) next codes | tr , '\\n' ;;
+  *describe*) s=$(next states); case "$s" in
+    NONE) echo NOT_FOUND >&2; return 1 ;;
+    UNKNOWN) echo "503 try later" >&2; return 1 ;;
+    *) echo "$s" ;;
+  esac ;;
+  *"cat pixelflow_run/exit_code"*) c=$(next codes)
+    [ "$c" = silent ] && return 255
+    tr , '\\n' <<<"$c" ;;
 esac
 """
 
@@ -232,29 +242,70 @@ def steps(ran):
 def test_spot_goes_on_through_preemptions_to_the_end(cloud):
     """Catches a run that is given up, or a TPU that goes on costing money when all is done."""
     states = ["NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE"]  # 75 here
-    states += ["ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "ACTIVE"]  # then the machine is gone
+    states += ["UNKNOWN", "ACTIVE", "SUSPENDED", "SUSPENDED"]  # then the machine is gone
+    states += ["NONE", "NONE", "ACTIVE", "ACTIVE", "NONE"]
     scenario(cloud, states, ["running,running", "75,75", "0,running", "0,0"])
     code, _, err, ran = call(cloud, "spot.sh")
     assert code == 0, err
-    once = ["setup", "stop", "train"]
+    once = ["stop", "setup", "train"]
     assert steps(ran) == ["create", *once, *once, "delete", "create", *once, "delete"]
     assert "preempted: starting again" in err and "training is complete" in err
 
 
-@pytest.mark.parametrize(
-    ("codes", "code"), [(["running,running", "2,76"], 2), (["1,1"], 1), (["76,lost"], 76)]
-)
+@pytest.mark.parametrize(("codes", "code"), [(["running,running", "2,76"], 2), (["1,1"], 1)])
 def test_spot_stops_at_another_code_and_says_why(cloud, codes, code):
     """Catches a broken run that is started again for ever."""
     scenario(cloud, ["ACTIVE"], codes)
     got, _, err, ran = call(cloud, "spot.sh")
     assert got == code and f"ended with code {code}" in err
-    assert steps(ran) == ["setup", "stop", "train", "log"]
+    assert steps(ran) == ["stop", "setup", "train", "log"]
+
+
+def test_spot_gives_up_on_a_run_that_is_killed_again_and_again(cloud):
+    """Catches a process that runs out of memory, started again for ever."""
+    scenario(cloud, ["ACTIVE"], ["76,lost"])
+    code, _, err, ran = call(cloud, "spot.sh")
+    assert code == 76 and steps(ran).count("train") == 5 and "delete" not in steps(ran), err
+
+
+def test_spot_replaces_a_tpu_that_does_not_answer(cloud):
+    """Catches a wedged machine that is paid for and does nothing."""
+    states = ["ACTIVE"] * 17 + ["NONE", "NONE", "ACTIVE", "ACTIVE", "NONE"]
+    scenario(cloud, states, ["silent"] * 16 + ["0,0"])
+    code, _, err, ran = call(cloud, "spot.sh")
+    assert code == 0 and "does not answer: asking for another" in err, err
+    assert steps(ran).count("create") == 1 and steps(ran).count("delete") == 2
+
+
+def test_spot_says_why_google_refuses(cloud):
+    """Catches a request for what there is no quota of, made for ever."""
+    scenario(cloud, ["FAILED", "no quota for v4", "NONE"], ["0"])
+    code, _, err, ran = call(cloud, "spot.sh")
+    assert code == 1 and "no quota for v4" in err and steps(ran) == ["delete"]
+
+
+def test_a_tpu_that_cannot_be_deleted_is_not_success(cloud):
+    """Catches a bill that nobody was told of."""
+    scenario(cloud, ["ACTIVE"], ["0,0"])
+    code, _, err, ran = call(cloud, "spot.sh")
+    assert code == 1 and "COULD NOT BE DELETED" in err and steps(ran).count("delete") == 10
+
+
+def test_spot_tries_set_up_again(cloud):
+    """Catches giving up, with the TPU left on, because one of 64 hosts had a hiccup."""
+    scenario(cloud, ["ACTIVE", "ACTIVE", "ACTIVE", "NONE"], ["0,0"])
+    answers = pathlib.Path(os.environ["FAKE_ANSWERS"])
+    once = 'if [[ "$*" == *"uv venv"* && ! -e $FAKE_STATE.x ]]; then touch $FAKE_STATE.x; return 1; fi'
+    answers.write_text(answers.read_text().replace("answer() {", "answer() {" + chr(10) + once))
+    code, _, err, ran = call(cloud, "spot.sh")
+    assert code == 0 and "set-up failed; trying again" in err, err
+    assert steps(ran).count("setup") == 2 and steps(ran).count("train") == 1
 
 
 def test_a_machine_that_is_lost_is_seen_before_its_state_says_so(cloud):
     """Catches giving up on a preemption because the others' code arrives before the news."""
-    states = ["ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "ACTIVE"]
+    states = ["ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "NONE", "ACTIVE", "ACTIVE"]
+    states += ["NONE"]
     scenario(cloud, states, ["76,lost", "76,lost", "0,0"])
     code, _, err, ran = call(cloud, "spot.sh")
     assert code == 0 and steps(ran).count("create") == 1, err
@@ -264,7 +315,7 @@ def test_a_machine_that_is_lost_is_seen_before_its_state_says_so(cloud):
 def test_ctrl_c_leaves_no_tpu_behind(cloud, script):
     """Catches a TPU that nobody remembers."""
     if script == "spot.sh":
-        scenario(cloud, ["ACTIVE"], ["running"])
+        scenario(cloud, ["ACTIVE"] * 20 + ["NONE"], ["running"])
         wanted = ["stop", "delete"]
     else:
         cloud(f'{IN_REGION}; case "$*" in *create*) sleep 30;; esac')
@@ -272,7 +323,7 @@ def test_ctrl_c_leaves_no_tpu_behind(cloud, script):
     command = [str(LAUNCH / script), f"--settings={cloud.settings}", "create"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     end = time.monotonic() + 30
-    while not any(word in cloud.log.read_text() for word in ("pgrep -f", "tpu-vm create")):
+    while not any(word in cloud.log.read_text() for word in ("cat pixel", "tpu-vm create")):
         assert time.monotonic() < end and child.poll() is None
         time.sleep(0.05)
     time.sleep(0.3)
@@ -307,20 +358,22 @@ def test_slurm_requeues_a_preempted_job(cloud, tmp_path):
     code, _, err, ran = call(cloud, "slurm.sh", "--config.batch_size=512")
     assert (code, ran) == (0, ["sbatch "]), err
     script = (tmp_path / "script").read_text()
-    for line in ("--nodes=2", "--ntasks-per-node=8", "--requeue", "--signal=B:TERM@180"):
+    for line in ("--nodes=2", "--ntasks-per-node=8", "--requeue", "--signal=TERM@180"):
         assert f"#SBATCH {line}\n" in script
-    assert f"{TRAIN} --config.batch_size=512 &\n" in script
+    assert f"{TRAIN} --config.batch_size=512 ||" in script
 
     fakes = tmp_path / "bin"
-    (fakes / "srun").write_text(
-        '#!/bin/bash\ntrap "exit 75" TERM\nfor i in {1..100}; do sleep 0.1; done\n'
-    )
+    # SLURM signals what srun started; here they are one.
+    srun = f'trap "exit 75" TERM\necho $$ >{tmp_path}/pid\nfor i in {{1..99}}; do sleep 0.1; done\n'
+    (fakes / "srun").write_text(f"#!/bin/bash\n{srun}")
     (fakes / "scontrol").write_text(f'#!/bin/bash\necho "$@" >{tmp_path}/requeued\n')
     for name in ("srun", "scontrol"):
         (fakes / name).chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     job = subprocess.Popen(["bash", "script"], cwd=tmp_path, env=os.environ | {"SLURM_JOB_ID": "17"})
-    time.sleep(0.7)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
     assert job.wait(20) == 75 and (tmp_path / "requeued").read_text() == "requeue 17\n"

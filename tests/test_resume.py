@@ -24,7 +24,7 @@ from pixelflow_jax.training.checkpoints import CheckpointFailed
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import abstract_state
 
-from conftest import TINY
+from conftest import TINY, with_devices
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = (
@@ -169,7 +169,7 @@ def test_resumed_on_other_devices_it_goes_on_alike(copy, whole, devices):
     """Catches a state that is tied to the mesh that saved it; losses agree to 1e-5."""
     for step in ("28", "30"):
         shutil.rmtree(copy / "checkpoints" / step)
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | with_devices(devices)
     child = start(copy, "mesh.fsdp=2", env=env)
     output = child.communicate(timeout=200)[0]
     assert child.returncode == 0 and "Going on from step 24" in output, output

@@ -19,6 +19,8 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.sharding import P, make_mesh, param_spec
 from pixelflow_jax.training import loop
 
+from conftest import with_devices
+
 HERE = pathlib.Path(__file__).parent
 
 
@@ -109,7 +111,7 @@ def start_cluster(workdir, flags, processes=2, devices=2):
     children = []
     for index in range(processes):
         env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **with_devices(devices),
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(index),

@@ -12,20 +12,15 @@ import sys
 import threading
 import time
 
-from pixelflow_jax.errors import EXIT_LOST, UserError
-from pixelflow_jax.hosts import Cluster
+from pixelflow_jax.errors import EXIT_LOST, Lost, UserError
+from pixelflow_jax.hosts import START_SILENCE, Cluster
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.preemption import Preempted
 
 BEAT = 1.0  # seconds between messages
-START_SILENCE = 300.0  # seconds of silence that a process may keep before its first step
 GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over
 OWN = (UserError, TrainingDiverged, Preempted)  # errors that speak for themselves
-LOST = "Start the same command again on all: it goes on from the newest checkpoint"
-
-
-class Lost(Exception):
-    """The run cannot go on without a process that is gone or hangs; checkpoints are kept."""
+LOST = "Checkpoints are kept: start the same command again on all, and it goes on from the newest"
 
 
 class Watchdog:
