@@ -3,6 +3,7 @@
 apt-get install dataset-fashion-mnist
 python -m pixelflow_jax.train --config=configs/fashion.py --workdir=runs/fashion
 
+Expected, in 10 minutes (docs/training.md): 77% conditional accuracy (held-out real images: 87%).
 Any folder of MNIST-format files will do: --config.data.path=FOLDER.
 """
 
