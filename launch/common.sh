@@ -152,9 +152,9 @@ python3 -m uv pip install -q --exclude-newer $started --python venv/bin/python -
 # instead of training twice. The exit code lands in a file, also at a shutdown's SIGTERM.
 start_training() {
   local inner
-  inner="trap : TERM; cd code; . ../venv/bin/activate; $(train_command "$@")"
+  inner="trap : TERM; . venv/bin/activate; (cd code && exec $(train_command "$@"))"
   on_workers all "cd $remote || exit 1; rm -f exit_code; nohup setsid flock -n lock bash -c $(printf %q \
-    "$inner; echo \$? >../exit_code") >>train.log 2>&1 </dev/null &" || fail "training was not started" 1
+    "$inner; echo \$? >exit_code") >>train.log 2>&1 </dev/null &" || fail "training was not started" 1
 }
 
 # SIGTERM: a checkpoint is saved. What still runs after 120 s, or holds the TPU, is killed.

@@ -39,7 +39,7 @@ gcloud compute tpus tpu-vm list"; exit 130' INT TERM HUP
     start_training "${arguments[@]:1}"
     say "started; follow it with: launch/tpu_vm.sh logs"
     ;;
-  doctor) on_workers all "cd $remote/code && . ../venv/bin/activate && \
+  doctor) on_workers all "cd $remote && . venv/bin/activate && cd code && \
 $(train_command "${arguments[@]:1}" | sed 's/pixelflow_jax.train/pixelflow_jax.doctor/')" ;;
   status) worker_codes ;;
   logs) on_workers "${arguments[1]:-0}" "tail -n 100 -F $remote/train.log" ;;

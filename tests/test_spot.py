@@ -23,7 +23,7 @@ GCLOUD = """\
 cloud={cloud}
 export HOME=$cloud/home
 case "$*" in
-  *"queued-resources describe"*) cat $cloud/state 2>/dev/null || exit 1 ;;
+  *"queued-resources describe"*) cat $cloud/state 2>/dev/null || {{ echo NOT_FOUND >&2; exit 1; }} ;;
   *"queued-resources create"*) mkdir -p $HOME && echo ACTIVE >$cloud/state ;;
   *"queued-resources delete"*) pkill -KILL -f "train .*--workdir={workdir}"; rm -rf $cloud/state $HOME ;;
   *"uv venv"*)
@@ -35,7 +35,7 @@ case "$*" in
     for last; do :; done
     last=${{last#--command=}}
     only="pixelflow_jax[.]train .*--workdir={workdir}"
-    cd $HOME && bash -c "${{last//pixelflow_jax\\[.\\]train/$only}}" ;;
+    cd $HOME && bash -c "${{last//pixelflow_jax\\[.\\](train|doctor)/$only}}" ;;
 esac
 """
 
