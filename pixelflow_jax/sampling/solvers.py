@@ -27,7 +27,8 @@ def heun_step(field: Field, x, tau, size):
 
 FIXED_STEP = {"euler": euler_step, "heun": heun_step}
 ADAPTIVE = ("dopri5",)
-MAX_STEPS = 10_000  # of an adaptive solver, a stage
+MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of an adaptive solver, a stage, whose tau runs from 0 to 1
+HUGE = 1e10  # in place of a velocity that is not finite; it carries x where no image ever is
 SOLVERS = (*FIXED_STEP, *ADAPTIVE)
 
 
@@ -52,22 +53,28 @@ def solve_adaptive(
 ) -> Float[Array, "..."]:
     """Integrates from tau 0 to 1 with one error control for all of x; vmap it for one an image.
 
-    NaN if the tolerance is not reached in MAX_STEPS: Diffrax's own error would be a call back into
-    Python, which a program for another machine cannot hold.
+    NaN if the tolerance is not reached in MAX_STEPS or with MIN_STEP, or the field is not finite:
+    Diffrax's own error would be a call back into Python, which a program for another machine cannot
+    hold.
     """
     import diffrax  # imports Equinox; only who asks for it pays
 
+    def finite_field(tau, y, args):
+        velocity = field(y, jnp.asarray(tau, y.dtype))  # NaN would keep the step control busy for ever
+        return jnp.where(jnp.isfinite(velocity), velocity, HUGE)
+
     solver = {"dopri5": diffrax.Dopri5}[name]()
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda tau, y, args: field(y, jnp.asarray(tau, y.dtype))),
+        diffrax.ODETerm(finite_field),
         solver,
         t0=0.0,
         t1=1.0,
         dt0=None,
         y0=x,
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP),
         max_steps=MAX_STEPS,
         throw=False,
     )
-    reached = solution.result == diffrax.RESULTS.successful
+    small = (jnp.abs(solution.ys[-1]) < HUGE * 1e-6).all()
+    reached = (solution.result == diffrax.RESULTS.successful) & small
     return jnp.where(reached, solution.ys[-1], jnp.nan)
