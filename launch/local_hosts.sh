@@ -3,6 +3,7 @@
 #
 #   launch/local_hosts.sh 2 --config=configs/digits.py --workdir=runs/two
 #
+# Without flags it trains the default config in runs/local_hosts.
 # Every line is marked with the number of its process. Ends with 0 if all ended well, with 75 if all
 # were preempted (start again), else with the code of the first that failed. Ctrl-C stops all.
 # Processes that do not follow one that failed are killed after END_SECONDS (60).
@@ -21,6 +22,7 @@ if [[ "${1:-}" == --dry_run ]]; then
   dry_run=1
   shift
 fi
+[[ " $*" == *" --workdir"* ]] || set -- "$@" --workdir=runs/local_hosts
 python=${PYTHON:-python}
 port=${PORT:-$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')}
 if [[ -n "${DEVICES:-}" ]]; then
