@@ -70,7 +70,7 @@ def solve_adaptive(
         t0=0.0,
         t1=1.0,
         dt0=None,
-        y0=x,
+        y0=jnp.where(jnp.isfinite(x), x, HUGE),  # the stage before may have failed
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP),
         max_steps=MAX_STEPS,
         throw=False,
