@@ -322,7 +322,14 @@ def test_ctrl_c_leaves_no_tpu_behind(cloud, script):
         cloud(f'{IN_REGION}; case "$*" in *create*) sleep 30;; esac')
         wanted = []
     command = [str(LAUNCH / script), f"--settings={cloud.settings}", "create"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # ignored where the tests run in the background of a script
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 30
     while not any(word in cloud.log.read_text() for word in ("cat pixel", "tpu-vm create")):
         assert time.monotonic() < end and child.poll() is None
