@@ -164,6 +164,7 @@ def test_if_all_are_damaged_nothing_starts_afresh(copy):
     assert (copy / "metrics.jsonl").read_bytes() == before and not (copy / "damaged").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [4, 8])
 def test_resumed_on_other_devices_it_goes_on_alike(copy, whole, devices):
     """Catches a state that is tied to the mesh that saved it; losses agree to 1e-5."""

@@ -34,6 +34,7 @@ def results():
     return json.loads(child.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data", "fsdp", "mixed", "accumulated", "mixed_accumulated"])
 def test_every_mesh_gives_the_losses_of_one_device(results, name):
     """Catches gradients summed twice or not at all, noise or stages that depend on the device."""
@@ -41,6 +42,7 @@ def test_every_mesh_gives_the_losses_of_one_device(results, name):
     assert results[name]["traces"] == 1
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat_under_fsdp(results):
     """Catches a gather in the wrong dtype, or a backward pass that does not gather again."""
     np.testing.assert_allclose(
@@ -49,6 +51,7 @@ def test_bfloat16_and_remat_under_fsdp(results):
     np.testing.assert_allclose(results["remat_fsdp"]["losses"], results["one"]["losses"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fsdp_holds_an_eighth_of_every_large_array(results):
     """Catches a parameter, moment or average that stays whole on every device."""
     shares = results["fsdp"]["shares"]
@@ -59,6 +62,7 @@ def test_fsdp_holds_an_eighth_of_every_large_array(results):
     assert set(results["data"]["shares"].values()) == {1.0}
 
 
+@pytest.mark.slow
 def test_collectives_of_a_step_are_those_written_down(results):
     """Catches a gather that is kept or repeated, and a parser that miscounts loops.
 
@@ -129,6 +133,7 @@ def finish(children) -> list[str]:
     return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_resume_as_one(tmp_path, tiny_flags):
     """Catches data loaded twice or in another order by a second host, and a checkpoint that only
     as many processes as wrote it can read."""
@@ -163,6 +168,7 @@ def _flip_a_bit(folder):
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path, tiny_flags):
     """Catches hosts that save different steps, or one that waits for another for ever."""
     workdir = tmp_path / "run"
