@@ -226,21 +226,21 @@ def test_one_that_is_gone_is_named(fast, capfd, victim):
 
 def test_silence_counts_as_gone(fast, capfd):
     """Catches a machine that lost its power or network: no connection is closed then."""
-    with watched(3, heartbeat_timeout=0.6) as dogs:
+    with watched(3, heartbeat_timeout=1.5) as dogs:
         dogs[1]._tell({"at": [1, "step 1"]})
-        together((work, dogs[0], 2.0), (work, dogs[2], 2.0))
-    assert fast == [76, 76] and "nothing was heard of process 1 (h1) for 0.6 s" in capfd.readouterr().err
+        together((work, dogs[0], 4.0), (work, dogs[2], 4.0))
+    assert fast == [76, 76] and "nothing was heard of process 1 (h1) for 1.5 s" in capfd.readouterr().err
 
 
 def test_a_hanging_host_is_named(fast, capfd):
     """Catches a step that never ends, and blame for those that wait for the late one."""
-    with watched(3, step_timeout=0.6) as dogs:
+    with watched(3, step_timeout=1.2) as dogs:
 
         def slow(dog, steps):
             with dog:
                 for step in range(steps):
                     dog.at(f"step {step}")
-                time.sleep(1.5)
+                time.sleep(3.0)
 
         together((slow, dogs[0], 9), (slow, dogs[1], 4), (slow, dogs[2], 9))
     said = capfd.readouterr().err
