@@ -2,7 +2,7 @@
 
 python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
 
-Expected, in 6 to 8 minutes (benchmarks/quality.py, medians of three seeds): 98.0% conditional
+Expected (benchmarks/quality.py, medians of three seeds): 98.0% conditional
 accuracy (held-out real digits: 99.8%), Frechet ratio 1.82, nearest ratio 1.09.
 """
 
