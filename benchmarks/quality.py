@@ -23,7 +23,8 @@ from sklearn.svm import SVC
 
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.sources import load_source
-from pixelflow_jax.sampling.generate import build_sampler, image_keys, make_generate, save_grid
+from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
+from pixelflow_jax.sampling.starts import FromSeed
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.loop import train
 
@@ -73,13 +74,14 @@ def draw(checkpoint: str, count: int, scale: float | None = None, ema: float | N
     params, config, _ = load_params(checkpoint, ema)
     if scale is not None:
         config.sample.guidance_scale = scale
-    generate = make_generate(build_sampler(config))
+    start = FromSeed(config.seed + 1000)
+    generate = make_generate(build_sampler(config), start)
     labels = np.arange(count, dtype=np.int32) % config.model.num_classes
     parts = []
     for begin in range(0, count, 250):
         index = np.arange(begin, begin + 250)
-        keys = image_keys(config.seed + 1000, index)
-        parts.append(jax.device_get(generate(params, keys, labels[index % count])[0]))
+        made = generate(params, start.inputs(index), labels[index % count])
+        parts.append(jax.device_get(made.pixels))
     return np.concatenate(parts)[:count], labels, config
 
 

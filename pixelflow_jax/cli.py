@@ -10,11 +10,17 @@ from pixelflow_jax import hosts
 from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes a bad flag as all other bad input: one sentence, no page of usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message.removeprefix('argument ')} (--help tells all flags)")
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose help shows the module's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    return Parser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -89,11 +89,15 @@ def default_config() -> ConfigDict:
             profile=dict(first_step=10, num_steps=0),  # a profiler trace of these steps; 0 = none
             sample=dict(
                 solver="euler",
+                step_control="auto",  # fixed, per_image, per_batch: see sampling/solvers.py
+                rtol=1e-3,  # where the error chooses the steps
+                atol=1e-6,
                 num_steps=(30,),  # a stage: one number for all, or one each
                 grid="uniform",
                 shift=1.0,
                 guidance_scale=2.4,
                 guidance_schedule="stagewise",
+                guidance_interval=(0.0, 1.0),  # on the way from noise (0) to data (1)
                 num_images=16,
             ),
         )

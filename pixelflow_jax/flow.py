@@ -41,6 +41,18 @@ def train_layout(
     )
 
 
+def stage_ends(
+    cascade: Cascade, stage: int, x1: Float[Array, "*b h w c"], noise: Float[Array, "*b hs ws c"]
+) -> tuple[Float[Array, "*b hs ws c"], Float[Array, "*b hs ws c"]]:
+    """(x_start, x_end) of one stage for clean images at full size; noise has the stage's size."""
+    start, end = cascade.start[stage], cascade.end[stage]
+    clean = images.down(x1, cascade.num_stages - 1 - stage)
+    x_end = end * clean + (1 - end) * noise
+    if stage == 0:
+        return noise, x_end
+    return start * images.up(images.down(clean)) + (1 - start) * noise, x_end
+
+
 def corrupt_stage(
     cascade: Cascade,
     stage: int,
@@ -52,13 +64,7 @@ def corrupt_stage(
 
     noise has the stage's size; time_index i in 0..999 sets tau = i/1000 and T = table[stage][i].
     """
-    start, end = cascade.start[stage], cascade.end[stage]
-    clean = images.down(x1, cascade.num_stages - 1 - stage)
-    x_end = end * clean + (1 - end) * noise
-    if stage == 0:
-        x_start = noise
-    else:
-        x_start = start * images.up(images.down(clean)) + (1 - start) * noise
+    x_start, x_end = stage_ends(cascade, stage, x1, noise)
     tau = (time_index.astype(x1.dtype) / NUM_TRAIN_TIMES)[..., None, None, None]
     timestep = jnp.asarray(cascade.timesteps[stage], x1.dtype)[time_index]
     return tau * x_end + (1 - tau) * x_start, x_end - x_start, timestep

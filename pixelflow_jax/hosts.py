@@ -39,6 +39,7 @@ WORKER_NUMBER = (
 START_SILENCE = 300.0  # seconds of silence that a process may keep before its first step
 HELLO_SECONDS = 5.0  # for whoever connects to say who it is
 LEAVE_SECONDS = 10.0  # for the others to end, before process 0 does
+BARRIER_SECONDS = 24 * 3600  # the watchdog knows sooner if somebody is missing
 SHOWN = 10  # disagreements that an error lists
 
 _connected: "Cluster | None" = None  # as JAX's own connection, one a process
@@ -395,6 +396,17 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
     _connected = cluster
     if place.index:
         logging.getLogger("pixelflow_jax").setLevel(logging.ERROR)  # one voice is enough
+
+
+def barrier(name: str) -> None:
+    """Waits until every process of the run has come here; nothing if there is one."""
+    import jax
+
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        # by JAX's coordinator: a collective could run into its own timeout
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_SECONDS * 1000)
 
 
 def leave(code: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelflow_jax import convert, sample, train
+from pixelflow_jax import convert, request, sample, train
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.training import loop
@@ -223,13 +223,13 @@ def test_import_is_quick_and_lean():
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_images_that_are_not_finite(trained, tmp_path, solver, monkeypatch):
     """Catches black pictures in place of an error, from broken weights or a solver that gives up."""
-    load = sample.load_params
+    load = request.load_params
 
     def broken(*args):
         params, config, meta = load(*args)
         return jax.tree.map(lambda x: x * np.nan, params), config, meta
 
-    monkeypatch.setattr(sample, "load_params", broken)
+    monkeypatch.setattr(request, "load_params", broken)
     flags = [f"--checkpoint={trained}", f"--out={tmp_path / 'out'}", "--labels=3", f"--solver={solver}"]
     with pytest.raises(SystemExit, match="image 0 is not finite"):
         sample.main([*flags, "--num_steps=1"])

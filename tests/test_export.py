@@ -7,7 +7,7 @@ import pytest
 
 from pixelflow_jax import sharding
 from pixelflow_jax.config import build_model
-from pixelflow_jax.sampling.generate import build_sampler, image_keys, make_generate
+from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import abstract_batch, abstract_state, init_params, make_train_step
 
@@ -33,8 +33,8 @@ def test_the_sample_step_exports_for_cuda(config, solver):
     """Catches the same in the whole cascade of a sampler."""
     config.sample.solver = solver
     params = jax.eval_shape(lambda: init_params(build_model(config), 0))
-    generate = jax.jit(make_generate(build_sampler(config)))
-    keys = jax.eval_shape(lambda: image_keys(0, jnp.arange(4)))
+    generate = make_generate(build_sampler(config))
+    inputs = {"index": jax.ShapeDtypeStruct((4,), jnp.int32)}
     labels = jax.ShapeDtypeStruct((4,), jnp.int32)
-    exported = jax.export.export(generate, platforms=["cuda"])(params, keys, labels)
+    exported = jax.export.export(generate, platforms=["cuda"])(params, inputs, labels)
     assert exported.platforms == ("cuda",) and exported.out_avals[0].shape == (4, 16, 16, 3)

@@ -1,6 +1,5 @@
 """Sampling: guidance, solvers, invariance to the batch, one compilation."""
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +8,13 @@ import pytest
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.sampling.generate import image_keys, make_generate
-from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
+from pixelflow_jax.sampling.adaptive import solve_adaptive, solve_fixed_diffrax
+from pixelflow_jax.sampling.generate import make_generate
+from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler, class_conditions
-from pixelflow_jax.sampling.solvers import solve_adaptive, solve_fixed
+from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS, WITHOUT_ERROR, solve_fixed
+from pixelflow_jax.sampling.starts import FromSeed, image_keys
 
 MODEL = PixelFlow(2, 8, 2, 2, num_classes=10)
 
@@ -50,7 +51,7 @@ def test_guidance_is_the_formula_and_is_skipped_at_1(noisy_params):
     grid = TimeGrid((1,)).stage(Cascade(2), 1)
 
     def velocity(weight, *pair):
-        return make_sampler()._field(params, grid, weight, *pair)(x, jnp.float32(0.5))
+        return make_sampler().field(params, grid, weight, *pair)(x, jnp.float32(0.5))
 
     cond, uncond = velocity(1.0, *conditions), velocity(1.0, *conditions[::-1])
     guided = velocity(2.5, *conditions)
@@ -66,15 +67,15 @@ def test_guidance_is_the_formula_and_is_skipped_at_1(noisy_params):
 
 def test_guidance_interval(noisy_params):
     """Catches an interval that guides everywhere or nowhere, for fixed steps and adaptive ones."""
-    params = noisy_params(MODEL)
+    params, loose = noisy_params(MODEL), dict(rtol=0.1, atol=0.1)
 
     def image(solver, **kwargs):
         guidance = Guidance(3.0, "constant", **kwargs)
-        return run(make_sampler(guidance=guidance, solver=solver), params)[-1]
+        return run(make_sampler(guidance=guidance, solver=solver, **loose), params)[-1]
 
     for solver in ("euler", "dopri5"):
         whole, part = image(solver), image(solver, interval=(0.3, 0.8))
-        plain = run(make_sampler(guidance=Guidance(1.0), solver=solver), params)[-1]
+        plain = run(make_sampler(guidance=Guidance(1.0), solver=solver, **loose), params)[-1]
         assert np.abs(whole - part).max() > 1e-3 and np.abs(plain - part).max() > 1e-3
         np.testing.assert_allclose(image(solver, interval=(0.0, 1.0)), whole)
 
@@ -106,7 +107,7 @@ def test_one_compilation_a_shape(noisy_params):
     generate = make_generate(make_sampler())
     for seed in range(3):
         labels = jnp.full(4, seed)
-        image, _ = generate(params, image_keys(seed, jnp.arange(4)), labels)
+        image = generate(params, FromSeed(0).inputs(np.arange(4) + seed), labels).pixels
     assert generate._cache_size() == 1
     assert image.shape == (4, 16, 16, 3) and image.dtype == jnp.uint8
 
@@ -117,51 +118,106 @@ def test_sizes_that_are_not_square(noisy_params):
     assert [x.shape for x in ends] == [(4, 4, 12, 3), (4, 8, 24, 3)]
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-def test_fixed_solvers_have_their_order(solver, order):
-    """Catches a step that uses a wrong time: the error of x' = tau x must fall by 2^order."""
-
-    def error(count):
-        grid = StageGrid(tuple(np.linspace(0, 1, count + 1).tolist()), 0.0, 1.0)
-        x = solve_fixed(solver, lambda x, tau: tau * x, jnp.ones(1), grid)
-        return abs(float(x[0]) - np.exp(0.5))
-
-    assert np.log2(error(16) / error(32)) == pytest.approx(order, abs=0.25)
+def velocity_of_a_number(x, tau):
+    """x': nonlinear, dependent on time, and no accidental cancellation of a method's errors."""
+    return jnp.sin(5 * tau) + x * jnp.cos(2 * tau) - 0.3 * x**2
 
 
-def test_scan_equals_diffrax():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_have_their_order(solver):
+    """Catches a wrong coefficient or time: the error must fall with the order's power of the step.
+
+    The steps are of three sizes in turn, so that AB2's formula for uneven steps is tried too.
+    """
+    with jax.enable_x64(True):
+
+        def end(name, count):
+            cuts = np.cumsum([0, *np.resize([1.0, 0.6, 1.4], count)])
+            return solve_fixed(name, velocity_of_a_number, jnp.full(1, 0.5), cuts / cuts[-1])
+
+        exact = end("dopri8", 300)
+        counts = (6, 12) if solver == "dopri8" else (48, 96)
+        errors = [float(jnp.abs(end(solver, count) - exact).max()) for count in counts]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[solver], abs=0.25)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_scan_equals_diffrax(solver):
     """Catches a fast path that is not the method of that name."""
-    taus = np.linspace(0, 1, 8)
+    cuts = np.cumsum([0, *np.resize([1.0, 0.6, 1.4], 7)])
+    taus = cuts / cuts[-1]
+    with jax.enable_x64(True):
+        ours, theirs = (
+            solve(solver, velocity_of_a_number, jnp.array([0.5, 1.5, 3]), taus)
+            for solve in (solve_fixed, solve_fixed_diffrax)
+        )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
-    def field(x, tau):
-        return jnp.sin(5 * tau) - x**2
 
-    for name, solver in (("euler", diffrax.Euler()), ("heun", diffrax.Heun())):
-        ours = solve_fixed(name, field, jnp.ones(3), StageGrid(tuple(taus.tolist()), 0.0, 1.0))
-        theirs = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, args: field(y, t)),
-            solver,
-            0.0,
-            1.0,
-            None,
-            jnp.ones(3),
-            stepsize_controller=diffrax.StepTo(jnp.asarray(taus)),
-        ).ys[-1]
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+def test_a_count_of_steps_known_late():
+    """Catches a loop with a dynamic count that does other steps than the scan."""
+    taus = np.linspace(0, 1, 6)
+    padded = np.concatenate([taus, np.ones(4)])
+    for solver in ("ab2", "bosh3"):
+        x = jnp.array([0.5, 1.5])
+        late = jax.jit(
+            lambda count, s=solver, x=x: solve_fixed(
+                s, velocity_of_a_number, x, jnp.asarray(padded), count
+            )
+        )(5)
+        np.testing.assert_allclose(late, solve_fixed(solver, velocity_of_a_number, x, taus), rtol=1e-6)
 
 
 def test_adaptive_solver_meets_its_tolerance():
-    """Catches tolerances that are not passed on."""
+    """Catches tolerances that are not passed on, forwards and backwards."""
     exact = np.exp(np.sin(3) / 3)
     for rtol in (1e-3, 1e-5):
-        x = solve_adaptive("dopri5", lambda x, tau: jnp.cos(3 * tau) * x, jnp.ones(1), rtol, 1e-6)
-        assert abs(float(x[0]) - exact) < 10 * rtol
+        for span, expected in (((0.0, 1.0), exact), ((1.0, 0.0), 1 / exact)):
+            x, _ = solve_adaptive(
+                "dopri5", lambda x, tau: jnp.cos(3 * tau) * x, jnp.ones(1), rtol, 1e-6, span
+            )
+            assert abs(float(x[0]) - expected) < 10 * rtol
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in WITHOUT_ERROR])
+def test_evaluations_are_counted_exactly(solver):
+    """Catches a count that leaves out the first step's size, rejected steps or shared evaluations."""
+    calls = []
+
+    def field(x, tau):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.where(tau > 0.6, 30.0, 1.0) * jnp.cos(9 * tau) * x  # the jump makes it reject steps
+
+    _, count = jax.jit(lambda x: solve_adaptive(solver, field, x, 1e-3, 1e-5))(jnp.ones(3))
+    jax.effects_barrier()
+    assert int(count) == len(calls) > 10
+
+
+def test_evaluations_of_a_run(noisy_params):
+    """Catches counts that are of the batch where they must be of each image, and the other way round."""
+    params = noisy_params(MODEL)
+
+    def nfe(labels=(0, 1, 2), **kwargs):
+        labels = jnp.array(labels)
+        noise = make_sampler(**kwargs).draw_noise(image_keys(0, labels))
+        conditions = class_conditions(labels, 10)
+        return np.asarray(jax.jit(make_sampler(**kwargs).run)(params, noise, *conditions).nfe)
+
+    assert nfe(solver="heun", grid=TimeGrid((3, 5))).tolist() == [[6, 10]] * 3
+    assert nfe(solver="dopri5", step_control="fixed").tolist() == [[18, 18]] * 3
+    loose = dict(solver="bosh3", rtol=0.1, atol=0.1)
+    one, other = nfe((0, 1, 2), **loose), nfe((0, 7, 8), **loose)
+    assert one[0].tolist() == other[0].tolist() and one[1:].tolist() != other[1:].tolist()
+    assert len(set(map(tuple, nfe(**loose, step_control="per_batch")))) == 1
 
 
 def test_bad_settings_are_named():
     """Catches settings that would fail deep inside a trace."""
     for kwargs, message in (
         (dict(solver="rk45"), "solver must be one of"),
+        (dict(solver="ab2", step_control="per_image"), "does not estimate its error"),
+        (dict(step_control="always"), "step_control must be one of"),
+        (dict(rtol=0.0), "rtol must lie"),
         (dict(height=18), "height 18"),
         (dict(grid=TimeGrid((1, 2, 3))), "3 entries for 2 stages"),
     ):

@@ -1,14 +1,17 @@
-"""From a config and keys to uint8 images, and to PNG files."""
+"""From a config to the function that makes uint8 images, and to PNG files."""
 
 import io
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool, Int, Key, UInt8
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -17,8 +20,10 @@ from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler, class_conditions
+from pixelflow_jax.sampling.starts import FromSeed
 
 GAP, GREY = 2, 64  # between the images of a grid
+AXIS = "images"  # of the mesh that a process spreads its images over
 
 
 def build_sampler(
@@ -32,30 +37,76 @@ def build_sampler(
         height or config.data.resolution,
         width or config.data.resolution,
         TimeGrid(tuple(settings.num_steps), settings.grid, settings.shift),
-        Guidance(settings.guidance_scale, settings.guidance_schedule),
+        Guidance(settings.guidance_scale, settings.guidance_schedule, tuple(settings.guidance_interval)),
         settings.solver,
+        settings.rtol,
+        settings.atol,
+        settings.step_control,
     )
 
 
-def image_keys(seed: int, index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """One key an image, from the seed and the image's number alone."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+class Generated(NamedTuple):
+    """What the sampler made.
+
+    Attributes:
+      pixels: the images.
+      finite: whether each is a number everywhere, which pixels cannot tell.
+      nfe: network evaluations of each image in each stage.
+      stages: the images at the end of every stage but the last, as pixels too.
+    """
+
+    pixels: UInt8[Array, "b h w 3"]
+    finite: Bool[Array, " b"]
+    nfe: Int[Array, "b stages"]
+    stages: list[UInt8[Array, "b hs ws 3"]]
 
 
 def make_generate(
-    sampler: Sampler,
-) -> Callable[..., tuple[UInt8[Array, "b h w 3"], Bool[Array, " b"]]]:
-    """The jitted function (params, keys [B], labels [B]) -> images: the cascade in one program.
+    sampler: Sampler, start: Any = None, mesh: Mesh | None = None
+) -> Callable[..., Generated]:
+    """The jitted function (params, inputs, labels [B], negative labels [B] or None) -> Generated.
 
-    It also returns whether each image is finite, which pixels cannot tell.
+    `inputs` are `start.inputs(index)` of the images (starts.py; default: seed 0). The whole cascade is
+    one program. With a `mesh`, its devices each make a part of the batch on their own.
     """
+    start = start or FromSeed(0)
 
-    def generate(params, keys, labels):
-        conditions = class_conditions(labels, sampler.model.num_classes)
-        ends = sampler.sample(params, sampler.draw_noise(keys), *conditions)
-        return images.to_uint8(ends[-1]), jnp.isfinite(ends[-1]).all((1, 2, 3))
+    def generate(params, inputs, labels, negative_labels=None) -> Generated:
+        conditions = class_conditions(labels, sampler.model.num_classes, negative_labels)
+        noise = start.noise(sampler, inputs)
+        run = sampler.run(params, noise, *conditions, start.stage, start.tau)
+        *stages, last = run.ends
+        finite = jnp.isfinite(last).all((1, 2, 3))
+        return Generated(images.to_uint8(last), finite, run.nfe, [images.to_uint8(x) for x in stages])
 
-    return jax.jit(generate)
+    if mesh is None:
+        return jax.jit(generate)
+    batch = P(AXIS)
+    specs = (P(), batch, batch, batch)
+    return jax.jit(jax.shard_map(generate, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False))
+
+
+def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+    """An image file's pixels. Raises OSError if it cannot be read as one."""
+    try:
+        with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as image:
+            return np.asarray(image.convert("RGB"))
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow does
+        raise OSError(f"{path} is not an image: {error}") from None
+
+
+def fit_image(
+    pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> Float[np.ndarray, "h2 w2 3"]:
+    """Pixels, cropped in the middle to the wanted shape and resized (Lanczos), in [-1, 1]."""
+    if pixels.shape[:2] != (height, width):
+        have_h, have_w = pixels.shape[:2]
+        scale = min(have_h / height, have_w / width)
+        crop_h, crop_w = height * scale, width * scale
+        top, left = (have_h - crop_h) / 2, (have_w - crop_w) / 2
+        box = (left, top, left + crop_w, top + crop_h)
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.LANCZOS, box))
+    return np.asarray(images.from_uint8(pixels))
 
 
 def save_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
@@ -63,6 +114,17 @@ def save_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
     files.write_bytes(path, buffer.getvalue())
+
+
+def save_strip(path: epath.PathLike, stages: list[UInt8[np.ndarray, "h w 3"]]) -> None:
+    """Writes one image at the end of each stage, side by side, all as large as the last."""
+    height = stages[-1].shape[0]
+    parts = []
+    for image in stages:
+        scale = height // image.shape[0]
+        image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+        parts.append(np.pad(image, ((0, 0), (0, GAP), (0, 0)), constant_values=GREY))
+    save_png(path, np.concatenate(parts, axis=1)[:, :-GAP])
 
 
 def save_grid(path: epath.PathLike, pixels: UInt8[np.ndarray, "n h w 3"], limit: int = 100) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -10,6 +9,7 @@ from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
 
 KINDS = ("uniform", "reference")
+SHORTEST_STEP = 1e-6  # what remains of a step, if less, is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,23 @@ class StageGrid:
     def timestep(self, tau: Float[Array, "..."]) -> Float[Array, "..."]:
         """The time T that the network sees at tau."""
         return self.timestep_start + self.timestep_slope * tau
+
+    def after(self, tau: float) -> "StageGrid":
+        """The part of the grid from `tau` on, which becomes its first step's begin."""
+        later = [t for t in self.taus if t > tau + SHORTEST_STEP]
+        return dataclasses.replace(self, taus=(tau, *later))
+
+    def cut(self, timesteps: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
+        """The ends of the grid and, between them, the taus at which these times T are reached."""
+        taus = (np.asarray(timesteps) - self.timestep_start) / self.timestep_slope
+        first, last = self.taus[0], self.taus[-1]
+        low, high = min(first, last) + SHORTEST_STEP, max(first, last) - SHORTEST_STEP
+        inside = np.sort(taus[(taus > low) & (taus < high)])
+        return np.array([first, *(inside if first < last else inside[::-1]), last])
+
+    def backwards(self) -> "StageGrid":
+        """The same steps from the end to the begin."""
+        return dataclasses.replace(self, taus=self.taus[::-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +103,3 @@ class TimeGrid:
         if adaptive and self.kind == "reference":
             slope = float(cascade.timesteps[stage][-1] - start)
         return StageGrid(tuple(t.tolist()), start, slope)
-
-
-def step_arrays(grid: StageGrid, dtype) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """(tau at the start, size) of each step of a fixed-step solver."""
-    taus = np.array(grid.taus)
-    return jnp.asarray(taus[:-1], dtype), jnp.asarray(np.diff(taus), dtype)

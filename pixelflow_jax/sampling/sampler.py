@@ -13,15 +13,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from pixelflow_jax import images
 from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
-from pixelflow_jax.sampling.solvers import ADAPTIVE, check_solver, solve_adaptive, solve_fixed
+from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_control, solve_fixed
 
 # What the network is conditioned on, by argument name of PixelFlow.__call__; first axis is the image.
 Condition = dict[str, Array]
@@ -34,15 +35,28 @@ class Noise(NamedTuple):
     blocks: list[Float[Array, "b hs ws c"]]
 
 
+class Trajectory(NamedTuple):
+    """A sampling run.
+
+    ends: the image at the end of every stage that was run, about in [-1, 1]; the last is the sample.
+    nfe: network evaluations of each image in each stage; conditional and unconditional are one.
+    """
+
+    ends: list[Float[Array, "b hs ws c"]]
+    nfe: Int[Array, "b stages"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The settings of a sampling run; call `sample` under jit.
+    """The settings of a sampling run; call `run` or `sample` under jit.
 
     Attributes:
       model, cascade: the network and its stages.
       height, width: of the final image, in pixels.
       grid, guidance, solver: see grids.py, guidance.py, solvers.py.
-      rtol, atol: tolerances of adaptive solvers, per image.
+      step_control: "fixed" takes the grid's steps; "per_image" and "per_batch" choose steps by the
+        solver's error estimate, of each image alone or of all together; "auto": see `resolve_control`.
+      rtol, atol: tolerances of that.
 
     Raises:
       UserError: for sizes, solvers, grids or schedules that do not fit the cascade.
@@ -57,19 +71,34 @@ class Sampler:
     solver: str = "euler"
     rtol: float = 1e-3
     atol: float = 1e-6
+    step_control: str = "auto"
 
     def __post_init__(self):
         self.cascade.check_size(self.height, self.width, self.model.patch_size)
-        check_solver(self.solver)
+        resolve_control(self.solver, self.step_control)
+        for name in ("rtol", "atol"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         self.grid.steps(self.cascade.num_stages)
         self.guidance.weights(self.cascade.num_stages)
+
+    @property
+    def control(self) -> str:
+        """Who decides on the steps: "fixed", "per_image" or "per_batch"."""
+        return resolve_control(self.solver, self.step_control)
+
+    def stage_size(self, stage: int) -> tuple[int, int, int]:
+        """(height, width, 3) of a stage's images."""
+        return *self.cascade.size(stage, self.height, self.width), 3
 
     def draw_noise(self, keys: Key[Array, " b"]) -> Noise:
         """Noise for each image from its own key, so that it does not depend on the batch."""
 
         def normal(stage):
-            shape = (*self.cascade.size(stage, self.height, self.width), 3)
-            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stage), shape))(keys)
+            def one(key):
+                return jax.random.normal(jax.random.fold_in(key, stage), self.stage_size(stage))
+
+            return jax.vmap(one)(keys)
 
         gamma = self.cascade.gamma
         later = range(1, self.cascade.num_stages)
@@ -78,65 +107,112 @@ class Sampler:
     def sample(
         self, params: dict, noise: Noise, condition: Condition, null_condition: Condition
     ) -> list[Float[Array, "b hs ws c"]]:
-        """The image at the end of every stage; the last is the sample, about in [-1, 1].
+        """The image at the end of every stage: `run`'s `ends`."""
+        return self.run(params, noise, condition, null_condition).ends
+
+    def run(
+        self,
+        params: dict,
+        noise: Noise,
+        condition: Condition,
+        null_condition: Condition,
+        first_stage: int = 0,
+        first_tau: float = 0.0,
+    ) -> Trajectory:
+        """From noise to images, or from any place in the cascade (see starts.py).
 
         Args:
           params: of the model.
-          noise: from `draw_noise`.
+          noise: from `draw_noise`; `start` is x at (first_stage, first_tau).
           condition, null_condition: {"labels": int [B]}, or {"context": [B, t, c],
             "context_mask": bool [B, t]}; the second is what the unconditional half sees.
         """
-        x, ends = noise.start, []
-        weights = self.guidance.weights(self.cascade.num_stages)
-        for stage in range(self.cascade.num_stages):
-            if stage:
-                alpha, beta = self.cascade.renoising(stage)
-                x = alpha * images.up(x) + beta * noise.blocks[stage - 1]
-            grid = self.grid.stage(self.cascade, stage, self.solver in ADAPTIVE)
-            x = self._solve(params, x, grid, weights[stage], condition, null_condition)
+        x, ends, nfe = noise.start, [], []
+        for stage in range(first_stage, self.cascade.num_stages):
+            tau = first_tau
+            if stage > first_stage:
+                x, tau = self.step_up(stage, x, noise.blocks[stage - 1]), 0.0
+            grid = self.stage_grid(stage).after(tau)
+            x, count = self.solve_stage(params, stage, x, grid, condition, null_condition)
             ends.append(x)
-        return ends
+            nfe.append(count)
+        return Trajectory(ends, jnp.stack(nfe, axis=1))
 
-    def _solve(self, params, x, grid: StageGrid, weight: float, condition, null_condition):
-        """Integrates one stage."""
-        if self.solver in ADAPTIVE:
-            one = functools.partial(self._solve_one, params, grid, weight)
-            return jax.vmap(one)(x, condition, null_condition)
-        for part, guided in self._parts(grid):
-            field = self._field(params, grid, weight if guided else 1.0, condition, null_condition)
-            x = solve_fixed(self.solver, field, x, part)
-        return x
+    def stage_grid(self, stage: int) -> StageGrid:
+        """The grid of one stage; of error-controlled steps only its ends and times count."""
+        return self.grid.stage(self.cascade, stage, self.control != "fixed")
 
-    def _solve_one(self, params, grid: StageGrid, weight: float, x, condition, null_condition):
-        """Integrates one stage of one image adaptively: its steps do not depend on its batch."""
+    def step_up(self, stage: int, x: Float[Array, "b h w c"], block: Float[Array, "b h2 w2 c"]):
+        """From the end of the stage before to the start of `stage`: twice the size, and block noise."""
+        alpha, beta = self.cascade.renoising(stage)
+        return alpha * images.up(x) + beta * block
+
+    def solve_stage(
+        self,
+        params: dict,
+        stage: int,
+        x: Float[Array, "b h w c"],
+        grid: StageGrid,
+        condition: Condition,
+        null_condition: Condition,
+    ) -> tuple[Float[Array, "b h w c"], Int[Array, " b"]]:
+        """(x at the end of `grid`, evaluations); a grid that runs backwards inverts the stage."""
+        weight = self.guidance.weights(self.cascade.num_stages)[stage]
+        nfe = jnp.zeros(len(x), jnp.int32)
+        for part, guided in self._parts(grid, weight):
+            args = (params, part, weight if guided else 1.0)
+            if self.control == "fixed":
+                field = self.field(*args, condition, null_condition)
+                x = solve_fixed(self.solver, field, x, np.array(part.taus))
+                count = (len(part.taus) - 1) * evaluations_per_step(self.solver)
+            elif self.control == "per_image":
+                x, count = jax.vmap(functools.partial(self._adapt_one, *args))(
+                    x, condition, null_condition
+                )
+            else:
+                x, count = self._adapt(self.field(*args, condition, null_condition), x, part)
+            nfe += count
+        return x, nfe
+
+    def _adapt(self, field: Callable, x, grid: StageGrid):
+        from pixelflow_jax.sampling.adaptive import solve_adaptive
+
+        span = (grid.taus[0], grid.taus[-1])
+        return solve_adaptive(self.solver, field, x, self.rtol, self.atol, span)
+
+    def _adapt_one(self, params, grid: StageGrid, weight: float, x, condition, null_condition):
+        """One image with its own error control: its steps do not depend on its batch."""
         batch_of_one = jax.tree.map(lambda leaf: leaf[None], (condition, null_condition))
-        guided = self._field(params, grid, weight, *batch_of_one)
-        plain = self._field(params, grid, 1.0, *batch_of_one)
+        field = self.field(params, grid, weight, *batch_of_one)
+        return self._adapt(lambda x, tau: field(x[None], tau)[0], x, grid)
 
-        def field(x, tau):
-            if weight == 1 or self.guidance.always:
-                return guided(x[None], tau)[0]
-            active = self.guidance.active(grid.timestep(tau))
-            return jnp.where(active, guided(x[None], tau), plain(x[None], tau))[0]
+    def _parts(self, grid: StageGrid, weight: float) -> list[tuple[StageGrid, bool]]:
+        """Cuts a grid where guidance goes on or off.
 
-        return solve_adaptive(self.solver, field, x, self.rtol, self.atol)
-
-    def _parts(self, grid: StageGrid) -> list[tuple[StageGrid, bool]]:
-        """Cuts a grid where guidance goes on or off, by the time at the start of each step."""
-        on = self.guidance.active(np.array([grid.timestep(tau) for tau in grid.taus[:-1]]))
+        Fixed steps are not cut in two: the time in the middle of a step decides for all of it. Solvers
+        start anew in each part, so that none has the jump inside a step.
+        """
+        if weight == 1 or self.guidance.always:
+            return [(grid, weight != 1)]
+        taus = np.array(grid.taus)
+        if self.control != "fixed":
+            taus = grid.cut(1000 * np.array(self.guidance.interval))
+        on = self.guidance.active(grid.timestep((taus[:-1] + taus[1:]) / 2))
         cuts = [0, *(np.flatnonzero(np.diff(on)) + 1).tolist(), len(on)]
         return [
-            (dataclasses.replace(grid, taus=grid.taus[begin : end + 1]), bool(on[begin]))
+            (dataclasses.replace(grid, taus=tuple(taus[begin : end + 1].tolist())), bool(on[begin]))
             for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
         ]
 
-    def _field(self, params, grid: StageGrid, weight: float, condition, null_condition) -> Callable:
+    def field(
+        self, params, grid: StageGrid, weight: float, condition: Condition, null_condition: Condition
+    ) -> Field:
         """The guided velocity at (x [B, h, w, c], tau). A row holds one image, or its two halves."""
         both = weight != 1
         pair = (null_condition, condition) if both else (condition,)
         inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *pair)
 
-        def field(x, tau):
+        def velocity(x, tau):
             p = self.model.patch_size
             batch, height, width, _ = x.shape
             layout = PackLayout((Group(len(pair), height // p, width // p),))
@@ -155,7 +231,7 @@ class Sampler:
                 out = uncond + weight * (cond - uncond)
             return images.unpatchify(out, height, width, p)
 
-        return field
+        return velocity
 
 
 def correlate_blocks(z: Float[Array, "b h w c"], gamma: float) -> Float[Array, "b h w c"]:
@@ -168,6 +244,12 @@ def correlate_blocks(z: Float[Array, "b h w c"], gamma: float) -> Float[Array, "
     return (1 - gamma) ** 0.5 * (z - mean) + max(1 + 3 * gamma, 0.0) ** 0.5 * mean
 
 
-def class_conditions(labels: Array, num_classes: int) -> tuple[Condition, Condition]:
-    """(condition, null condition) of a class model; the null class is `num_classes`."""
-    return {"labels": labels}, {"labels": jnp.full_like(labels, num_classes)}
+def class_conditions(
+    labels: Int[Array, " b"], num_classes: int, negative_labels: Int[Array, " b"] | None = None
+) -> tuple[Condition, Condition]:
+    """(condition, null condition) of a class model.
+
+    The unconditional half sees `negative_labels`, by default the null class `num_classes`.
+    """
+    null = jnp.full_like(labels, num_classes) if negative_labels is None else negative_labels
+    return {"labels": labels}, {"labels": null}

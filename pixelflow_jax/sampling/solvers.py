@@ -1,35 +1,38 @@
-"""ODE solvers over tau in [0, 1]: fixed steps by `lax.scan`, adaptive ones by Diffrax."""
+"""ODE solvers over tau in [0, 1] by name: fixed steps by `lax.scan`, which is the fast path.
 
+Explicit Runge-Kutta methods come from their Butcher tableaus (Diffrax's, so that both paths are the
+same method), AB2 from its formula. Error-controlled steps are in adaptive.py.
+"""
+
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.sampling.grids import StageGrid, step_arrays
 
 # (x, tau, a number) -> dx/dtau, of x's shape
 Field = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
 
-
-def euler_step(field: Field, x, tau, size):
-    """First order, one evaluation."""
-    return x + size * field(x, tau)
-
-
-def heun_step(field: Field, x, tau, size):
-    """Second order (explicit trapezoid), two evaluations."""
-    first = field(x, tau)
-    second = field(x + size * first, tau + size)
-    return x + size * (first + second) / 2
-
-
-FIXED_STEP = {"euler": euler_step, "heun": heun_step}
-ADAPTIVE = ("dopri5",)
-MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of an adaptive solver, a stage, whose tau runs from 0 to 1
-HUGE = 1e10  # in place of a velocity that is not finite; it carries x where no image ever is
-SOLVERS = (*FIXED_STEP, *ADAPTIVE)
+# Order of convergence with fixed steps, by name
+ORDERS = {
+    "euler": 1,
+    "heun": 2,
+    "midpoint": 2,
+    "ralston": 2,
+    "ab2": 2,
+    "bosh3": 3,
+    "dopri5": 5,
+    "tsit5": 5,
+    "dopri8": 8,
+}
+SOLVERS = tuple(ORDERS)
+WITHOUT_ERROR = ("euler", "ab2")  # they do not estimate their error: fixed steps only
+CONTROLS = ("auto", "fixed", "per_image", "per_batch")
 
 
 def check_solver(name: str) -> None:
@@ -38,43 +41,108 @@ def check_solver(name: str) -> None:
         raise UserError(f"the solver must be one of {', '.join(SOLVERS)}, got {name!r}")
 
 
-def solve_fixed(name: str, field: Field, x: Float[Array, "..."], grid: StageGrid):
-    """Integrates over the steps of `grid`; returns x at its end."""
-    step = FIXED_STEP[name]
+def resolve_control(name: str, control: str = "auto") -> str:
+    """Who decides on the steps: "fixed" (the grid), or the error "per_image" or "per_batch".
 
-    def body(x, times):
-        return step(field, x, *times), None
+    "auto" is per_image for orders above 2, where a tolerance pays, and fixed below.
 
-    return jax.lax.scan(body, x, step_arrays(grid, x.dtype))[0]
-
-
-def solve_adaptive(
-    name: str, field: Field, x: Float[Array, "..."], rtol: float, atol: float
-) -> Float[Array, "..."]:
-    """Integrates from tau 0 to 1 with one error control for all of x; vmap it for one an image.
-
-    NaN if the tolerance is not reached in MAX_STEPS or with MIN_STEP, or the field is not finite:
-    Diffrax's own error would be a call back into Python, which a program for another machine cannot
-    hold.
+    Raises:
+      UserError: for an unknown word, or a solver that has no error estimate.
     """
+    check_solver(name)
+    if control not in CONTROLS:
+        raise UserError(f"step_control must be one of {', '.join(CONTROLS)}, got {control!r}")
+    if control == "auto":
+        return "per_image" if ORDERS[name] > 2 else "fixed"
+    if control != "fixed" and name in WITHOUT_ERROR:
+        raise UserError(f"{name} does not estimate its error: step_control must be fixed, not {control}")
+    return control
+
+
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method without the evaluations that only estimate its error.
+
+    Evaluation i is at tau + nodes[i] * size and x + size * sum_j weights[i][j] * slope[j].
+    """
+
+    nodes: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+    solution: tuple[float, ...]
+
+
+@functools.cache
+def tableau(name: str) -> Tableau:
+    """The tableau of a solver that has one (all but ab2)."""
+    if name == "euler":
+        return Tableau((0.0,), ((),), (1.0,))
     import diffrax  # imports Equinox; only who asks for it pays
 
-    def finite_field(tau, y, args):
-        velocity = field(y, jnp.asarray(tau, y.dtype))  # NaN would keep the step control busy for ever
-        return jnp.where(jnp.isfinite(velocity), velocity, HUGE)
-
-    solver = {"dopri5": diffrax.Dopri5}[name]()
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(finite_field),
-        solver,
-        t0=0.0,
-        t1=1.0,
-        dt0=None,
-        y0=jnp.where(jnp.isfinite(x), x, HUGE),  # the stage before may have failed
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP),
-        max_steps=MAX_STEPS,
-        throw=False,
+    table = getattr(diffrax, name.capitalize()).tableau
+    nodes = np.concatenate([[0.0], table.c])
+    weights = [(), *(tuple(row.tolist()) for row in table.a_lower)]
+    last = max(np.flatnonzero(table.b_sol)) + 1
+    assert last >= len(nodes) - 2  # what is left out is the evaluation that ends the step
+    return Tableau(
+        tuple(nodes[:last].tolist()), tuple(weights[:last]), tuple(table.b_sol[:last].tolist())
     )
-    small = (jnp.abs(solution.ys[-1]) < HUGE * 1e-6).all()
-    reached = (solution.result == diffrax.RESULTS.successful) & small
-    return jnp.where(reached, solution.ys[-1], jnp.nan)
+
+
+def evaluations_per_step(name: str) -> int:
+    """Network evaluations that a fixed step costs."""
+    return 1 if name == "ab2" else len(tableau(name).nodes)
+
+
+def _combine(x, size, weights, slopes):
+    """x + size * sum of weights * slopes, leaving zeros out."""
+    terms = [w * slope for w, slope in zip(weights, slopes, strict=True) if w]
+    return x + size * functools.reduce(jnp.add, terms) if terms else x
+
+
+def runge_kutta_step(table: Tableau, field: Field, x, tau, size):
+    """One step of an explicit Runge-Kutta method."""
+    slopes = []
+    for node, weights in zip(table.nodes, table.weights, strict=True):
+        slopes.append(field(_combine(x, size, weights, slopes), tau + node * size))
+    return _combine(x, size, table.solution, slopes)
+
+
+def solve_fixed(
+    name: str,
+    field: Field,
+    x: Float[Array, "..."],
+    taus: Float[np.ndarray, " n"] | Float[Array, " n"],
+    count: Int[Array, ""] | None = None,
+) -> Float[Array, "..."]:
+    """Integrates over steps from taus[i] to taus[i + 1]; returns x at the last.
+
+    AB2 (two-step Adams-Bashforth for steps of any size) starts with an Euler step, which keeps its
+    second order, so that it evaluates once a step.
+
+    Args:
+      count: how many of the steps to do, if that is known on the device only.
+    """
+    sizes = taus[1:] - taus[:-1]
+    xp = np if isinstance(taus, np.ndarray) else jnp
+    ratios = xp.concatenate([xp.zeros_like(sizes[:1]), sizes[1:] / sizes[:-1]])
+    times = tuple(jnp.asarray(part, x.dtype) for part in (taus[:-1], sizes, ratios))
+
+    if name == "ab2":
+
+        def step(carry, times):
+            (x, before), (tau, size, ratio) = carry, times
+            slope = field(x, tau)
+            return x + size * ((1 + ratio / 2) * slope - ratio / 2 * before), slope
+
+        carry = (x, jnp.zeros_like(x))
+    else:
+
+        def step(carry, times):
+            return (runge_kutta_step(table, field, carry[0], times[0], times[1]),)
+
+        table, carry = tableau(name), (x,)
+
+    if count is not None:
+        return jax.lax.fori_loop(
+            0, count, lambda i, carry: step(carry, tuple(part[i] for part in times)), carry
+        )[0]
+    return jax.lax.scan(lambda carry, times: (step(carry, times), None), carry, times)[0][0]

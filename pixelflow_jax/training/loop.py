@@ -19,7 +19,8 @@ from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import Source, load_source
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.flops import forward_flops
-from pixelflow_jax.sampling.generate import build_sampler, image_keys, make_generate, save_grid
+from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
+from pixelflow_jax.sampling.starts import FromSeed
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
@@ -163,7 +164,7 @@ def make_sample_grid(config: ConfigDict, mesh: Mesh, workdir: epath.Path):
 
     @functools.partial(jax.jit, out_shardings=whole)
     def generate(params, index, labels):
-        return make_generate(sampler)(params, image_keys(config.seed, index), labels)[0]
+        return make_generate(sampler, FromSeed(config.seed))(params, {"index": index}, labels).pixels
 
     names = [*config.ema.decays, *config.ema.half_lives]
 

@@ -1,0 +1,279 @@
+"""Compares the ODE solvers on a trained checkpoint: order, error by evaluations and by cost, speed.
+
+    python benchmarks/solvers.py --checkpoint=runs/digits --out=docs/solvers_measured.md
+
+Errors are root-mean-square differences in the final image to a tight solution (150 steps of dopri5 a stage), over all stages,
+in float64, at the config's guidance. `--quality` adds the judges of quality.py on 1000 samples.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixelflow_jax.sampling import adaptive, budget, solvers
+from pixelflow_jax.sampling.generate import build_sampler, make_generate
+from pixelflow_jax.sampling.grids import TimeGrid
+from pixelflow_jax.sampling.sampler import class_conditions
+from pixelflow_jax.sampling.starts import FromSeed, image_keys
+from pixelflow_jax.training.checkpoints import load_params
+
+# Steps a stage from which on the error falls as the order says
+ORDER_STEPS = {
+    "euler": 256,
+    "heun": 512,
+    "midpoint": 512,
+    "ralston": 512,
+    "ab2": 512,
+    "bosh3": 512,
+    "dopri5": 512,
+}
+LINES: list[str] = []
+
+
+def say(line: str = "") -> None:
+    """Prints a line and keeps it for --out."""
+    print(line, flush=True)
+    LINES.append(line)
+
+
+def table(head: list[str], body: list[list[str]]) -> None:
+    """A Markdown table."""
+    say("| " + " | ".join(head) + " |")
+    say("| " + " | ".join("---" for _ in head) + " |")
+    for row in body:
+        say("| " + " | ".join(row) + " |")
+    say()
+
+
+class Trial:
+    """A checkpoint in float64 with fixed noise, and its tight solution."""
+
+    def __init__(self, checkpoint: str, count: int):
+        params, config, _ = load_params(checkpoint)
+        self.config = config
+        sampler = build_sampler(config)
+        self.noise = sampler.draw_noise(image_keys(1, jnp.arange(count)))
+        self.labels = jnp.arange(count) % config.model.num_classes
+        self.params, self.sampler = params, sampler
+        wide = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+        self.params64, self.noise64 = wide(params), wide(self.noise)
+        model = sampler.model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
+        self.sampler64 = dataclasses.replace(sampler, model=model, step_control="fixed")
+        self.flops = budget.stage_flops(sampler)
+        self.truth = self.image("dopri5", (150,))
+
+    def image(self, solver: str, steps: tuple[int, ...], kind: str = "uniform", only: int | None = None):
+        """The final images (or the first `only` of them), float64."""
+        sampler = dataclasses.replace(self.sampler64, solver=solver, grid=TimeGrid(steps, kind))
+        with jax.enable_x64(True):
+            noise = jax.tree.map(lambda x: x[:only], self.noise64)
+            conditions = class_conditions(self.labels[:only], sampler.model.num_classes)
+            return np.asarray(jax.jit(sampler.sample)(self.params64, noise, *conditions)[-1])
+
+    @functools.cache  # noqa: B019
+    def error(self, solver: str, steps: tuple[int, ...], kind: str = "uniform") -> float:
+        """Root-mean-square error of the final images."""
+        return float(np.sqrt(np.mean(np.square(self.image(solver, steps, kind) - self.truth))))
+
+    def cost(self, solver: str, steps: tuple[int, ...]) -> tuple[int, float]:
+        """(evaluations, GFLOP) an image."""
+        steps = TimeGrid(steps).steps(len(self.flops))
+        evaluations = np.array(steps) * solvers.evaluations_per_step(solver)
+        return int(evaluations.sum()), float(evaluations @ self.flops) / 1e9
+
+
+def orders(trial: Trial) -> None:
+    """Slope of the global error in the number of steps, for each solver."""
+    say("## Order of convergence")
+    say(
+        "Two images, the whole cascade, float64: log2 of |x(n) - x(2n)| / |x(2n) - x(4n)|; bound: within "
+        "0.25 of the order. It takes this many steps to see the orders, because the time embedding turns "
+        "by a radian each unit of T, of which a stage has hundreds.\n"
+    )
+    body = []
+    for solver, count in ORDER_STEPS.items():
+        order, x = solvers.ORDERS[solver], [trial.image(solver, (count * k,), only=2) for k in (1, 2, 4)]
+        first, second = (np.sqrt(np.mean(np.square(a - b))) for a, b in ((x[0], x[1]), (x[1], x[2])))
+        slope = np.log2(first / second)
+        met = "met" if abs(slope - order) <= 0.25 else "NOT met"
+        body.append([solver, str(order), f"{slope:.2f}", str(count), f"{second:.1e}", met])
+    table(["solver", "order", "slope", "n", "x(2n) - x(4n)", ""], body)
+
+
+def grids(trial: Trial, judge) -> None:
+    """`uniform` against `reference` with as many steps."""
+    say("## The grid: `uniform` against `reference` at the same number of evaluations")
+    head = ["Euler steps a stage", "error uniform", "error reference", "reference / uniform"]
+    body = []
+    for count in (5, 10, 20, 30):
+        errors = [trial.error("euler", (count,), kind) for kind in ("uniform", "reference")]
+        row = [str(count), *(f"{e:.4f}" for e in errors), f"{errors[1] / errors[0]:.3f}"]
+        if judge:
+            row += [judge("euler", count, kind) for kind in ("uniform", "reference")]
+        body.append(row)
+    if judge:
+        head += ["uniform: accuracy, Frechet, nearest", "reference: the same"]
+    table(head, body)
+
+
+def needed(trial: Trial) -> None:
+    """The fewest evaluations with which each solver reaches the error of 30 Euler steps a stage."""
+    goal, (nfe30, cost30) = trial.error("euler", (30,)), trial.cost("euler", (30,))
+    say("## Evaluations that reach the error of 30 Euler steps a stage")
+    say(f"That error is {goal:.2e}, at {nfe30} evaluations and {cost30:.1f} GFLOP an image.\n")
+    body = [["euler", "30", str(nfe30), f"{goal:.1e}", "1.00", "1.00"]]
+
+    def add(name, solver, steps):
+        nfe, cost = trial.cost(solver, steps)
+        shown = ", ".join(map(str, steps))
+        error = f"{trial.error(solver, steps):.1e}"
+        body.append([name, shown, str(nfe), error, f"{nfe / nfe30:.2f}", f"{cost / cost30:.2f}"])
+
+    for solver in ("heun", "midpoint", "ralston", "ab2", "bosh3", "dopri5", "tsit5", "dopri8"):
+        count = next((n for n in range(1, 31) if trial.error(solver, (n,)) <= goal), None)
+        if count is None:
+            body.append([solver, "over 30", "", "", "", ""])
+        else:
+            add(solver, solver, (count,))
+    for solver in ("euler", "heun", "midpoint", "ab2", "bosh3"):
+        sampler = dataclasses.replace(trial.sampler, solver=solver, step_control="fixed")
+        measured = budget.measure(sampler, trial.params, np.asarray(trial.labels))
+        per_step = solvers.evaluations_per_step(solver)
+        for total in range(len(trial.flops) * per_step, nfe30 + 1, per_step):
+            steps = budget.split_budget(measured, total, per_step)
+            if trial.error(solver, steps) <= goal:
+                add(f"{solver}, nfe_budget={total}", solver, steps)
+                break
+        else:
+            body.append([f"{solver}, nfe_budget", "not within", str(nfe30), "", "", ""])
+    table(["solver", "steps a stage", "evaluations", "error", "of Euler's", "of its FLOPs"], body)
+
+
+def adaptive_costs(trial: Trial) -> None:
+    """Error and evaluations of error-controlled steps, an image and a batch."""
+    say("## Steps chosen by the error (float32)")
+    body = []
+    for solver in ("heun", "bosh3", "dopri5", "tsit5", "dopri8"):
+        for control in ("per_image", "per_batch"):
+            for rtol in (1e-2, 1e-3):
+                sampler = dataclasses.replace(
+                    trial.sampler, solver=solver, step_control=control, rtol=rtol, atol=rtol
+                )
+                conditions = class_conditions(trial.labels, sampler.model.num_classes)
+                run = jax.jit(sampler.run)(trial.params, trial.noise, *conditions)
+                error = float(np.sqrt(np.mean(np.square(np.asarray(run.ends[-1]) - trial.truth))))
+                nfe = np.asarray(run.nfe).sum(1)
+                body.append([solver, control, f"{rtol:g}", f"{nfe.mean():.1f}", f"{error:.1e}"])
+    table(["solver", "step_control", "rtol = atol", "mean evaluations", "error"], body)
+
+
+def speed(trial: Trial, repeats: int) -> None:
+    """The scan against Diffrax's fixed steps, side by side, by batch size and solver."""
+    say("## The scan against Diffrax with the same fixed steps (float32, ratios of medians)")
+    body = []
+    for count in (1, 25):
+        for solver in ("euler", "heun", "ab2", "dopri5"):
+            taus = np.linspace(0, 1, 21)
+            sampler, stage = trial.sampler, 0
+            grid = sampler.grid.stage(sampler.cascade, stage)
+            conditions = class_conditions(trial.labels[:count], sampler.model.num_classes)
+            x = trial.noise.start[:count]
+
+            def run(solve, x, solver=solver, conditions=conditions, grid=grid, taus=taus):
+                field = sampler.field(trial.params, grid, 1.2, *conditions)
+                return solve(solver, field, x, taus)
+
+            functions = [
+                jax.jit(functools.partial(run, solve))
+                for solve in (solvers.solve_fixed, adaptive.solve_fixed_diffrax)
+            ]
+            times = [[], []]
+            for function in functions:
+                jax.block_until_ready(function(x))
+            for _ in range(repeats):
+                for kept, function in zip(times, functions, strict=True):
+                    begin = time.perf_counter()
+                    jax.block_until_ready(function(x))
+                    kept.append(time.perf_counter() - begin)
+            scan, rival = (np.median(kept) for kept in times)
+            name = "the default network"
+            body.append([name, str(count), solver, f"{scan * 1e3:.1f} ms", f"{rival / scan:.2f}"])
+    for width in (16, 256):
+        for solver in ("euler", "heun", "ab2", "dopri5"):
+            weight = jax.random.normal(jax.random.key(0), (width, width)) / width**0.5
+            x, taus = jnp.ones((1, width)), np.linspace(0, 1, 31)
+            functions = [
+                jax.jit(
+                    lambda x, s=solve, w=weight, n=solver: s(
+                        n, lambda y, t: jnp.tanh(y @ w + t), x, taus
+                    )
+                )
+                for solve in (solvers.solve_fixed, adaptive.solve_fixed_diffrax)
+            ]
+            times = [[], []]
+            for function in functions:
+                jax.block_until_ready(function(x))
+            for _ in range(20 * repeats):
+                for kept, function in zip(times, functions, strict=True):
+                    begin = time.perf_counter()
+                    jax.block_until_ready(function(x))
+                    kept.append(time.perf_counter() - begin)
+            scan, rival = (np.median(kept) for kept in times)
+            body.append(
+                [f"one layer of {width}", "1", solver, f"{scan * 1e3:.3f} ms", f"{rival / scan:.2f}"]
+            )
+    table(["field", "batch", "solver", "scan", "Diffrax / scan"], body)
+
+
+def quality_judge(trial: Trial):
+    """A function (solver, steps, grid) -> the three numbers of quality.py on 1000 samples."""
+    from quality import Judge
+
+    judge, start = Judge(trial.config), FromSeed(1000)
+
+    def numbers(solver: str, count: int, kind: str) -> str:
+        sampler = dataclasses.replace(
+            trial.sampler, solver=solver, grid=TimeGrid((count,), kind), step_control="fixed"
+        )
+        generate, parts = make_generate(sampler, start), []
+        labels = np.arange(1000, dtype=np.int32) % trial.config.model.num_classes
+        for begin in range(0, 1000, 250):
+            index = np.arange(begin, begin + 250)
+            parts.append(
+                jax.device_get(generate(trial.params, start.inputs(index), labels[index]).pixels)
+            )
+        scores = judge.scores(np.concatenate(parts), labels)
+        return f"{scores['accuracy']:.1%}, {scores['frechet']:.2f}, {scores['nearest']:.2f}"
+
+    return numbers
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--num_images", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=15, help="timings of each, in turn")
+    parser.add_argument("--quality", action="store_true", help="also judge 1000 samples of each grid")
+    parser.add_argument("--out", help="Markdown file to write")
+    args = parser.parse_args()
+    trial = Trial(args.checkpoint, args.num_images)
+    orders(trial)
+    grids(trial, quality_judge(trial) if args.quality else None)
+    needed(trial)
+    adaptive_costs(trial)
+    speed(trial, args.repeats)
+    if args.out:
+        pathlib.Path(args.out).write_text("\n".join(LINES) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""What `sample` was asked for: its flags, and the sampler, start and labels that they describe."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from pixelflow_jax import arrays, cli, files
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.sampling import grids, guidance, solvers, starts
+from pixelflow_jax.sampling.budget import plan_steps
+from pixelflow_jax.sampling.generate import build_sampler, fit_image, read_image
+from pixelflow_jax.sampling.sampler import Noise, Sampler
+from pixelflow_jax.training.checkpoints import load_params
+
+# Flags that replace a key of config.sample; without them the checkpoint's own config decides.
+FROM_CONFIG = (
+    *("solver", "step_control", "rtol", "atol", "num_steps", "grid", "shift"),
+    *("guidance_scale", "guidance_schedule", "guidance_interval"),
+)
+PILOTS = 8  # images that --nfe_budget is measured on
+STARTS = ("init_image", "from_noise", "interpolate", "invert")
+PACKAGES = ("pixelflow_jax", "jax", "jaxlib", "flax", "diffrax", "numpy")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The flags of `sample`."""
+    result = cli.parser(doc)
+    add = result.add_argument
+    add("--checkpoint", required=True, help="workdir of a run, or a folder that convert wrote")
+    add("--out", required=True, help="folder to write")
+    add("--labels", type=_numbers, help="classes, such as 0,1,2; in turn (default: all of them)")
+    add("--negative_labels", type=_numbers, help="classes to steer away from (default: the null class)")
+    add("--num_images", type=int, help="how many (default: one a label, or the config's number)")
+    add("--batch_size", type=int, default=25, help="images at a time, a process (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--ema", type=float, help="decay of the average to use; 0 = the raw parameters")
+    add("--height", type=int, help="in pixels (default: as trained)")
+    add("--width", type=int, help="in pixels (default: as trained)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of computation (default: as trained)")
+    add("--solver", choices=solvers.SOLVERS, help="default: the config's, as for all below")
+    add("--step_control", choices=solvers.CONTROLS, help="who sets the steps (auto: by solver)")
+    add("--rtol", type=float, help="relative tolerance, where the error chooses the steps")
+    add("--atol", type=float, help="absolute tolerance")
+    add("--num_steps", type=_numbers, help="steps a stage: 10, or 10,10,10,10 with one each")
+    add("--nfe_budget", type=int, help="evaluations an image, split over the stages by measurement")
+    add("--grid", choices=grids.KINDS, help="where the steps stand; reference: the official grid")
+    add("--shift", type=float, help="above 1: more steps near the noise")
+    add("--guidance_scale", type=float, help="weight of the last stage; 0 or less: no guidance")
+    add("--guidance_schedule", choices=guidance.SCHEDULES, help="weight over the stages")
+    add("--guidance_interval", type=_floats, help="such as 0.2,0.8, on the way from noise to data")
+    add("--init_image", help="an image, or a folder of images, to start from")
+    add("--from_stage", type=int, help="with --init_image: the stage to start at (default: the last)")
+    add("--strength", type=float, default=1.0, help="share of that stage to run (default: %(default)s)")
+    add("--invert", help="an image, or a folder of images: writes the noise they come from")
+    add("--from_noise", help="noise.npz that --invert wrote")
+    add("--interpolate", type=_numbers, help="two seeds, such as 3,4")
+    add("--save_stages", action="store_true", help="also stages/000000.png ...: the way, side by side")
+    add(
+        "--num_png",
+        type=int,
+        help="images that become PNG files too (default: all up to 1000, else 100)",
+    )
+    return result
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot be right, whatever the checkpoint."""
+    for name in ("batch_size", "num_images", "nfe_budget"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.num_png is not None and args.num_png < 0:
+        raise UserError(f"--num_png must not be negative, got {args.num_png}")
+    for seed in (args.seed, *(args.interpolate or ())):
+        if not 0 <= seed < 2**32:
+            raise UserError(f"a seed must lie in 0..2^32-1, got {seed}")
+    given = [name for name in STARTS if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} exclude each other")
+    if args.init_image is None and (args.from_stage is not None or args.strength != 1):
+        raise UserError("--from_stage and --strength go with --init_image")
+    if args.interpolate is not None and len(args.interpolate) != 2:
+        raise UserError(f"--interpolate needs two seeds, got {len(args.interpolate)}")
+    if args.nfe_budget is not None and args.num_steps is not None:
+        raise UserError("--nfe_budget and --num_steps exclude each other: the budget sets the steps")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"-?\d{1,18}(,-?\d{1,18})*", text):
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request that is ready to run.
+
+    Attributes:
+      params: of the network.
+      sampler, start: see sampler.py and starts.py.
+      labels, negative_labels: of every image; the second may be None.
+      settings: what settings.json says.
+    """
+
+    params: dict
+    sampler: Sampler
+    start: Any
+    labels: Int[np.ndarray, " n"]
+    negative_labels: Int[np.ndarray, " n"] | None
+    settings: dict[str, Any]
+
+    def labels_of(self, index: Int[np.ndarray, " b"]) -> tuple[np.ndarray, np.ndarray]:
+        """The labels and negative labels of these images."""
+        negative = self.negative_labels
+        if negative is None:
+            negative = np.full_like(self.labels, self.sampler.model.num_classes)
+        return self.labels[index], negative[index]
+
+    def extra_arrays(self) -> dict[str, np.ndarray]:
+        """What samples.npz holds beside what is generated."""
+        return {"labels": self.labels}
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Loads the checkpoint and builds what the flags ask for. Raises UserError if that cannot be."""
+    params, config, meta = load_params(args.checkpoint, args.ema)
+    sampler = sampler_of(args, config)
+    start, described = _start(args, sampler)
+    labels, negative = all_labels(args, config, start)
+    if args.nfe_budget is not None:
+        config.sample.num_steps = _planned(args, params, sampler, labels)
+        sampler = sampler_of(args, config)
+    settings = {
+        "checkpoint": str(epath.Path(args.checkpoint).absolute()),
+        "checkpoint_sha256": params_hash(params),
+        "step": meta["step"],
+        "ema": meta["ema"],
+        "height": sampler.height,
+        "width": sampler.width,
+        "dtype": args.dtype or config.dtype,
+        "seed": args.seed,
+        **{name: config.sample[name] for name in FROM_CONFIG},
+        "step_control": sampler.control,
+        "nfe_budget": args.nfe_budget,
+        "num_images": len(labels),
+        "labels": args.labels,
+        "negative_labels": args.negative_labels,
+        "start": described,
+        "save_stages": args.save_stages,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    return Job(params, sampler, start, labels, negative, _plain(settings))
+
+
+def sampler_of(args: argparse.Namespace, config: ConfigDict) -> Sampler:
+    """The sampler of a checkpoint's config and the flags. Raises UserError if they do not fit."""
+    if not config.model.num_classes:
+        raise UserError(
+            f"--checkpoint={args.checkpoint} is a text model; sampling from prompts is not here yet"
+        )
+    for name in FROM_CONFIG:
+        if getattr(args, name) is not None:
+            config.sample[name] = getattr(args, name)
+    return build_sampler(config, args.height, args.width, args.dtype)
+
+
+def _planned(args, params: dict, sampler: Sampler, labels) -> tuple[int, ...]:
+    """The steps of --nfe_budget: as an earlier start of the same request found them, or measured."""
+    path = epath.Path(args.out) / "settings.json"
+    if path.exists():
+        old = files.read_json(path)
+        if isinstance(old, dict) and old.get("nfe_budget") == args.nfe_budget and "num_steps" in old:
+            return tuple(old["num_steps"])
+    from jax.experimental import multihost_utils
+
+    steps = plan_steps(sampler, params, args.nfe_budget, labels[:PILOTS])
+    return tuple(int(n) for n in multihost_utils.broadcast_one_to_all(np.array(steps)))
+
+
+def params_hash(params: dict) -> str:
+    """SHA-256 of parameters: names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
+        digest.update(np.ascontiguousarray(x).data)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _start(args: argparse.Namespace, sampler: Sampler) -> tuple[Any, dict[str, Any] | None]:
+    """(start, what settings.json says of it)."""
+    if args.interpolate:
+        return _between(args), {"interpolate": args.interpolate}
+    if args.from_noise is not None:
+        kept = read_noise(args.from_noise, sampler)
+        return starts.FromNoise(kept), {
+            "from_noise": args.from_noise,
+            "sha256": _file_hash(args.from_noise),
+        }
+    if args.init_image is None:
+        return starts.FromSeed(args.seed), None
+    stage = sampler.cascade.num_stages - 1 if args.from_stage is None else args.from_stage
+    found = image_files(args.init_image, "init_image")
+    before = sampler.stage_size(stage - 1)[:2] if stage > 0 else None
+    pixels = [read_pixels(path, "init_image") for path in found]
+    if all(x.shape[:2] == before for x in pixels):
+        fitted = np.stack([fit_image(x, *before) for x in pixels])
+    else:
+        fitted = np.stack([fit_image(x, sampler.height, sampler.width) for x in pixels])
+    start = starts.from_images(sampler, args.seed, fitted, stage, args.strength)
+    described = {"init_image": args.init_image, "from_stage": stage, "strength": args.strength}
+    return start, described | {"sha256": hashlib.sha256(fitted.tobytes()).hexdigest()}
+
+
+def _between(args: argparse.Namespace) -> starts.BetweenSeeds:
+    return starts.BetweenSeeds(args.interpolate, args.num_images or 10)
+
+
+def image_files(path: str, flag: str) -> list[epath.Path]:
+    """An image file, or those of a folder. Raises UserError if there are none."""
+    place = epath.Path(path)
+    if place.is_dir():
+        found = [place / name for name in files.list_files(place) if name.lower().endswith(IMAGES)]
+        if not found:
+            raise UserError(f"--{flag}={path} holds no images")
+        return found
+    if not place.exists():
+        raise UserError(f"--{flag}={path} does not exist")
+    return [place]
+
+
+def read_pixels(path: epath.Path, flag: str) -> np.ndarray:
+    """The pixels of the image that a flag names. Raises UserError if it is not one."""
+    try:
+        return read_image(path)
+    except OSError as error:
+        raise UserError(f"--{flag}={path} is not an image: {error}") from None
+
+
+def _file_hash(path: str) -> str:
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+
+
+def all_labels(args: argparse.Namespace, config: ConfigDict, start: Any):
+    """(labels, negative labels or None) of every image, in turn over what was given."""
+    classes = config.model.num_classes
+    for flag in ("labels", "negative_labels"):
+        for label in getattr(args, flag) or ():
+            if not 0 <= label < classes:
+                text = ",".join(map(str, getattr(args, flag)))
+                raise UserError(f"--{flag}={text}: {label} is not a class; they are 0 to {classes - 1}")
+    count = args.num_images
+    if count is None and args.labels is not None:
+        count = len(args.labels)
+    if isinstance(start, starts.BetweenSeeds):
+        count = start.count
+        pattern = np.array(args.labels or [0])
+    elif isinstance(start, starts.FromNoise):
+        count = count or len(start.kept.start)
+        pattern = np.array(args.labels) if args.labels else read_labels(args.from_noise, classes)
+    else:
+        pattern = np.array(args.labels) if args.labels else np.arange(classes)
+        count = count or config.sample.num_images
+    labels = np.resize(pattern.astype(np.int32), count)
+    if args.negative_labels is None:
+        return labels, None
+    return labels, np.resize(np.array(args.negative_labels, np.int32), count)
+
+
+def read_noise(path: str, sampler: Sampler) -> Noise:
+    """The noise that --invert wrote. Raises UserError if it does not fit the sampler."""
+    stages = sampler.cascade.num_stages
+    names = ["start", *(f"block_{stage}" for stage in range(1, stages))]
+    parts = []
+    for stage, name in enumerate(names):
+        part = arrays.read_npz(path, name)
+        if part.shape[1:] != sampler.stage_size(stage) or part.dtype != np.float32 or not len(part):
+            raise UserError(
+                f"--from_noise={path}: {name} is {part.dtype} {part.shape}, this model and size need "
+                f"float32 {('N', *sampler.stage_size(stage))}"
+            )
+        parts.append(part)
+    if len({len(part) for part in parts}) > 1:
+        raise UserError(f"--from_noise={path}: its arrays are not of as many images each")
+    return Noise(parts[0], parts[1:])
+
+
+def read_labels(path: str, classes: int) -> Int[np.ndarray, " n"]:
+    """The labels in a noise.npz. Raises UserError if they are not classes of the model."""
+    labels = arrays.read_npz(path, "labels")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise UserError(f"--from_noise={path}: its labels are not a list of whole numbers")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"--from_noise={path}: its labels are not classes of this model; give --labels")
+    return labels

@@ -1,0 +1,167 @@
+"""Solvers by Diffrax: steps chosen by the error, and fixed ones as a check of the fast path.
+
+Import this module late: Diffrax and Equinox take a second.
+"""
+
+from typing import Any, ClassVar
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pixelflow_jax.sampling.solvers import Field
+
+MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of a stage, whose tau runs from 0 to 1
+HUGE = 1e10  # in place of a velocity that is not finite; it carries x where no image ever is
+
+
+class AB2(diffrax.AbstractSolver):
+    """Two-step Adams-Bashforth for steps of any size; the first is an Euler step.
+
+    Second order at one evaluation a step: x + h ((1 + r/2) f - (r/2) f_before), where r = h / h_before.
+    """
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def init(self, terms, t0, t1, y0, args):
+        return jnp.zeros_like(y0), jnp.zeros_like(t0), jnp.asarray(True)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        before, size_before, first = solver_state
+        size, slope = t1 - t0, terms.vf(t0, y0, args)
+        ratio = jnp.where(first | made_jump, 0.0, size / jnp.where(first, 1.0, size_before))
+        y1 = y0 + size * ((1 + ratio / 2) * slope - ratio / 2 * before)
+        return (
+            y1,
+            None,
+            dict(y0=y0, y1=y1),
+            (slope, size, jnp.zeros_like(first)),
+            diffrax.RESULTS.successful,
+        )
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+def _diffrax_solver(name: str) -> diffrax.AbstractSolver:
+    return AB2() if name == "ab2" else getattr(diffrax, name.capitalize())()
+
+
+class FirstAttempts(diffrax.AbstractStepSizeController):
+    """Counts the attempts up to the first accepted step, whose first evaluation is not shared.
+
+    Solvers that end a step with the evaluation that begins the next (FSAL) save it afterwards.
+    """
+
+    controller: diffrax.PIDController
+
+    def wrap(self, direction):
+        return FirstAttempts(self.controller.wrap(direction))
+
+    def init(self, *args):
+        first_end, state = self.controller.init(*args)
+        return first_end, (state, jnp.asarray(0), jnp.asarray(False))
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, controller_state):
+        state, attempts, accepted = controller_state
+        keep, *middle, state, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1, args, y_error, error_order, state
+        )
+        counts = (attempts + jnp.where(accepted, 0, 1), accepted | keep)
+        return keep, *middle, (state, *counts), result
+
+
+def solve_adaptive(
+    name: str,
+    field: Field,
+    x: Float[Array, "..."],
+    rtol: float,
+    atol: float,
+    span: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Float[Array, "..."], Int[Array, ""]]:
+    """(x at the end, evaluations) from tau span[0] to span[1], with one error control for all of x.
+
+    The evaluations are all that were made: for the first step's size, of rejected steps too. vmap it
+    for one error control an image; then each counts what it needs on its own.
+
+    NaN if the tolerance is not reached in MAX_STEPS or with MIN_STEP, or the field is not finite:
+    Diffrax's own error would be a call back into Python, which a program for another machine cannot
+    hold.
+    """
+
+    def finite_field(tau, y, args):
+        velocity = field(y, jnp.asarray(tau, y.dtype))  # NaN would keep the step control busy for ever
+        return jnp.where(jnp.isfinite(velocity), velocity, HUGE)
+
+    solver = _diffrax_solver(name)
+    x = jnp.where(jnp.isfinite(x), x, HUGE)  # the stage before may have failed
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(finite_field),
+        solver,
+        t0=span[0],
+        t1=span[1],
+        dt0=first_step(finite_field, x, rtol, atol, span, solver.order(None)),
+        y0=x,
+        stepsize_controller=FirstAttempts(diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP)),
+        saveat=diffrax.SaveAt(t1=True, controller_state=True),
+        max_steps=MAX_STEPS,
+        throw=False,
+    )
+    small = (jnp.abs(solution.ys[-1]) < HUGE * 1e-6).all()
+    reached = (solution.result == diffrax.RESULTS.successful) & small
+    evaluations = _evaluations(solver, solution.stats["num_steps"], solution.controller_state[1])
+    return jnp.where(reached, solution.ys[-1], jnp.nan), evaluations
+
+
+def first_step(field, x, rtol: float, atol: float, span: tuple[float, float], order: int):
+    """A first step for this tolerance, by two evaluations; negative where the span runs backwards.
+
+    Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4. Diffrax has
+    it too, but does not come to it in all versions.
+    """
+    scale, way = atol + rtol * jnp.abs(x), np.sign(span[1] - span[0])
+
+    def norm(y):
+        return jnp.sqrt(jnp.mean(jnp.square(y / scale)))
+
+    slope = field(span[0], x, None)
+    size, speed = norm(x), norm(slope)
+    tiny = (size < 1e-5) | (speed < 1e-5)
+    guess = jnp.where(tiny, 1e-6, 0.01 * size / jnp.where(tiny, 1.0, speed))
+    bend = norm(field(span[0] + way * guess, x + way * guess * slope, None) - slope) / guess
+    steepest = jnp.maximum(speed, bend)
+    flat = steepest <= 1e-15
+    by_bend = (0.01 / jnp.where(flat, 1.0, steepest)) ** (1 / (order + 1))
+    by_bend = jnp.where(flat, jnp.maximum(1e-6, guess * 1e-3), by_bend)
+    return way * jnp.clip(jnp.minimum(100 * guess, by_bend), 10 * MIN_STEP, abs(span[1] - span[0]))
+
+
+def _evaluations(solver: Any, steps: Array, first_attempts: Array) -> Int[Array, ""]:
+    """Evaluations of a solution: two for `first_step`, and those of each attempt."""
+    table = solver.tableau
+    a_step = len(table.c) + 1
+    later = a_step - 1 if table.fsal else a_step
+    return 2 + a_step * first_attempts + later * (steps - first_attempts)
+
+
+def solve_fixed_diffrax(
+    name: str, field: Field, x: Float[Array, "..."], taus: Float[np.ndarray, " n"]
+) -> Float[Array, "..."]:
+    """What `solvers.solve_fixed` computes, by Diffrax: the check of the fast path, and its rival."""
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda tau, y, args: field(y, jnp.asarray(tau, y.dtype))),
+        _diffrax_solver(name),
+        t0=taus[0],
+        t1=taus[-1],
+        dt0=None,
+        y0=x,
+        stepsize_controller=diffrax.StepTo(jnp.asarray(taus, x.dtype)),
+        max_steps=len(taus),
+    )
+    return jax.tree.leaves(solution.ys)[0][-1]

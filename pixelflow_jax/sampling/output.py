@@ -1,0 +1,154 @@
+"""The output folder of a sampling run: shards as they come, then samples.npz, PNG files, the grid.
+
+The images are made in chunks of a fixed size; each is a file in shards/ as soon as it is done, so that
+a run that was stopped goes on without making an image twice. When all are there, samples.npz is put
+together from them, in which equal requests give equal bytes, and the shards go.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int, UInt8
+
+from pixelflow_jax import arrays, files
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.sampling.generate import read_image, save_grid, save_png
+
+SHARD = re.compile(r"(\d{8})-(\d{8})\.npz")
+ALL_PNG, SOME_PNG = 1000, 100  # up to so many images all become PNG files; of more, so many
+
+
+class OutputFolder:
+    """The folder of one request.
+
+    Attributes:
+      path: the folder.
+      count: images of the request.
+      size: (height, width, 3).
+      arrays: what samples.npz holds beside the images: {name: array with a row an image}.
+      num_png: the first so many images become PNG files too.
+    """
+
+    def __init__(
+        self, path: str, size: tuple[int, int, int], extra: dict[str, np.ndarray], num_png: int | None
+    ):
+        self.path, self.size, self.extra = epath.Path(path), size, extra
+        self.count = len(next(iter(extra.values())))
+        self.num_png = min(self.count, _default_png(self.count) if num_png is None else num_png)
+        self._shards = self.path / "shards"
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raises UserError if the folder holds anything but (a part of) an equal request."""
+        path = self.path / "settings.json"
+        if not files.list_files(self.path):
+            return
+        if not path.exists():
+            raise UserError(f"--out={self.path} holds other files; name a new or empty folder")
+        old = files.read_json(path)
+        if not isinstance(old, dict):
+            raise UserError(f"{path} is not of a sampling run; name a new or empty folder")
+        changed = [name for name in {**settings, **old} if old.get(name) != settings.get(name)]
+        if changed:
+            raise UserError(
+                f"--out={self.path} holds samples of another request ({', '.join(changed)} differ); "
+                f"name a new folder"
+            )
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Makes the folder."""
+        self._shards.mkdir(parents=True, exist_ok=True)
+        files.write_json(self.path / "settings.json", settings)
+
+    def is_complete(self) -> bool:
+        """Whether samples.npz is there and whole; a damaged one counts as missing."""
+        try:
+            shapes = arrays.array_shapes(self.path / "samples.npz")
+        except UserError:
+            return False
+        return shapes.get("arr_0") == ((self.count, *self.size), np.uint8)
+
+    def missing(self) -> Int[np.ndarray, " n"]:
+        """The numbers of the images that no shard holds."""
+        there = np.zeros(self.count, bool)
+        for begin, end, _ in self._found():
+            there[begin:end] = True
+        return np.flatnonzero(~there)
+
+    def write(self, index: Int[np.ndarray, " b"], parts: dict[str, np.ndarray]) -> None:
+        """Keeps finished images (`arr_0` and what else has a row an image), in runs of numbers."""
+        breaks = np.flatnonzero(np.diff(index) != 1) + 1
+        for run in np.split(np.arange(len(index)), breaks):
+            begin, end = int(index[run[0]]), int(index[run[-1]]) + 1
+            chosen = {name: part[run] for name, part in parts.items()}
+            arrays.write_npz(
+                self._shards / f"{begin:08d}-{end:08d}.npz",
+                {name: (part.shape, part.dtype, [part]) for name, part in chosen.items()},
+            )
+
+    def finish(self) -> Int[np.ndarray, "n stages"]:
+        """Puts samples.npz, the PNG files and the grid together, and removes the shards.
+
+        Returns the evaluations of each image in each stage.
+        """
+        if not self.is_complete():
+            self._assemble()
+        if self._shards.exists():
+            self._shards.rmtree()
+        first, seen = [], 0
+        for pixels in arrays.rows(self.path / "samples.npz", "arr_0", 64):
+            for i, image in enumerate(pixels[: max(0, self.num_png - seen)], seen):
+                self._write_png(self.path / f"{i:06d}.png", image)
+            first += list(pixels[: max(0, 100 - seen)])
+            seen += len(pixels)
+            if seen >= max(self.num_png, 100):
+                break
+        save_grid(self.path / "grid.png", np.stack(first))
+        return arrays.read_npz(self.path / "samples.npz", "nfe")
+
+    def _write_png(self, path: epath.Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Writes a PNG file unless it is there and right."""
+        try:
+            if np.array_equal(read_image(path), image):
+                return
+        except OSError:  # missing, or damaged
+            pass
+        save_png(path, image)
+
+    def _found(self) -> list[tuple[int, int, epath.Path]]:
+        """(begin, end, file) of every shard, those of an earlier run with other chunks too."""
+        names = [(SHARD.fullmatch(name), name) for name in files.list_files(self._shards)]
+        found = [(int(m[1]), int(m[2]), self._shards / name) for m, name in names if m]
+        return sorted(entry for entry in found if entry[0] < entry[1] <= self.count)
+
+    def _assemble(self) -> None:
+        found = self._found()
+        shapes = arrays.array_shapes(found[0][2])
+
+        def joined(name: str) -> Iterator[np.ndarray]:
+            done = 0
+            for begin, end, path in found:
+                if end > done:
+                    assert begin <= done, f"images {done} to {begin} are missing"
+                    yield arrays.read_npz(path, name)[done - begin :]
+                    done = end
+
+        parts = {
+            name: ((self.count, *shape[1:]), dtype, joined(name))
+            for name, (shape, dtype) in shapes.items()
+        }
+        for name, array in self.extra.items():
+            parts[name] = (array.shape, array.dtype, [array])
+        arrays.write_npz(self.path / "samples.npz", parts)
+
+
+def _default_png(count: int) -> int:
+    return count if count <= ALL_PNG else SOME_PNG
+
+
+def chunks(count: int, size: int, process: int, processes: int) -> list[Int[np.ndarray, " b"]]:
+    """The chunks of image numbers that one process makes: every `processes`-th."""
+    begins = range(process * size, count, processes * size)
+    return [np.arange(begin, min(begin + size, count)) for begin in begins]

@@ -1,0 +1,170 @@
+"""Where a sample starts: noise from a seed, an image at any stage, kept noise, or between two seeds.
+
+A start gives the sampler its noise and first place. It is a pair of halves: `inputs(index)` on the
+host, which says what images `index` start from, and `noise(sampler, inputs)` on the device.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from pixelflow_jax import flow, images
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.sampling.sampler import Condition, Noise, Sampler
+
+
+def image_keys(seed: int, index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """One key an image, from the seed and the image's number alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromSeed:
+    """White noise at the first stage: an ordinary sample. Image i depends on the seed and on i."""
+
+    seed: int
+    stage: int = 0
+    tau: float = 0.0
+
+    def inputs(self, index: Int[np.ndarray, " b"]) -> dict[str, Any]:
+        """What each image of `index` needs, with the image as first axis."""
+        return {"index": np.asarray(index)}
+
+    def noise(self, sampler: Sampler, inputs: dict[str, Any]) -> Noise:
+        """The noise of these images; `start` is x at (stage, tau)."""
+        return sampler.draw_noise(image_keys(self.seed, inputs["index"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class FromImages(FromSeed):
+    """Images with noise on them, somewhere in a stage: variations; or a small image's next stage.
+
+    Attributes:
+      images: float [N, h, w, 3] in [-1, 1], used in turn; at full size, or, for upscaling, at the size
+        of the stage before `stage`.
+      tau: how far into the stage; 0 keeps the least of the image. Always 0 for upscaling.
+    """
+
+    images: Float[np.ndarray, "n h w 3"] = None
+
+    def inputs(self, index):
+        chosen = self.images[np.asarray(index) % len(self.images)]
+        return {**super().inputs(index), "images": chosen}
+
+    def noise(self, sampler, inputs):
+        drawn = super().noise(sampler, inputs)
+        size = sampler.stage_size(self.stage)
+        keys = image_keys(self.seed, inputs["index"])
+        draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, self.stage), size))
+        return Noise(self._noised(sampler, inputs["images"], draw(keys)), drawn.blocks)
+
+    def _noised(self, sampler, clean, noise):
+        if clean.shape[1:] == (sampler.height, sampler.width, 3):
+            x_start, x_end = flow.stage_ends(sampler.cascade, self.stage, clean, noise)
+            return self.tau * x_end + (1 - self.tau) * x_start
+        start = sampler.cascade.start[self.stage]
+        return start * images.up(clean) + (1 - start) * noise
+
+
+def from_images(
+    sampler: Sampler, seed: int, images: Float[np.ndarray, "n h w 3"], stage: int, strength: float = 1.0
+) -> FromImages:
+    """A start from images at full size (variations) or at the size of the stage before (upscaling).
+
+    Args:
+      stage: where to start: the earlier, the more is new.
+      strength: share of the stage that is still run, in (0, 1].
+
+    Raises:
+      UserError: for a stage that is not there, a strength outside (0, 1], images of another size, or a
+        place where nothing of the images is left.
+    """
+    stages = sampler.cascade.num_stages
+    if not 0 <= stage < stages:
+        raise UserError(f"the stage to start from must lie in 0..{stages - 1}, got {stage}")
+    if not 0 < strength <= 1:
+        raise UserError(f"strength must be above 0 and at most 1, got {strength}")
+    full, size = (sampler.height, sampler.width), tuple(images.shape[1:3])
+    before = sampler.stage_size(stage - 1)[:2] if stage else None
+    if size not in (full, before):
+        also = f", or {before[0]}x{before[1]} to upscale from stage {stage - 1}" if stage else ""
+        raise UserError(
+            f"the images to start from are {size[0]}x{size[1]}; stage {stage} takes "
+            f"{full[0]}x{full[1]}{also}"
+        )
+    if size != full and strength != 1:
+        raise UserError(f"upscaling runs all of stage {stage}: strength must be 1, got {strength}")
+    if stage == 0 and strength == 1:
+        raise UserError("stage 0 at strength 1 is pure noise: nothing of the images would be left")
+    return FromImages(seed, stage, 1 - strength, np.asarray(images, np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class FromNoise:
+    """Noise that was kept, such as that of an inversion; in turn."""
+
+    kept: Noise
+    stage: int = 0
+    tau: float = 0.0
+
+    def inputs(self, index):
+        chosen = np.asarray(index) % len(self.kept.start)
+        return {"noise": jax.tree.map(lambda x: np.asarray(x)[chosen], self.kept)}
+
+    def noise(self, sampler, inputs):
+        return inputs["noise"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BetweenSeeds:
+    """From the noise of one seed to that of another, in `count` images, then again.
+
+    cos and sin of an angle from 0 to 90 degrees weigh the two, so that every mixture has the
+    distribution of a single draw.
+    """
+
+    seeds: tuple[int, int]
+    count: int
+    stage: int = 0
+    tau: float = 0.0
+
+    def inputs(self, index):
+        place = np.asarray(index) % self.count
+        angle = place / max(self.count - 1, 1) * (np.pi / 2)
+        return {
+            "index": np.asarray(index) // self.count,
+            "weights": np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32),
+        }
+
+    def noise(self, sampler, inputs):
+        first, second = (sampler.draw_noise(image_keys(s, inputs["index"])) for s in self.seeds)
+        a, b = (inputs["weights"][:, i, None, None, None] for i in range(2))
+        return jax.tree.map(lambda x, y: a * x + b * y, first, second)
+
+
+def invert(
+    sampler: Sampler,
+    params: dict,
+    image: Float[Array, "b h w c"],
+    condition: Condition,
+    null_condition: Condition,
+) -> Noise:
+    """The noise from which `sampler` makes these images, in [-1, 1]; call it under jit.
+
+    Each stage's ODE is followed backwards. Between stages x = alpha Up(y) + beta n; as Down(n) = 0, y is
+    Down(x) / alpha and the rest is the block noise n, which is kept (see Cascade.renoising).
+    """
+    x, blocks = image, []
+    for stage in reversed(range(sampler.cascade.num_stages)):
+        grid = sampler.stage_grid(stage).backwards()
+        x, _ = sampler.solve_stage(params, stage, x, grid, condition, null_condition)
+        if stage:
+            alpha, beta = sampler.cascade.renoising(stage)
+            coarse = images.down(x)
+            blocks.append((x - images.up(coarse)) / beta)
+            x = coarse / alpha
+    return Noise(jnp.asarray(x), blocks[::-1])
