@@ -2,8 +2,9 @@
 
     python benchmarks/solvers.py --checkpoint=runs/digits --out=docs/solvers_measured.md
 
-Errors are root-mean-square differences in the final image to a tight solution (150 steps of dopri5 a stage), over all stages,
-in float64, at the config's guidance. `--quality` adds the judges of quality.py on 1000 samples.
+Errors are root-mean-square differences in the final image to a tight solution (150 steps of dopri5 a
+stage), over all stages, in float64, at the config's guidance. `--quality` adds the judges of quality.py
+on 1000 samples.
 """
 
 import argparse
@@ -92,9 +93,9 @@ def orders(trial: Trial) -> None:
     """Slope of the global error in the number of steps, for each solver."""
     say("## Order of convergence")
     say(
-        "Two images, the whole cascade, float64: log2 of |x(n) - x(2n)| / |x(2n) - x(4n)|; bound: within "
-        "0.25 of the order. It takes this many steps to see the orders, because the time embedding turns "
-        "by a radian each unit of T, of which a stage has hundreds.\n"
+        "Two images, the whole cascade, float64: log2 of |x(n) - x(2n)| / |x(2n) - x(4n)|. Bound: "
+        "within 0.25 of the order. It takes this many steps to see the orders: the time embedding turns by a "
+        "radian each unit of T, of which a stage has hundreds.\n"
     )
     body = []
     for solver, count in ORDER_STEPS.items():
@@ -173,61 +174,42 @@ def adaptive_costs(trial: Trial) -> None:
     table(["solver", "step_control", "rtol = atol", "mean evaluations", "error"], body)
 
 
+def medians(functions, x, repeats: int) -> list[float]:
+    """Median seconds of each function, called in turn."""
+    times = [[] for _ in functions]
+    for function in functions:
+        jax.block_until_ready(function(x))
+    for _ in range(repeats):
+        for kept, function in zip(times, functions, strict=True):
+            begin = time.perf_counter()
+            jax.block_until_ready(function(x))
+            kept.append(time.perf_counter() - begin)
+    return [float(np.median(kept)) for kept in times]
+
+
 def speed(trial: Trial, repeats: int) -> None:
-    """The scan against Diffrax's fixed steps, side by side, by batch size and solver."""
-    say("## The scan against Diffrax with the same fixed steps (float32, ratios of medians)")
-    body = []
-    for count in (1, 25):
-        for solver in ("euler", "heun", "ab2", "dopri5"):
-            taus = np.linspace(0, 1, 21)
-            sampler, stage = trial.sampler, 0
-            grid = sampler.grid.stage(sampler.cascade, stage)
-            conditions = class_conditions(trial.labels[:count], sampler.model.num_classes)
-            x = trial.noise.start[:count]
+    """The scan against Diffrax's fixed steps, side by side, by field, batch and solver."""
+    say("## The scan against Diffrax with the same 20 fixed steps (float32, ratios of medians)")
+    taus, body = np.linspace(0, 1, 21), []
+    both = (solvers.solve_fixed, adaptive.solve_fixed_diffrax)
 
-            def run(solve, x, solver=solver, conditions=conditions, grid=grid, taus=taus):
-                field = sampler.field(trial.params, grid, 1.2, *conditions)
-                return solve(solver, field, x, taus)
+    def compare(name: str, field, x, solver: str, times: int) -> None:
+        functions = [jax.jit(lambda x, solve=solve: solve(solver, field, x, taus)) for solve in both]
+        scan, rival = medians(functions, x, times)
+        body.append([name, str(len(x)), solver, f"{scan * 1e3:.3g} ms", f"{rival / scan:.2f}"])
 
-            functions = [
-                jax.jit(functools.partial(run, solve))
-                for solve in (solvers.solve_fixed, adaptive.solve_fixed_diffrax)
-            ]
-            times = [[], []]
-            for function in functions:
-                jax.block_until_ready(function(x))
-            for _ in range(repeats):
-                for kept, function in zip(times, functions, strict=True):
-                    begin = time.perf_counter()
-                    jax.block_until_ready(function(x))
-                    kept.append(time.perf_counter() - begin)
-            scan, rival = (np.median(kept) for kept in times)
-            name = "the default network"
-            body.append([name, str(count), solver, f"{scan * 1e3:.1f} ms", f"{rival / scan:.2f}"])
+    grid = trial.sampler.grid.stage(trial.sampler.cascade, 0)
+    names = ("euler", "heun", "ab2", "dopri5")
     for width in (16, 256):
-        for solver in ("euler", "heun", "ab2", "dopri5"):
-            weight = jax.random.normal(jax.random.key(0), (width, width)) / width**0.5
-            x, taus = jnp.ones((1, width)), np.linspace(0, 1, 31)
-            functions = [
-                jax.jit(
-                    lambda x, s=solve, w=weight, n=solver: s(
-                        n, lambda y, t: jnp.tanh(y @ w + t), x, taus
-                    )
-                )
-                for solve in (solvers.solve_fixed, adaptive.solve_fixed_diffrax)
-            ]
-            times = [[], []]
-            for function in functions:
-                jax.block_until_ready(function(x))
-            for _ in range(20 * repeats):
-                for kept, function in zip(times, functions, strict=True):
-                    begin = time.perf_counter()
-                    jax.block_until_ready(function(x))
-                    kept.append(time.perf_counter() - begin)
-            scan, rival = (np.median(kept) for kept in times)
-            body.append(
-                [f"one layer of {width}", "1", solver, f"{scan * 1e3:.3f} ms", f"{rival / scan:.2f}"]
-            )
+        weight = jax.random.normal(jax.random.key(0), (width, width)) / width**0.5
+        for solver in names:
+            field = functools.partial(lambda w, y, tau: jnp.tanh(y @ w + tau), weight)
+            compare(f"one layer of {width}", field, jnp.ones((1, width)), solver, 20 * repeats)
+    for count in (1, 25):
+        conditions = class_conditions(trial.labels[:count], trial.sampler.model.num_classes)
+        field = trial.sampler.field(trial.params, grid, 1.2, *conditions)
+        for solver in names:
+            compare("the network", field, trial.noise.start[:count], solver, repeats)
     table(["field", "batch", "solver", "scan", "Diffrax / scan"], body)
 
 

@@ -2,6 +2,7 @@
 
 python -m pixelflow_jax.convert --source=OFFICIAL_DIR_OR_FILE --out=DIR
 python -m pixelflow_jax.convert --source=DIR --to=official --out=OFFICIAL_DIR
+python -m pixelflow_jax.convert --source=pt_inception-2015-12-05-6726825d.pth --to=inception --out=DIR
 """
 
 import argparse
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax import cli, files
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.inception import inception_params
 from pixelflow_jax.training.checkpoints import load_params, save_params
 from pixelflow_jax.training.step import init_params
 
@@ -324,6 +326,22 @@ def _export_official(args: argparse.Namespace) -> str:
     return f"{len(state)} arrays, {_count(params)} parameters"
 
 
+def _import_inception(args: argparse.Namespace) -> str:
+    """FID's Inception-v3 as safetensors, by its public names, so that evaluate needs no torch."""
+    source = epath.Path(args.source)
+    if not source.is_file():
+        raise UserError(f"--source={source} is not a file; give the public .pth")
+    state = read_state(source)
+    params = inception_params(state)
+    from safetensors.numpy import save
+
+    out = epath.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    files.write_bytes(out / "inception.safetensors", save(kept))
+    return f"{_count(params)} parameters of FID's Inception-v3"
+
+
 def _count(params: Params) -> str:
     return f"{sum(x.size for x in jax.tree.leaves(params)):,}"
 
@@ -333,7 +351,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--source", required=True, help="official folder or weights file; or ours")
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--to", choices=("ours", "official"), default="ours")
+    parser.add_argument(
+        "--to",
+        choices=("ours", "official", "inception"),
+        default="ours",
+        help="what to write (default: %(default)s); inception: FID's network",
+    )
     parser.add_argument("--config", help="official config.yaml, if it is not beside the weights")
     parser.add_argument(
         "--weights",
@@ -350,7 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if files.list_files(args.out):
         raise UserError(f"--out={args.out} holds files already; name a new folder")
-    report = _import_official(args) if args.to == "ours" else _export_official(args)
+    ways = {"ours": _import_official, "official": _export_official, "inception": _import_inception}
+    report = ways[args.to](args)
     print(f"Converted {report}: {args.out}")
 
 

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+UINT8_RULE = "round(255 * clip(x / 2 + 0.5, 0, 1))"
+
 
 def down(x: Float[Array, "*b h w c"], times: int = 1) -> Float[Array, "*b h2 w2 c"]:
     """Halves height and width `times` times by the mean over 2x2 blocks (paper, eq. 4 and 5)."""
@@ -43,5 +45,5 @@ def from_uint8(x: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
 
 
 def to_uint8(x: Float[Array, "*b h w c"]) -> UInt8[Array, "*b h w c"]:
-    """[-1, 1] to pixels by round(255 * clip(x/2 + 0.5, 0, 1)), the official evaluation's rule."""
+    """[-1, 1] to pixels by UINT8_RULE, the official evaluation's."""
     return jnp.round(255 * jnp.clip(x / 2 + 0.5, 0, 1)).astype(jnp.uint8)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import arrays, cli, files
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.images import UINT8_RULE
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
 from pixelflow_jax.sampling.budget import plan_steps
 from pixelflow_jax.sampling.generate import build_sampler, fit_image, read_image
@@ -38,8 +39,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add = result.add_argument
     add("--checkpoint", required=True, help="workdir of a run, or a folder that convert wrote")
     add("--out", required=True, help="folder to write")
-    add("--labels", type=_numbers, help="classes, such as 0,1,2; in turn (default: all of them)")
-    add("--negative_labels", type=_numbers, help="classes to steer away from (default: the null class)")
+    add("--labels", type=numbers, help="classes, such as 0,1,2; in turn (default: all of them)")
+    add("--negative_labels", type=numbers, help="classes to steer away from (default: the null class)")
     add("--num_images", type=int, help="how many (default: one a label, or the config's number)")
     add("--batch_size", type=int, default=25, help="images at a time, a process (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -51,19 +52,19 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--step_control", choices=solvers.CONTROLS, help="who sets the steps (auto: by solver)")
     add("--rtol", type=float, help="relative tolerance, where the error chooses the steps")
     add("--atol", type=float, help="absolute tolerance")
-    add("--num_steps", type=_numbers, help="steps a stage: 10, or 10,10,10,10 with one each")
+    add("--num_steps", type=numbers, help="steps a stage: 10, or 10,10,10,10 with one each")
     add("--nfe_budget", type=int, help="evaluations an image, split over the stages by measurement")
     add("--grid", choices=grids.KINDS, help="where the steps stand; reference: the official grid")
     add("--shift", type=float, help="above 1: more steps near the noise")
     add("--guidance_scale", type=float, help="weight of the last stage; 0 or less: no guidance")
     add("--guidance_schedule", choices=guidance.SCHEDULES, help="weight over the stages")
-    add("--guidance_interval", type=_floats, help="such as 0.2,0.8, on the way from noise to data")
+    add("--guidance_interval", type=floats, help="such as 0.2,0.8, on the way from noise to data")
     add("--init_image", help="an image, or a folder of images, to start from")
     add("--from_stage", type=int, help="with --init_image: the stage to start at (default: the last)")
     add("--strength", type=float, default=1.0, help="share of that stage to run (default: %(default)s)")
     add("--invert", help="an image, or a folder of images: writes the noise they come from")
     add("--from_noise", help="noise.npz that --invert wrote")
-    add("--interpolate", type=_numbers, help="two seeds, such as 3,4")
+    add("--interpolate", type=numbers, help="two seeds, such as 3,4")
     add("--save_stages", action="store_true", help="also stages/000000.png ...: the way, side by side")
     add(
         "--num_png",
@@ -94,13 +95,15 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--nfe_budget and --num_steps exclude each other: the budget sets the steps")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas, for argparse."""
     if not re.fullmatch(r"-?\d{1,18}(,-?\d{1,18})*", text):
         raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}")
     return tuple(int(part) for part in text.split(","))
 
 
-def _floats(text: str) -> tuple[float, ...]:
+def floats(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, for argparse."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -163,6 +166,7 @@ def prepare(args: argparse.Namespace) -> Job:
         "negative_labels": args.negative_labels,
         "start": described,
         "save_stages": args.save_stages,
+        "uint8_rule": UINT8_RULE,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     return Job(params, sampler, start, labels, negative, _plain(settings))

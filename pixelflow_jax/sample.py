@@ -19,6 +19,7 @@ Other starts than noise from --seed:
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 
 import jax
@@ -26,6 +27,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 from tqdm import tqdm
 
 from pixelflow_jax import arrays, cli, files, hosts, request
@@ -48,13 +50,17 @@ def main(argv: list[str] | None = None) -> None:
     with Watchdog(cluster, timeouts.step_timeout, timeouts.heartbeat_timeout) as watchdog:
         if cluster:
             hosts.connect_jax(cluster, timeouts.start_timeout, timeouts.heartbeat_timeout)
-        report = invert(args) if args.invert else run(args, watchdog.at)
+        report = invert(args) if args.invert else run(args, watchdog.at)[0]
     if cli.is_first_process():
         print(report)
 
 
-def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
-    """Samples what the flags ask for; returns the line to report."""
+def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, float | None]:
+    """Samples what the flags ask for.
+
+    Returns the line to report, and this process's seconds an image: the median over its batches but the
+    first, which compiles; None if there was no other.
+    """
     job = request.prepare(args)
     folder = OutputFolder(
         args.out, (job.sampler.height, job.sampler.width, 3), job.extra_arrays(), args.num_png
@@ -63,26 +69,32 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
     hosts.barrier("every process has looked at the output folder")
     if cli.is_first_process():
         folder.claim(job.settings)
-    made = 0
+    made, seconds = 0, []
     if not folder.is_complete():
         hosts.barrier("the output folder is there")
-        made = _make(args, job, folder, watch)
+        made, seconds = _make(args, job, folder, watch)
         watch("waiting for the others")
         hosts.barrier("all images are made")
     if cli.is_first_process():
         watch("putting samples.npz together")
-        nfe = folder.finish()
+        folder.finish()
     hosts.barrier("samples.npz is there")
     if not cli.is_first_process():
-        return ""
-    total = nfe.sum(axis=1)
+        return "", None
+    total = evaluations(folder.path).sum(axis=1)
     spread = f" ({total.min()} to {total.max()})" if total.min() != total.max() else ""
-    return (
+    report = (
         f"Wrote {made} images{' here' if jax.process_count() > 1 else ''} ({folder.count} in all), "
         f"step {job.settings['step']}, guidance {job.settings['guidance_scale']}, "
         f"{job.settings['solver']}, {total.mean():.4g} evaluations an image{spread}: "
         f"{folder.path / 'grid.png'}"
     )
+    return report, float(np.median(seconds)) if seconds else None
+
+
+def evaluations(folder: epath.PathLike) -> Int[np.ndarray, "n stages"]:
+    """The evaluations of each image in each stage, of a finished output folder."""
+    return arrays.read_npz(epath.Path(folder) / "samples.npz", "nfe")
 
 
 def _make(
@@ -98,14 +110,16 @@ def _make(
     parts = [part for chunk in mine if len(part := chunk[np.isin(chunk, missing)])]
     if args.save_stages:
         (folder.path / "stages").mkdir(exist_ok=True)
-    made = 0
+    made, seconds = 0, []
     quiet = not cli.is_first_process()
     with tqdm(total=sum(map(len, parts)), unit="image", dynamic_ncols=True, disable=quiet) as bar:
         for chosen in parts:
             watch(f"image {chosen[0]}")
+            begin = time.perf_counter()
             padded = np.resize(chosen, size)  # one shape, so one compilation
             out = generate(params, job.start.inputs(padded), *job.labels_of(padded))
             out = jax.tree.map(np.asarray, out)
+            seconds.append((time.perf_counter() - begin) / size)
             if not out.finite.all():
                 sys.exit(
                     f"error: image {padded[np.argmin(out.finite)]} is not finite; what was finished "
@@ -120,7 +134,7 @@ def _make(
             folder.write(chosen, {"arr_0": out.pixels[: len(chosen)], "nfe": out.nfe[: len(chosen)]})
             made += len(chosen)
             bar.update(len(chosen))
-    return made
+    return made, seconds[1:]
 
 
 def invert(args: argparse.Namespace) -> str:

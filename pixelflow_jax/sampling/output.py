@@ -88,11 +88,8 @@ class OutputFolder:
                 {name: (part.shape, part.dtype, [part]) for name, part in chosen.items()},
             )
 
-    def finish(self) -> Int[np.ndarray, "n stages"]:
-        """Puts samples.npz, the PNG files and the grid together, and removes the shards.
-
-        Returns the evaluations of each image in each stage.
-        """
+    def finish(self) -> None:
+        """Puts samples.npz, the PNG files and the grid together, and removes the shards."""
         if not self.is_complete():
             self._assemble()
         if self._shards.exists():
@@ -106,7 +103,6 @@ class OutputFolder:
             if seen >= max(self.num_png, 100):
                 break
         save_grid(self.path / "grid.png", np.stack(first))
-        return arrays.read_npz(self.path / "samples.npz", "nfe")
 
     def _write_png(self, path: epath.Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes a PNG file unless it is there and right."""

@@ -1,0 +1,144 @@
+"""Judges samples against a reference: FID, sFID, Inception Score, precision and recall.
+
+    python -m pixelflow_jax.evaluate --samples=fifty --reference=VIRTUAL_imagenet256_labeled.npz \\
+        --inception=pt_inception-2015-12-05-6726825d.pth --out=metrics.json
+    python -m pixelflow_jax.evaluate --samples=samples --reference=configs/digits.py --features=pca \\
+        --out=metrics.json
+    python -m pixelflow_jax.evaluate --sweep --checkpoint=runs/digits --reference=configs/digits.py \\
+        --features=pca --solver=euler,ab2 --num_steps=5,10,20 --out=runs/sweep
+
+Samples are a folder that `sample` wrote, any folder of images, or an npz (arr_0, as ADM's evaluator
+reads it). A reference is the same, ADM's statistics (mu, sigma, mu_s, sigma_s), a file of --save_stats,
+or a config, whose held-out images are taken. Without Inception's weights, --features=pca compares
+principal components of pixels and calls the result by that name. All devices and hosts take part.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from pixelflow_jax import arrays, cli, files, hosts, request, sweep
+from pixelflow_jax.config import default_config
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.evaluation.judge import USUAL, Reference
+from pixelflow_jax.evaluation.sets import open_images
+from pixelflow_jax.training.watchdog import Watchdog
+
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = _parser().parse_args(argv)
+    _check(args)
+    timeouts = default_config().hosts
+    cluster = hosts.gather(timeouts.start_timeout, flags=vars(args))
+    with Watchdog(cluster, timeouts.step_timeout, timeouts.heartbeat_timeout) as watchdog:
+        if cluster:
+            hosts.connect_jax(cluster, timeouts.start_timeout, timeouts.heartbeat_timeout)
+        report = run(args, watchdog.at)
+    if cli.is_first_process():
+        print(report)
+
+
+def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
+    """Does what the flags ask for; returns the line to report."""
+    if args.sweep:
+        if jax.process_count() > 1:
+            raise UserError("--sweep runs in one process; sample and evaluate each run on many")
+        cells = sweep.cells(args)  # bad flags before the reference is read
+        reference = _reference(args, watch)
+        return sweep.run(args, cells, reference)
+    samples = open_images(args.samples, "samples", args.resolution) if args.samples else None
+    reference = _reference(args, watch)
+    if args.save_stats and cli.is_first_process():
+        values = reference.statistics
+        arrays.write_npz(args.save_stats, {name: (x.shape, x.dtype, [x]) for name, x in values.items()})
+    if samples is None:
+        return f"Wrote the statistics of {args.reference}: {args.save_stats}"
+    result = reference.judge(samples)
+    if not cli.is_first_process():
+        return ""
+    if args.features == "inception" and samples.count < USUAL:
+        print(
+            f"note: FID grows as samples get fewer; published numbers are of {USUAL:,}, these are "
+            f"{samples.count:,}",
+            file=sys.stderr,
+        )
+    files.write_json(args.out, result)
+    return f"{summary(result)}: {args.out}"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The numbers of a judgement in a line."""
+    names = {name: x for name, x in result.items() if isinstance(x, float)}
+    shown = ", ".join(f"{name} {x:.4g}" for name, x in names.items())
+    return f"{shown} ({result['num_samples']} samples)"
+
+
+def _reference(args: argparse.Namespace, watch: Callable[[str], None]) -> Reference:
+    inception = args.inception if args.features == "inception" else None
+    return Reference(args.reference, inception, args.batch_size, args.resolution, watch)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that do not fit together."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if args.resolution is not None and args.resolution < 1:
+        raise UserError(f"--resolution must be at least 1, got {args.resolution}")
+    if args.features == "inception":
+        if args.inception is None:
+            raise UserError(
+                f"FID needs the weights of its Inception-v3: --inception=FILE, from {INCEPTION_URL}; "
+                f"--features=pca does without, under another name"
+            )
+        if not epath.Path(args.inception).exists():
+            raise UserError(f"--inception={args.inception} does not exist")
+    if args.sweep:
+        if not args.checkpoint or not args.out:
+            raise UserError("--sweep needs --checkpoint and --out (a folder)")
+        if args.samples:
+            raise UserError("--sweep makes its own samples; leave --samples out")
+        return
+    given = [n for n in (*sweep.AXES, "checkpoint") if getattr(args, n) is not None]
+    if given:
+        raise UserError(f"--{given[0]} goes with --sweep")
+    if not args.samples and not args.save_stats:
+        raise UserError("name what to judge with --samples, or what to write with --save_stats")
+    if args.samples and not args.out:
+        raise UserError("name the file to write with --out, such as --out=metrics.json")
+    if args.out and epath.Path(args.out).is_dir():
+        raise UserError(f"--out={args.out} is a folder; name a file")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--samples", help="folder or npz file of the images to judge")
+    add("--reference", required=True, help="folder, npz of images or statistics, or a config")
+    add("--out", help="JSON file to write; with --sweep a folder")
+    add("--features", choices=("inception", "pca"), default="inception", help="default: %(default)s")
+    add("--inception", help="weights of FID's Inception-v3: .pth, .safetensors or .npz")
+    add("--batch_size", type=int, default=50, help="images at a time (default: %(default)s)")
+    add("--resolution", type=int, help="crop the images of a folder to this square, as ADM does")
+    add("--save_stats", help="npz file to write the reference's statistics to")
+    add("--sweep", action="store_true", help="sample and judge all combinations of the lists below")
+    add("--checkpoint", help="what the sweep samples from")
+    add("--guidance_scale", type=request.floats, help="list, as for all below: 1,1.5,2")
+    add("--ema", type=request.floats, help="decays; 0 = the raw parameters")
+    add("--solver", type=lambda text: tuple(text.split(",")), help="names")
+    add("--num_steps", type=request.numbers, help="steps a stage")
+    add("--num_images", type=int, help="samples of each combination (default: 1000)")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Judging samples: image sets, features, statistics in float64, the metrics."""

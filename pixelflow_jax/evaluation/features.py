@@ -1,0 +1,167 @@
+"""From images to features: Inception-v3's, or the honest substitute without its weights."""
+
+import hashlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from pixelflow_jax.convert import read_state
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.evaluation.metrics import Moments
+from pixelflow_jax.evaluation.sets import ImageSet
+from pixelflow_jax.models.inception import Inception, inception_params
+
+KEPT = ("2048", "spatial", "logits_unbiased")
+PCA_DIM, PCA_SIDE, PCA_FIT = 64, 32, 10_000  # dimensions, pixels a side, images it is fitted on
+Features = dict[str, Float[np.ndarray, "b d"]]
+
+
+class InceptionFeatures:
+    """FID's Inception-v3 on all local devices, float32.
+
+    Attributes:
+      name: what the output calls these features.
+      pooled, spatial: which of the features are for FID and sFID.
+    """
+
+    pooled, spatial, logits = KEPT
+
+    def __init__(self, path: str):
+        params = inception_params(read_state(epath.Path(path)))
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(params):
+            digest.update(np.ascontiguousarray(leaf).data)
+        self.name = f"FID Inception-v3 (weights {digest.hexdigest()[:12]}), TF1 bilinear resize to 299"
+        self._mesh = Mesh(np.array(jax.local_devices()), ("images",))
+        self._params = jax.device_put(params, NamedSharding(self._mesh, P()))
+
+        def apply(params, pixels):
+            found = Inception().apply({"params": params}, pixels)
+            return {name: found[name] for name in KEPT}
+
+        self._apply = jax.jit(
+            jax.shard_map(apply, mesh=self._mesh, in_specs=(P(), P("images")), out_specs=P("images"))
+        )
+
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"], size: int) -> Features:
+        """Features of a batch; it is filled up to `size`, so that there is one compilation."""
+        size = -(-size // self._mesh.size) * self._mesh.size
+        padded = pixels[np.arange(size) % len(pixels)]
+        found = jax.device_get(self._apply(self._params, padded))
+        return {name: np.asarray(x[: len(pixels)]) for name, x in found.items()}
+
+
+class PcaFeatures:
+    """Principal components of the reference's own pixels: a distance between pictures, not FID.
+
+    Images larger than 32 pixels are averaged down first.
+    """
+
+    pooled, spatial, logits = "pca", None, None
+
+    def __init__(self, reference: ImageSet):
+        from sklearn.decomposition import PCA
+
+        step = max(1, reference.count // PCA_FIT)
+        parts = [batch for batch in reference.batches(1000)]
+        pixels = np.concatenate(parts)[::step][:PCA_FIT]
+        flat = _flat(pixels)
+        dim = min(PCA_DIM, len(flat) - 1, flat.shape[1])
+        if dim < 1:
+            raise UserError(f"{reference.name} has too few images for principal components")
+        self._pca = PCA(dim, svd_solver="full").fit(flat)
+        self.name = f"{dim} principal components of the reference's pixels (this is not FID)"
+
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"], size: int) -> Features:
+        """Features of a batch."""
+        flat = _flat(pixels)
+        if flat.shape[1] != self._pca.n_features_in_:
+            raise UserError("with --features=pca, samples and reference must be of one size")
+        return {"pca": self._pca.transform(flat)}
+
+
+def _flat(pixels: np.ndarray) -> np.ndarray:
+    """[n, H, W, 3] uint8 to [n, D] in [0, 1], at most 32 pixels a side."""
+    n, height, width, _ = pixels.shape
+    factor = max(1, max(height, width) // PCA_SIDE)
+    height, width = height // factor * factor, width // factor * factor
+    blocks = pixels[:, :height, :width].reshape(n, height // factor, factor, width // factor, factor, 3)
+    return blocks.mean(axis=(2, 4)).reshape(n, -1) / 255
+
+
+class Collected:
+    """Features of a whole set: moments of the pooled and the spatial, and the vectors that are kept."""
+
+    def __init__(self):
+        self.moments: dict[str, Moments] = {}
+        self.vectors: dict[str, np.ndarray] = {}
+
+
+def collect(
+    extract: Callable[[np.ndarray, int], Features],
+    images: ImageSet,
+    batch_size: int,
+    keep: tuple[str, ...],
+    watch: Callable[[str], None] = lambda what: None,
+) -> Collected:
+    """Streams a set through `extract`: moments in float64, all vectors of the features in `keep`.
+
+    With several processes each takes a part; all get the same result. The order of the kept vectors is
+    that of the images.
+
+    Raises:
+      UserError: if there are fewer images than processes.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    if images.count < processes:
+        raise UserError(f"{images.name} has {images.count} images for {processes} processes")
+    batch_size = min(batch_size, images.count // processes)  # so that each has something to do
+    total = -(-images.count // batch_size)
+    result, kept = Collected(), {name: [] for name in keep}
+    bar = tqdm(total=-(-total // processes), unit="batch", desc=images.name[-40:], disable=process > 0)
+    with bar:
+        for number, pixels in enumerate(images.batches(batch_size, process, processes)):
+            watch(f"batch {number} of {images.name}")
+            for name, x in extract(pixels, batch_size).items():
+                if name != "logits_unbiased":
+                    result.moments.setdefault(name, Moments.empty(x.shape[1])).add(x)
+                if name in keep:
+                    kept[name].append(x)
+            bar.update()
+    if processes > 1:
+        _share(result, kept, batch_size, images.count)
+    else:
+        result.vectors = {name: np.concatenate(parts) for name, parts in kept.items()}
+    return result
+
+
+def _share(result: Collected, kept: dict[str, list], batch_size: int, count: int) -> None:
+    """Gives every process the moments and the vectors of all."""
+    for name in sorted(result.moments):
+        own = result.moments[name]
+        parts = [_gather(x) for x in (np.array([float(own.count)]), own.mean, own.scatter)]
+        merged = Moments.empty(len(own.mean))
+        for size, mean, scatter in zip(*parts, strict=True):
+            merged.merge(Moments(int(size[0]), mean, scatter))
+        result.moments[name] = merged
+    processes = jax.process_count()
+    rounds = -(-count // (batch_size * processes))
+    for name, parts in kept.items():
+        full = np.zeros((rounds, batch_size, parts[0].shape[1]), np.float64)
+        for i, part in enumerate(parts):
+            full[i, : len(part)] = part
+        everyone = _gather(full)  # [process, round, batch, dim]
+        result.vectors[name] = everyone.swapaxes(0, 1).reshape(-1, dim)[:count]
+
+
+def _gather(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "processes ..."]:
+    """A float64 array of every process, bit for bit (JAX itself would round it to float32)."""
+    words = np.ascontiguousarray(x, np.float64).view(np.uint32)
+    return np.ascontiguousarray(multihost_utils.process_allgather(words)).view(np.float64)

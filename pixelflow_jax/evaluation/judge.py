@@ -1,0 +1,126 @@
+"""Judging one set of samples against a reference: which numbers, by which protocol."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from pixelflow_jax import files
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.evaluation import metrics
+from pixelflow_jax.evaluation.features import Collected, InceptionFeatures, PcaFeatures, collect
+from pixelflow_jax.evaluation.sets import ImageSet, has_images, open_images, statistics_in
+
+MOST_FOR_RECALL = 50_000  # images of a reference of which precision and recall are computed
+USUAL = 50_000  # samples of which FID is published
+
+
+class Reference:
+    """What samples are compared with: images, statistics of Inception features, or both.
+
+    Raises:
+      UserError: if it holds neither, or not what these features need.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        inception: str | None,
+        batch_size: int,
+        resolution: int | None = None,
+        watch: Callable[[str], None] = lambda what: None,
+    ):
+        self.path, self.batch_size, self._watch = path, batch_size, watch
+        known = statistics_in(path) if inception else {}
+        self.images = None
+        if not known or has_images(path):
+            self.images = open_images(path, "reference", resolution)
+        if inception:
+            self.extract = InceptionFeatures(inception)
+        else:
+            self.extract = PcaFeatures(self.images)
+        self.vectors = None
+        if self.images is not None and self.images.count <= MOST_FOR_RECALL:
+            keep = (self.extract.pooled,)
+        else:
+            keep = ()
+        found = Collected()
+        if self.images is not None and (keep or not known):
+            found = collect(self.extract, self.images, batch_size, keep, watch)
+            self.vectors = found.vectors.get(self.extract.pooled)
+        self.statistics = known or self._statistics(found)
+
+    def _statistics(self, found: Collected) -> dict[str, np.ndarray]:
+        """By ADM's names."""
+        if min(m.count for m in found.moments.values()) < 2:
+            raise UserError(f"--reference={self.path} needs at least two images")
+        pooled = found.moments[self.extract.pooled]
+        values = {"mu": pooled.mean, "sigma": pooled.covariance}
+        if self.extract.spatial:
+            spatial = found.moments[self.extract.spatial]
+            values |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+        return values
+
+    def judge(self, samples: ImageSet) -> dict[str, Any]:
+        """All numbers for a set of samples, with what is needed to repeat them."""
+        extract = self.extract
+        keep = tuple(name for name in (extract.pooled, extract.logits) if name)
+        found = collect(extract, samples, self.batch_size, keep, self._watch)
+        prefix = "" if extract.spatial else "pca_"
+        result: dict[str, Any] = {}
+        pooled = found.moments[extract.pooled]
+        if pooled.count < 2:
+            raise UserError(f"{samples.name} needs at least two images")
+        known = self.statistics
+        frechet = metrics.frechet_distance(known["mu"], known["sigma"], pooled.mean, pooled.covariance)
+        result["pca_frechet" if prefix else "fid"] = frechet
+        if extract.spatial:
+            spatial = found.moments[extract.spatial]
+            result["sfid"] = None
+            if "mu_s" in known:
+                result["sfid"] = metrics.frechet_distance(
+                    known["mu_s"], known["sigma_s"], spatial.mean, spatial.covariance
+                )
+            result["inception_score"] = metrics.inception_score(found.vectors[extract.logits])
+        result[f"{prefix}precision"] = result[f"{prefix}recall"] = None
+        if self.vectors is not None:
+            with contextlib.suppress(ValueError):  # too few images
+                both = metrics.precision_recall(self.vectors, found.vectors[extract.pooled])
+                result[f"{prefix}precision"], result[f"{prefix}recall"] = both
+        if prefix:
+            result["pca_frechet_of_reference_halves"] = self._floor()
+        return result | self._protocol(samples)
+
+    def _floor(self) -> float | None:
+        """The distance between two halves of the reference: how low a number means anything."""
+        if self.vectors is None or len(self.vectors) < 4:
+            return None
+        halves = [metrics.Moments.empty(self.vectors.shape[1]) for _ in range(2)]
+        for i, half in enumerate(halves):
+            half.add(self.vectors[i::2])
+        first, second = halves
+        return metrics.frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+
+    def _protocol(self, samples: ImageSet) -> dict[str, Any]:
+        return {
+            "num_samples": samples.count,
+            "num_reference": self.images.count if self.images else None,
+            "features": self.extract.name,
+            "uint8_rule": uint8_rule(samples.name),
+            "samples": samples.name,
+            "reference": self.path,
+            "statistics": "float64; covariance over n - 1",
+            "precision_recall": f"k = {metrics.NEIGHBOURS}, float64 distances",
+            "splits": f"Inception Score: of {metrics.SPLIT}, logits without bias",
+        }
+
+
+def uint8_rule(path: str) -> str:
+    """How samples became uint8: as the settings beside them say, else not known."""
+    place = epath.Path(path)
+    folder = place if place.is_dir() else place.parent
+    with contextlib.suppress(UserError, TypeError, AttributeError):
+        return files.read_json(folder / "settings.json").get("uint8_rule", "not known")
+    return "not known: as the files have it"

@@ -1,0 +1,136 @@
+"""The metrics, in float64: Frechet distance, Inception Score, precision and recall.
+
+As ADM's evaluator defines them (Dhariwal and Nichol, arXiv 2105.05233, and its released code), so that
+numbers can be compared with the literature's.
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float
+
+SPLIT = 5000  # images a split of the Inception Score, as ADM has it
+NEIGHBOURS = 3  # whose distance makes the radius of a point of the manifold
+BLOCK = 4096  # rows of a matrix of distances at a time
+
+
+@dataclasses.dataclass
+class Moments:
+    """Mean and covariance of vectors that come batch by batch, or in parts on several processes.
+
+    Attributes:
+      count: vectors so far.
+      mean: of them.
+      scatter: sum of outer products of the deviations from the mean.
+    """
+
+    count: int
+    mean: Float[np.ndarray, " d"]
+    scatter: Float[np.ndarray, "d d"]
+
+    @classmethod
+    def empty(cls, dim: int) -> "Moments":
+        """Of no vectors yet."""
+        return cls(0, np.zeros(dim), np.zeros((dim, dim)))
+
+    def add(self, x: Float[np.ndarray, "n d"]) -> None:
+        """Takes in more vectors."""
+        if len(x):
+            x = np.asarray(x, np.float64)
+            mean = x.mean(axis=0)
+            self.merge(Moments(len(x), mean, (x - mean).T @ (x - mean)))
+
+    def merge(self, other: "Moments") -> None:
+        """Takes in the moments of other vectors (Chan, Golub and LeVeque, 1979)."""
+        if not other.count:
+            return
+        total, gap = self.count + other.count, other.mean - self.mean
+        self.scatter = self.scatter + other.scatter
+        self.scatter += np.outer(gap, gap) * (self.count * other.count / total)
+        self.mean = self.mean + gap * (other.count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        """With n - 1 in the denominator, as numpy.cov and ADM have it."""
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(
+    mean1: Float[np.ndarray, " d"],
+    cov1: Float[np.ndarray, "d d"],
+    mean2: Float[np.ndarray, " d"],
+    cov2: Float[np.ndarray, "d d"],
+) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv 1706.08500).
+
+    The trace of the root is the sum of the roots of the eigenvalues of A C2 A, with A = C1^(1/2): that
+    matrix is symmetric, so the result is real and exact also where covariances are singular.
+    """
+    values, vectors = scipy.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    middle = root @ cov2 @ root
+    overlap = np.sqrt(np.maximum(scipy.linalg.eigvalsh((middle + middle.T) / 2), 0)).sum()
+    gap = mean1 - mean2
+    return float(gap @ gap + np.trace(cov1) + np.trace(cov2) - 2 * overlap)
+
+
+def inception_score(logits: Float[np.ndarray, "n classes"], split: int = SPLIT) -> float:
+    """exp of the mean KL divergence of p(class | image) from p(class); mean over splits.
+
+    `logits` are without the bias, as in ADM's evaluator.
+    """
+    logits = np.asarray(logits, np.float64)
+    scores = []
+    for begin in range(0, len(logits), split):
+        part = logits[begin : begin + split]
+        log_p = part - scipy.special.logsumexp(part, axis=1, keepdims=True)
+        p = np.exp(log_p)
+        log_marginal = np.log(np.maximum(p.mean(axis=0), 1e-300))
+        scores.append(np.exp((p * (log_p - log_marginal)).sum(axis=1).mean()))
+    return float(np.mean(scores))
+
+
+def precision_recall(
+    reference: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], k: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """(precision, recall): the share of samples on the reference's manifold, and the other way round.
+
+    A manifold is the union of balls around each point, as wide as the way to its k-th neighbour
+    (Kynkaanniemi et al., arXiv 1904.06991).
+
+    Raises:
+      ValueError: if a set has no k neighbours for a point.
+    """
+    if min(len(reference), len(samples)) <= k:
+        raise ValueError(f"precision and recall need more than {k} images on both sides")
+    return (
+        _share_inside(samples, reference, _radii(reference, k)),
+        _share_inside(reference, samples, _radii(samples, k)),
+    )
+
+
+def _square_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    return np.maximum(squares, 0, out=squares)
+
+
+def _radii(x: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each point to its k-th neighbour, itself not counted."""
+    found = []
+    for begin in range(0, len(x), BLOCK):
+        squares = _square_distances(x[begin : begin + BLOCK], x)
+        rows = np.arange(len(squares))
+        squares[rows, begin + rows] = -1.0  # itself comes first, whatever rounding says
+        found.append(np.partition(squares, k, axis=1)[:, k])
+    return np.concatenate(found)
+
+
+def _share_inside(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> float:
+    inside = 0
+    for begin in range(0, len(points), BLOCK):
+        squares = _square_distances(points[begin : begin + BLOCK], centres)
+        inside += int((squares <= radii).any(axis=1).sum())
+    return inside / len(points)

@@ -1,0 +1,166 @@
+"""Sets of images to judge or to compare with: npz files, folders, and a config's held-out images."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from pixelflow_jax import arrays, files
+from pixelflow_jax.config import load_config
+from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode
+from pixelflow_jax.errors import UserError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+OURS = ("grid.png",)  # files of a sampling run that are no samples
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names: pooled and spatial features
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images of one size.
+
+    Attributes:
+      name: for messages.
+      count: how many.
+      read: gives them from a number up to another, uint8 [n, H, W, 3].
+      labels: of each, if they are known.
+    """
+
+    name: str
+    count: int
+    read: Callable[[int, int], UInt8[np.ndarray, "n h w 3"]]
+    labels: np.ndarray | None = None
+
+    def batches(self, size: int, process: int = 0, processes: int = 1) -> Iterator[np.ndarray]:
+        """The batches of one process: every `processes`-th of them."""
+        for begin in range(process * size, self.count, processes * size):
+            yield self.read(begin, min(begin + size, self.count))
+
+    def pixels(self) -> UInt8[np.ndarray, "n h w 3"]:
+        """All at once."""
+        return self.read(0, self.count)
+
+
+def open_images(path: str, flag: str, resolution: int | None = None) -> ImageSet:
+    """The images at `path`: an npz (arr_0), a folder (one of `sample` too), or a config's test split.
+
+    Args:
+      flag: for messages.
+      resolution: images of a folder are cropped to this square as in training; None: they must be of
+        one size.
+
+    Raises:
+      UserError: if there are no images, or they are of different sizes.
+    """
+    place = epath.Path(path)
+    if path.endswith(".py"):
+        return _of_config(path)
+    if place.is_dir():
+        if (place / "samples.npz").exists():
+            return _of_npz(place / "samples.npz", flag)
+        return _of_folder(place, flag, resolution)
+    if not place.exists():
+        raise UserError(f"--{flag}={path} does not exist")
+    return _of_npz(place, flag)
+
+
+def statistics_in(path: str) -> dict[str, np.ndarray]:
+    """The statistics of an npz file, by ADM's names; empty if it holds none, or is no npz."""
+    place = epath.Path(path)
+    if not place.exists() or place.is_dir() or path.endswith(".py"):
+        return {}
+    found = arrays.array_shapes(place)
+    if not {"mu", "sigma"} <= found.keys():
+        return {}
+    values = {name: arrays.read_npz(place, name) for name in STATISTICS if name in found}
+    for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mean in values and values[cov].shape != values[mean].shape * 2:
+            raise UserError(f"{path}: {cov} is {values[cov].shape}, {mean} {values[mean].shape}")
+    return values
+
+
+def has_images(path: str) -> bool:
+    """Whether there are images behind a reference, and not statistics alone."""
+    place = epath.Path(path)
+    return path.endswith(".py") or place.is_dir() or "arr_0" in arrays.array_shapes(place)
+
+
+def _of_npz(path: epath.Path, flag: str) -> ImageSet:
+    shapes = arrays.array_shapes(path)
+    shape, dtype = shapes.get("arr_0", ((), None))
+    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not shape[0]:
+        raise UserError(f"--{flag}={path} needs uint8 images [N, H, W, 3] as arr_0, it has {shapes}")
+    stream = _Stream(path, shape[0])
+    labels = arrays.read_npz(path, "labels") if "labels" in shapes else None
+    return ImageSet(str(path), shape[0], stream.read, labels)
+
+
+class _Stream:
+    """Reads forwards through an array of an npz file; from the begin again where it must go back."""
+
+    def __init__(self, path: epath.Path, count: int):
+        self._path, self._count, self._at, self._rows = path, count, 0, None
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Rows begin to end."""
+        if self._rows is None or begin < self._at:
+            self._rows, self._at = arrays.rows(self._path, "arr_0", 1), 0
+        while self._at < begin:
+            next(self._rows)
+            self._at += 1
+        parts = [next(self._rows) for _ in range(end - begin)]
+        self._at = end
+        return np.concatenate(parts)
+
+
+def _of_folder(folder: epath.Path, flag: str, resolution: int | None) -> ImageSet:
+    found = sorted(
+        path
+        for path in folder.glob("**/*")
+        if path.name.lower().endswith(EXTENSIONS) and path.name not in OURS
+    )
+    if not found:
+        raise UserError(f"--{flag}={folder} holds no images")
+
+    def one(path: epath.Path) -> np.ndarray:
+        try:
+            image = decode(files.read_bytes(str(path)))
+        except BrokenImage as error:
+            raise UserError(f"--{flag}: {path} cannot be read: {error}") from None
+        return np.asarray(image if resolution is None else center_crop(image, resolution))
+
+    size = one(found[0]).shape
+
+    def read(begin: int, end: int) -> np.ndarray:
+        images = [one(path) for path in found[begin:end]]
+        for path, image in zip(found[begin:end], images, strict=True):
+            if image.shape != size:
+                raise UserError(
+                    f"--{flag}: {path} is {image.shape[0]}x{image.shape[1]}, {found[0]} "
+                    f"{size[0]}x{size[1]}; add --resolution to crop all to one size"
+                )
+        return np.stack(images)
+
+    return ImageSet(str(folder), len(found), read)
+
+
+def _of_config(path: str) -> ImageSet:
+    config = load_config(path)
+    split = "test" if config.data.source in ("digits", "idx") else "val"
+    source = load_source(config, split)
+
+    def read(begin: int, end: int) -> np.ndarray:
+        chosen = [source[i][0] for i in range(begin, end)]
+        size = config.data.resolution
+        return np.stack(
+            [
+                x if isinstance(x, np.ndarray) else np.asarray(center_crop(decode(x), size))
+                for x in chosen
+            ]
+        )
+
+    labels = getattr(source, "labels", None)
+    return ImageSet(f"{path}, {split} split", len(source), read, labels)
