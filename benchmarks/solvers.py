@@ -94,8 +94,8 @@ def orders(trial: Trial) -> None:
     say("## Order of convergence")
     say(
         "Two images, the whole cascade, float64: log2 of |x(n) - x(2n)| / |x(2n) - x(4n)|. Bound: "
-        "within 0.25 of the order. It takes this many steps to see the orders: the time embedding turns by a "
-        "radian each unit of T, of which a stage has hundreds.\n"
+        "within 0.25 of the order. It takes this many steps to see the orders: the time embedding turns "
+        "by a radian each unit of T, of which a stage has hundreds.\n"
     )
     body = []
     for solver, count in ORDER_STEPS.items():

@@ -14,6 +14,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
 from pixelflow_jax.sampling import solvers
+from pixelflow_jax.training.checkpoints import load_params
 
 AXES = ("guidance_scale", "ema", "solver", "num_steps", "num_images")
 BATCH = 50  # images at a time
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace, combinations: list[dict[str, Any]], reference:
     out, rows = epath.Path(args.out), []
     described = {
         "checkpoint": str(epath.Path(args.checkpoint).absolute()),
+        "raw_parameters_sha256": request.params_hash(load_params(args.checkpoint, 0)[0]),
         "reference": args.reference,
         "features": reference.extract.name,
         "num_images": args.num_images or 1000,

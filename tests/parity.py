@@ -11,6 +11,7 @@ import argparse
 import functools
 import os
 import pathlib
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,7 @@ from pixelflow_jax import flow, images
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.config import build_model, default_config
 from pixelflow_jax.convert import from_official, to_official
+from pixelflow_jax.models.inception import Inception, inception_params
 from pixelflow_jax.models.rope import rope_table
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import TimeGrid
@@ -288,12 +290,46 @@ def run_sample(case) -> Errors:
     return errors | {"image": (relative_error(image, case["image"]), bound)}
 
 
+def inception_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights that the case was recorded with, which it does not store: each from its name."""
+    z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if name.endswith("running_var"):
+        return 1 + 0.1 * np.abs(z)
+    if name.endswith(("running_mean", "bias")):
+        return 0.05 * z
+    if len(shape) == 1:
+        return 1 + 0.1 * z
+    return z * np.float32((2.0 / np.prod(shape[1:])) ** 0.5)
+
+
+def inception_state(case) -> dict[str, np.ndarray]:
+    """The public state dict that a case describes."""
+    shapes = [tuple(map(int, filter(None, text.split(",")))) for text in case["param_shapes"].tolist()]
+    return {n: inception_weight(n, s) for n, s in zip(case["param_names"].tolist(), shapes, strict=True)}
+
+
+def run_inception(case) -> Errors:
+    params = {"params": inception_params(inception_state(case))}
+    apply = jax.jit(Inception().apply)
+    result = {}
+    for name in (n for n in case.files if n.startswith("in/images")):
+        suffix = name.removeprefix("in/images")
+        found = apply(params, case[name])
+        outputs = [n for n in case.files if n.startswith("out/") and n.endswith(suffix)]
+        for output in outputs:
+            feature = output.removeprefix("out/").removesuffix(suffix)
+            error = relative_error(found[feature], case[output])
+            result[f"{feature} at {suffix[1:]} px"] = (error, 1e-4)
+    return result
+
+
 RUNNERS: dict[str, Callable[..., Errors]] = {
     "schedule": run_schedule,
     "forward": run_forward,
     "train": run_train,
     "sample_euler": run_sample,
     "sample_dopri5": run_sample,
+    "inception": run_inception,
 }
 
 

@@ -139,7 +139,7 @@ class FolderSource:
             raise UserError(f"{self.root} holds no class folders")
         names, labels = [], []
         for label, name in enumerate(self.classes):
-            found = _image_files(self.root, name)
+            found = image_files(self.root, name)
             if not found:
                 warnings.warn(f"class folder {self.root}/{name} holds no images", stacklevel=2)
             names += found
@@ -163,8 +163,8 @@ class FolderSource:
         return f"{self.root}/{os.fsdecode(self._names[index])}"
 
 
-def _image_files(root: str, folder: str) -> list[str]:
-    """Image files below root/folder, relative to root, in torchvision's order."""
+def image_files(root: str, folder: str) -> list[str]:
+    """Image files below root/folder ("." is root), relative to root, in torchvision's order."""
     if "://" in root:
         paths = sorted(str(p) for p in (epath.Path(root) / folder).rglob("*"))
         return [p[len(root) + 1 :] for p in paths if p.lower().endswith(EXTENSIONS)]

@@ -65,13 +65,14 @@ def frechet_distance(
 ) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv 1706.08500).
 
-    The trace of the root is the sum of the roots of the eigenvalues of A C2 A, with A = C1^(1/2): that
-    matrix is symmetric, so the result is real and exact also where covariances are singular.
+    The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2): real, and without a
+    loss of digits where covariances are singular, as those of fewer images than dimensions are.
     """
-    values, vectors = scipy.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    middle = root @ cov2 @ root
-    overlap = np.sqrt(np.maximum(scipy.linalg.eigvalsh((middle + middle.T) / 2), 0)).sum()
+    roots = []
+    for cov in (cov1, cov2):
+        values, vectors = scipy.linalg.eigh(cov)
+        roots.append((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
+    overlap = scipy.linalg.svdvals(roots[0] @ roots[1]).sum()
     gap = mean1 - mean2
     return float(gap @ gap + np.trace(cov1) + np.trace(cov2) - 2 * overlap)
 

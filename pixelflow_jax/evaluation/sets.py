@@ -9,11 +9,10 @@ from jaxtyping import UInt8
 
 from pixelflow_jax import arrays, files
 from pixelflow_jax.config import load_config
-from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.data.sources import image_files, load_source
 from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode
 from pixelflow_jax.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 OURS = ("grid.png",)  # files of a sampling run that are no samples
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names: pooled and spatial features
 
@@ -117,11 +116,8 @@ class _Stream:
 
 
 def _of_folder(folder: epath.Path, flag: str, resolution: int | None) -> ImageSet:
-    found = sorted(
-        path
-        for path in folder.glob("**/*")
-        if path.name.lower().endswith(EXTENSIONS) and path.name not in OURS
-    )
+    names = [name.removeprefix("./") for name in image_files(str(folder), ".")]
+    found = [folder / name for name in sorted(names) if name not in OURS]
     if not found:
         raise UserError(f"--{flag}={folder} holds no images")
 

@@ -39,7 +39,7 @@ class Guidance:
             )
         if not np.isfinite(self.scale):
             raise UserError(f"guidance_scale must be a finite number, got {self.scale}")
-        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+        if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise UserError(f"the guidance interval must be 0 <= low < high <= 1, got {self.interval}")
 
     def weights(self, num_stages: int) -> tuple[float, ...]:
