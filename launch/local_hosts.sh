@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs training as N processes on this machine, as N hosts of a pod would: for trying things out.
+# Runs training, or another command, as N processes on this machine, as N hosts of a pod would: for trying things out.
 #
 #   launch/local_hosts.sh 2 --config=configs/digits.py --workdir=runs/two
 #
-# Without flags it trains the default config in runs/local_hosts.
+# Without flags it trains the default config in runs/local_hosts. A command's name in front of the flags
+# runs that one instead: launch/local_hosts.sh 2 sample --checkpoint=runs/digits --out=runs/many
 # Every line is marked with the number of its process. Ends with 0 if all ended well, with 75 if all
 # were preempted (start again), else with the code of the first that failed. Ctrl-C stops all.
 # Processes that do not follow one that failed are killed after END_SECONDS (60).
@@ -22,7 +23,12 @@ if [[ "${1:-}" == --dry_run ]]; then
   dry_run=1
   shift
 fi
-[[ " $*" == *" --workdir"* ]] || set -- "$@" --workdir=runs/local_hosts
+command=train
+if [[ "${1:-}" =~ ^[a-z_]+$ ]]; then
+  command=$1
+  shift
+fi
+[[ "$command" != train || " $*" == *" --workdir"* ]] || set -- "$@" --workdir=runs/local_hosts
 python=${PYTHON:-python}
 port=${PORT:-$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')}
 if [[ -n "${DEVICES:-}" ]]; then
@@ -32,7 +38,7 @@ fi
 if [[ -n "$dry_run" ]]; then
   for ((i = 0; i < count; i++)); do
     echo "+ JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$i" \
-      "$python -m pixelflow_jax.train $*"
+      "$python -m pixelflow_jax.$command $*"
   done
   exit 0
 fi
@@ -45,7 +51,7 @@ trap 'stop_all INT; sleep 1; stop_all KILL; exit 130' INT
 
 for ((i = 0; i < count; i++)); do
   JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$i PYTHONUNBUFFERED=1 \
-    "$python" -m pixelflow_jax.train "$@" > >(sed -u "s/^/[$i] /") 2>&1 &
+    "$python" -m "pixelflow_jax.$command" "$@" > >(sed -u "s/^/[$i] /") 2>&1 &
   pids+=($!)
 done
 

@@ -1,4 +1,4 @@
-"""Runs the same training on several meshes of 8 simulated devices; prints one JSON object.
+"""Runs the same training and sampling on meshes of 8 simulated devices; prints one JSON object.
 
 A script of its own, as the number of devices is fixed when JAX starts. test_sharding.py runs it.
 """
@@ -11,10 +11,15 @@ import sys
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from pixelflow_jax import hlo, sharding
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.sampling.generate import build_sampler
+from pixelflow_jax.sampling.sampler import class_conditions
+from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.training.loop import device_batches
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import init_params, init_state, make_train_step
@@ -64,6 +69,28 @@ def run(data: int, fsdp: int, accumulation: int, *overrides: str) -> dict:
     }
 
 
+def sampling(solver: str) -> float:
+    """The largest difference between images made by eight devices and by one, in [-1, 1]."""
+    config = load_config("configs/digits.py", [*TINY, f"sample.solver={solver}", "sample.num_steps=4"])
+    sampler, index = build_sampler(config), np.arange(16)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+
+    def ends(params, index):
+        conditions = class_conditions(index % 10, 10)
+        return sampler.sample(params, sampler.draw_noise(image_keys(0, index)), *conditions)[-1]
+
+    found = []
+    for count in (1, 8):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("images",))
+        split = jax.shard_map(
+            ends, mesh=mesh, in_specs=(P(), P("images")), out_specs=P("images"), check_vma=False
+        )
+        found.append(np.asarray(jax.jit(split)(params, index)))
+    return float(np.abs(found[0] - found[1]).max())
+
+
 def _flat(tree) -> list[tuple[str, jax.Array]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
@@ -74,4 +101,5 @@ if __name__ == "__main__":
     results["bfloat16"] = run(1, 1, 1, "dtype=bfloat16")
     results["bfloat16_fsdp"] = run(1, 8, 1, "dtype=bfloat16")
     results["remat_fsdp"] = run(1, 8, 1, "model.remat=full", "model.scan_unroll=1")
+    results["sampling"] = {solver: sampling(solver) for solver in ("euler", "ab2", "dopri5")}
     json.dump(results, sys.stdout)

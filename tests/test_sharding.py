@@ -43,6 +43,13 @@ def test_every_mesh_gives_the_losses_of_one_device(results, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("solver", ["euler", "ab2", "dopri5"])
+def test_eight_devices_make_the_images_of_one(results, solver):
+    """Catches noise or steps that depend on which device an image is made by."""
+    assert results["sampling"][solver] < 1e-5
+
+
+@pytest.mark.slow
 def test_bfloat16_and_remat_under_fsdp(results):
     """Catches a gather in the wrong dtype, or a backward pass that does not gather again."""
     np.testing.assert_allclose(

@@ -21,9 +21,8 @@ from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler, class_conditions
 from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.training.checkpoints import save_params
-from pixelflow_jax.training.step import init_params
 
-from conftest import TINY
+from conftest import TINY, calm
 
 MODEL = PixelFlow(2, 8, 2, 2, num_classes=10)
 
@@ -31,13 +30,6 @@ MODEL = PixelFlow(2, 8, 2, 2, num_classes=10)
 def make_sampler(**kwargs):
     kwargs = dict(grid=TimeGrid((3,)), height=16, width=16, guidance=Guidance(1.5)) | kwargs
     return Sampler(MODEL, Cascade(3), **kwargs)
-
-
-def calm(model: PixelFlow) -> dict:
-    """Parameters of a velocity field as smooth as a trained one's, but of no zeros."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(model, 0))
-    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def _share(result: Collected, kept: dict[str, list], batch_size: int, count: int
         for i, part in enumerate(parts):
             full[i, : len(part)] = part
         everyone = _gather(full)  # [process, round, batch, dim]
-        result.vectors[name] = everyone.swapaxes(0, 1).reshape(-1, dim)[:count]
+        result.vectors[name] = everyone.swapaxes(0, 1).reshape(-1, full.shape[-1])[:count]
 
 
 def _gather(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "processes ..."]:
