@@ -73,11 +73,11 @@ def test_guidance_interval(noisy_params):
         guidance = Guidance(3.0, "constant", **kwargs)
         return run(make_sampler(guidance=guidance, solver=solver, **loose), params)[-1]
 
-    for solver in ("euler", "dopri5"):
+    for solver in ("euler", "bosh3"):
         whole, part = image(solver), image(solver, interval=(0.3, 0.8))
+        assert np.abs(whole - part).max() > 1e-3
         plain = run(make_sampler(guidance=Guidance(1.0), solver=solver, **loose), params)[-1]
-        assert np.abs(whole - part).max() > 1e-3 and np.abs(plain - part).max() > 1e-3
-        np.testing.assert_allclose(image(solver, interval=(0.0, 1.0)), whole)
+        assert np.abs(plain - part).max() > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
@@ -197,16 +197,19 @@ def test_evaluations_of_a_run(noisy_params):
     """Catches counts that are of the batch where they must be of each image, and the other way round."""
     params = noisy_params(MODEL)
 
-    def nfe(labels=(0, 1, 2), **kwargs):
-        labels = jnp.array(labels)
-        noise = make_sampler(**kwargs).draw_noise(image_keys(0, labels))
-        conditions = class_conditions(labels, 10)
-        return np.asarray(jax.jit(make_sampler(**kwargs).run)(params, noise, *conditions).nfe)
+    def nfe(*batches, **kwargs):
+        sampler, found = make_sampler(**kwargs), []
+        sample = jax.jit(sampler.run)
+        for labels in batches or [(0, 1, 2)]:
+            labels = jnp.array(labels)
+            noise, conditions = sampler.draw_noise(image_keys(0, labels)), class_conditions(labels, 10)
+            found.append(np.asarray(sample(params, noise, *conditions).nfe))
+        return found if batches else found[0]
 
     assert nfe(solver="heun", grid=TimeGrid((3, 5))).tolist() == [[6, 10]] * 3
     assert nfe(solver="dopri5", step_control="fixed").tolist() == [[18, 18]] * 3
     loose = dict(solver="bosh3", rtol=0.1, atol=0.1)
-    one, other = nfe((0, 1, 2), **loose), nfe((0, 7, 8), **loose)
+    one, other = nfe((0, 1, 2), (0, 7, 8), **loose)
     assert one[0].tolist() == other[0].tolist() and one[1:].tolist() != other[1:].tolist()
     assert len(set(map(tuple, nfe(**loose, step_control="per_batch")))) == 1
 

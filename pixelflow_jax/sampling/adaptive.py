@@ -53,19 +53,22 @@ def _diffrax_solver(name: str) -> diffrax.AbstractSolver:
     return AB2() if name == "ab2" else getattr(diffrax, name.capitalize())()
 
 
-class FirstAttempts(diffrax.AbstractStepSizeController):
-    """Counts the attempts up to the first accepted step, whose first evaluation is not shared.
+class CountedSteps(diffrax.AbstractStepSizeController):
+    """PIDController with a first step by `first_step`, and a count of what the statistics leave out.
 
-    Solvers that end a step with the evaluation that begins the next (FSAL) save it afterwards.
+    The count is of the attempts up to the first accepted step: solvers that end a step with the
+    evaluation that begins the next (FSAL) save one in each attempt after that.
     """
 
     controller: diffrax.PIDController
 
     def wrap(self, direction):
-        return FirstAttempts(self.controller.wrap(direction))
+        return CountedSteps(self.controller.wrap(direction))
 
-    def init(self, *args):
-        first_end, state = self.controller.init(*args)
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        tolerances = self.controller.rtol, self.controller.atol
+        dt0 = first_step(lambda t, y: func(terms, t, y, args), y0, *tolerances, (t0, t1), error_order)
+        first_end, state = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
         return first_end, (state, jnp.asarray(0), jnp.asarray(False))
 
     def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, controller_state):
@@ -75,6 +78,29 @@ class FirstAttempts(diffrax.AbstractStepSizeController):
         )
         counts = (attempts + jnp.where(accepted, 0, 1), accepted | keep)
         return keep, *middle, (state, *counts), result
+
+
+def first_step(field, x, rtol: float, atol: float, span, order: int):
+    """A first step for this tolerance, by two evaluations of field(tau, x); span runs forwards.
+
+    Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4. Diffrax has
+    it too, but does not come to it in all versions.
+    """
+    scale = atol + rtol * jnp.abs(x)
+
+    def norm(y):
+        return jnp.sqrt(jnp.mean(jnp.square(y / scale)))
+
+    slope = field(span[0], x)
+    size, speed = norm(x), norm(slope)
+    tiny = (size < 1e-5) | (speed < 1e-5)
+    guess = jnp.where(tiny, 1e-6, 0.01 * size / jnp.where(tiny, 1.0, speed))
+    bend = norm(field(span[0] + guess, x + guess * slope) - slope) / guess
+    steepest = jnp.maximum(speed, bend)
+    flat = steepest <= 1e-15
+    by_bend = (0.01 / jnp.where(flat, 1.0, steepest)) ** (1 / (order + 1))
+    by_bend = jnp.where(flat, jnp.maximum(1e-6, guess * 1e-3), by_bend)
+    return jnp.clip(jnp.minimum(100 * guess, by_bend), 10 * MIN_STEP, span[1] - span[0])
 
 
 def solve_adaptive(
@@ -106,9 +132,9 @@ def solve_adaptive(
         solver,
         t0=span[0],
         t1=span[1],
-        dt0=first_step(finite_field, x, rtol, atol, span, solver.order(None)),
+        dt0=None,
         y0=x,
-        stepsize_controller=FirstAttempts(diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP)),
+        stepsize_controller=CountedSteps(diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP)),
         saveat=diffrax.SaveAt(t1=True, controller_state=True),
         max_steps=MAX_STEPS,
         throw=False,
@@ -117,29 +143,6 @@ def solve_adaptive(
     reached = (solution.result == diffrax.RESULTS.successful) & small
     evaluations = _evaluations(solver, solution.stats["num_steps"], solution.controller_state[1])
     return jnp.where(reached, solution.ys[-1], jnp.nan), evaluations
-
-
-def first_step(field, x, rtol: float, atol: float, span: tuple[float, float], order: int):
-    """A first step for this tolerance, by two evaluations; negative where the span runs backwards.
-
-    Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4. Diffrax has
-    it too, but does not come to it in all versions.
-    """
-    scale, way = atol + rtol * jnp.abs(x), np.sign(span[1] - span[0])
-
-    def norm(y):
-        return jnp.sqrt(jnp.mean(jnp.square(y / scale)))
-
-    slope = field(span[0], x, None)
-    size, speed = norm(x), norm(slope)
-    tiny = (size < 1e-5) | (speed < 1e-5)
-    guess = jnp.where(tiny, 1e-6, 0.01 * size / jnp.where(tiny, 1.0, speed))
-    bend = norm(field(span[0] + way * guess, x + way * guess * slope, None) - slope) / guess
-    steepest = jnp.maximum(speed, bend)
-    flat = steepest <= 1e-15
-    by_bend = (0.01 / jnp.where(flat, 1.0, steepest)) ** (1 / (order + 1))
-    by_bend = jnp.where(flat, jnp.maximum(1e-6, guess * 1e-3), by_bend)
-    return way * jnp.clip(jnp.minimum(100 * guess, by_bend), 10 * MIN_STEP, abs(span[1] - span[0]))
 
 
 def _evaluations(solver: Any, steps: Array, first_attempts: Array) -> Int[Array, ""]:
