@@ -54,7 +54,11 @@ def _diffrax_solver(name: str) -> diffrax.AbstractSolver:
 
 
 class CountedSteps(diffrax.AbstractStepSizeController):
-    """PIDController with a first step by `first_step`, and a count of what the statistics leave out.
+    """PIDController with a first step by `first_step`, rounded sizes, and a count of what the statistics
+    leave out.
+
+    Sizes are rounded down to powers of 2^(1/4). Else the last bits of the error estimate, which depend on
+    the batch and the device, would move every later step a little, and the image by its tolerance.
 
     The count is of the attempts up to the first accepted step: solvers that end a step with the
     evaluation that begins the next (FSAL) save one in each attempt after that.
@@ -68,16 +72,24 @@ class CountedSteps(diffrax.AbstractStepSizeController):
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         tolerances = self.controller.rtol, self.controller.atol
         dt0 = first_step(lambda t, y: func(terms, t, y, args), y0, *tolerances, (t0, t1), error_order)
-        first_end, state = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
+        first_end, state = self.controller.init(
+            terms, t0, t1, y0, _rounded(dt0), args, func, error_order
+        )
         return first_end, (state, jnp.asarray(0), jnp.asarray(False))
 
     def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, controller_state):
         state, attempts, accepted = controller_state
-        keep, *middle, state, result = self.controller.adapt_step_size(
+        keep, begin, end, jump, state, result = self.controller.adapt_step_size(
             t0, t1, y0, y1, args, y_error, error_order, state
         )
+        end = begin + _rounded(end - begin)
         counts = (attempts + jnp.where(accepted, 0, 1), accepted | keep)
-        return keep, *middle, (state, *counts), result
+        return keep, begin, end, jump, (state, *counts), result
+
+
+def _rounded(size):
+    """The power of 2^(1/4) below a step's size, or the nearest if that is as good as equal."""
+    return jnp.exp2(jnp.floor(4 * jnp.log2(size) + 0.01) / 4)
 
 
 def first_step(field, x, rtol: float, atol: float, span, order: int):
