@@ -145,7 +145,7 @@ def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
                 lines.setdefault(name, []).append((row[key], row[measure]))
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
-        axes.set(xlabel=label, ylabel=measure, xscale="log", yscale="log")
+        axes.set(xlabel=label, ylabel=measure, xscale="log")
     axes.legend(fontsize="small")
     with files.atomic_path(path) as temporary, temporary.open("wb") as file:
         figure.savefig(file, format="png", dpi=120)

@@ -54,14 +54,13 @@ def _diffrax_solver(name: str) -> diffrax.AbstractSolver:
 
 
 class CountedSteps(diffrax.AbstractStepSizeController):
-    """PIDController with a first step by `first_step`, rounded sizes, and a count of what the statistics
-    leave out.
+    """PIDController with a first step by `first_step`, rounded sizes, and a count of the first attempts.
 
-    Sizes are rounded down to powers of 2^(1/4). Else the last bits of the error estimate, which depend on
-    the batch and the device, would move every later step a little, and the image by its tolerance.
+    Sizes are rounded down to powers of 2^(1/4): else the last bits of the error estimate, which depend
+    on batch and device, would move every later step a little, and the image by its tolerance.
 
-    The count is of the attempts up to the first accepted step: solvers that end a step with the
-    evaluation that begins the next (FSAL) save one in each attempt after that.
+    The attempts up to the first accepted step are counted, as Diffrax does not: solvers that end a step
+    with the evaluation that begins the next (FSAL) save one in each attempt after that.
     """
 
     controller: diffrax.PIDController

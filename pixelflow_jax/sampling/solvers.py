@@ -1,4 +1,4 @@
-"""ODE solvers over tau in [0, 1] by name: fixed steps by `lax.scan`, which is the fast path.
+"""ODE solvers over tau in [0, 1] by name: fixed steps by one compiled loop, the fast path.
 
 Explicit Runge-Kutta methods come from their Butcher tableaus (Diffrax's, so that both paths are the
 same method), AB2 from its formula. Error-controlled steps are in adaptive.py.
@@ -122,27 +122,25 @@ def solve_fixed(
       count: how many of the steps to do, if that is known on the device only.
     """
     sizes = taus[1:] - taus[:-1]
-    xp = np if isinstance(taus, np.ndarray) else jnp
-    ratios = xp.concatenate([xp.zeros_like(sizes[:1]), sizes[1:] / sizes[:-1]])
-    times = tuple(jnp.asarray(part, x.dtype) for part in (taus[:-1], sizes, ratios))
+    # Constants, indexed in the loop: a scan over them would slice and copy more
+    starts, lengths = jnp.asarray(taus[:-1], x.dtype), jnp.asarray(sizes, x.dtype)
 
     if name == "ab2":
+        xp = np if isinstance(taus, np.ndarray) else jnp
+        ratios = xp.concatenate([xp.zeros_like(sizes[:1]), sizes[1:] / sizes[:-1]])
+        ratios = jnp.asarray(ratios, x.dtype)
 
-        def step(carry, times):
-            (x, before), (tau, size, ratio) = carry, times
-            slope = field(x, tau)
-            return x + size * ((1 + ratio / 2) * slope - ratio / 2 * before), slope
+        def step(i, carry):
+            x, before = carry
+            slope, half = field(x, starts[i]), ratios[i] / 2
+            return x + lengths[i] * ((1 + half) * slope - half * before), slope
 
         carry = (x, jnp.zeros_like(x))
     else:
 
-        def step(carry, times):
-            return (runge_kutta_step(table, field, carry[0], times[0], times[1]),)
+        def step(i, carry):
+            return (runge_kutta_step(table, field, *carry, starts[i], lengths[i]),)
 
         table, carry = tableau(name), (x,)
 
-    if count is not None:
-        return jax.lax.fori_loop(
-            0, count, lambda i, carry: step(carry, tuple(part[i] for part in times)), carry
-        )[0]
-    return jax.lax.scan(lambda carry, times: (step(carry, times), None), carry, times)[0][0]
+    return jax.lax.fori_loop(0, len(taus) - 1 if count is None else count, step, carry)[0]
