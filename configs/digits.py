@@ -2,8 +2,9 @@
 
 python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
 
-Expected (benchmarks/quality.py, medians of three seeds): 98.0% conditional
-accuracy (held-out real digits: 99.8%), Frechet ratio 1.82, nearest ratio 1.09.
+4,200 steps, a bit over 6 minutes on a quiet machine. Expected (benchmarks/quality.py, medians of
+three seeds): 98.0% conditional accuracy (held-out real digits: 99.8%), Frechet ratio 1.82, nearest
+ratio 1.09. Shorter, one seed: 2,100 steps (228 s) 95.6%, 1.81, 1.21; 1,400 (165 s) 93.5%, 2.21, 1.33.
 """
 
 from pixelflow_jax.config import default_config
