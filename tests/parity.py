@@ -25,6 +25,7 @@ from pixelflow_jax.config import build_model, default_config
 from pixelflow_jax.convert import from_official, to_official
 from pixelflow_jax.models.inception import Inception, inception_params
 from pixelflow_jax.models.rope import rope_table
+from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
@@ -323,6 +324,17 @@ def run_inception(case) -> Errors:
     return result
 
 
+def run_t5(case) -> Errors:
+    values = {name: value.item() for name, value in with_prefix(case, "config/").items()}
+    config = T5Config.from_json(values, "the case")
+    state = with_prefix(case, "params/")
+    params = t5_params(state.__getitem__, state, config, "the case")
+    mask = case["in/attention_mask"] == 1
+    states = jax.jit(T5Encoder(config).apply)({"params": params}, case["in/input_ids"], mask)
+    theirs = case["out/last_hidden_state"]
+    return {"states": (relative_error(np.asarray(states)[mask], theirs[mask]), 1e-5)}
+
+
 RUNNERS: dict[str, Callable[..., Errors]] = {
     "schedule": run_schedule,
     "forward": run_forward,
@@ -330,6 +342,7 @@ RUNNERS: dict[str, Callable[..., Errors]] = {
     "sample_euler": run_sample,
     "sample_dopri5": run_sample,
     "inception": run_inception,
+    "t5": run_t5,
 }
 
 

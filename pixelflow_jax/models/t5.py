@@ -1,0 +1,223 @@
+"""T5 encoder, version 1.1 (gated GELU): Flan-T5 small to XXL, or a small one trained with the model.
+
+Source: Raffel et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202 (the gated MLP). Names of weights and of
+config keys are those of the public checkpoints (transformers' T5EncoderModel).
+
+Precision: `dtype` is that of the residual stream and of matrix products; norms and softmax run in at
+least float32. No dropout: the text model uses the encoder as it is.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.transformer import Dtype, RMSNorm, wide
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of an encoder, by the names of its config.json.
+
+    Attributes:
+      d_model: width of the states. d_kv: of a head. d_ff: of the MLP's inside.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> "T5Config":
+        """From the contents of config.json at `where`.
+
+        Raises:
+          UserError: if a size is missing, or it is not a T5 of version 1.1.
+        """
+        kind = values.get("feed_forward_proj")
+        if kind != "gated-gelu":
+            raise UserError(
+                f"{where}: feed_forward_proj is {kind!r}; this encoder is T5 version 1.1 (Flan-T5, "
+                f"t5-v1_1, mT5), which has 'gated-gelu'"
+            )
+        found = {}
+        for field in dataclasses.fields(cls):
+            value = values.get(field.name, field.default)
+            if value is dataclasses.MISSING or isinstance(value, bool) or value <= 0:
+                raise UserError(f"{where}: {field.name} is missing or not a positive number")
+            found[field.name] = value
+        if found["layer_norm_epsilon"] != cls.layer_norm_epsilon:
+            raise UserError(f"{where}: layer_norm_epsilon must be 1e-6")
+        return cls(**found)
+
+
+def relative_buckets(
+    length: int, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "length length"]:
+    """The bucket of (query, key): half of them for keys after the query; exact near, logarithmic far.
+
+    Source: arXiv 1910.10683, section 2.1; float32 logarithms, as the public code has them.
+    """
+    distance = np.arange(length)[None] - np.arange(length)[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    far = np.abs(distance)
+    with np.errstate(divide="ignore"):
+        ratio = np.log(far.astype(np.float32) / np.float32(exact)) / np.float32(
+            np.log(max_distance / exact)
+        )
+    large = exact + np.where(far < exact, 0, ratio * np.float32(half - exact)).astype(np.int64)
+    return np.where(distance > 0, half, 0) + np.where(far < exact, far, np.minimum(large, half - 1))
+
+
+class T5Layer(nn.Module):
+    """Self-attention with a shared position bias, then the gated MLP; both after an RMSNorm."""
+
+    config: T5Config
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, bias):
+        """x [b, t, d], bias [b, heads, t, t] (positions and mask) -> (x, None), as nn.scan wants it."""
+        c = self.config
+
+        def dense(features, std, name):
+            init = nn.initializers.normal(std)
+            dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+            return nn.Dense(features, use_bias=False, kernel_init=init, name=name, **dtypes)
+
+        inner, width = c.num_heads * c.d_kv, c.d_model**-0.5
+        h = RMSNorm(self.param_dtype, name="attention_norm")(x)
+        q = dense(inner, (c.d_model * c.d_kv) ** -0.5, "q")(h)  # scores are not divided by sqrt(d_kv)
+        k, v = dense(inner, width, "k")(h), dense(inner, width, "v")(h)
+        q, k, v = (y.reshape(*y.shape[:-1], c.num_heads, c.d_kv) for y in (q, k, v))
+        scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=wide(self.dtype))
+        weights = jax.nn.softmax(scores + bias, axis=-1).astype(self.dtype)
+        mixed = jnp.einsum("bhnm,bmhd->bnhd", weights, v).reshape(*x.shape[:-1], inner)
+        x = x + dense(c.d_model, inner**-0.5, "o")(mixed)
+
+        h = RMSNorm(self.param_dtype, name="mlp_norm")(x)
+        gate = nn.gelu(dense(c.d_ff, width, "wi_0")(h), approximate=True)
+        h = gate * dense(c.d_ff, width, "wi_1")(h)
+        return x + dense(c.d_model, c.d_ff**-0.5, "wo")(h), None
+
+
+class T5Encoder(nn.Module):
+    """Token ids to states. Padding is masked: the states of other tokens do not see it."""
+
+    config: T5Config
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The states of every token, where mask is True; those of padding mean nothing."""
+        c, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        embed = nn.Embed(
+            c.vocab_size, c.d_model, embedding_init=nn.initializers.normal(1.0), name="embed", **dtypes
+        )
+        table = self.param(
+            "relative_bias",
+            nn.initializers.normal(c.d_model**-0.5),
+            (c.relative_attention_num_buckets, c.num_heads),
+            self.param_dtype,
+        )
+        buckets = relative_buckets(
+            ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
+        )
+        bias = jnp.moveaxis(table.astype(wide(self.dtype))[buckets], -1, 0)[None]
+        bias = jnp.where(mask[:, None, None, :], bias, jnp.finfo(jnp.float32).min)
+        layers = nn.scan(
+            T5Layer,
+            length=c.num_layers,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+        )(c, name="blocks", **dtypes)
+        x, _ = layers(embed(ids), bias)
+        return RMSNorm(self.param_dtype, name="final_norm")(x)
+
+
+LAYER_NAMES = {  # ours -> within encoder.block.<i>.layer
+    **{(name, "kernel"): f"0.SelfAttention.{name}.weight" for name in "qkvo"},
+    ("attention_norm", "scale"): "0.layer_norm.weight",
+    **{(name, "kernel"): f"1.DenseReluDense.{name}.weight" for name in ("wi_0", "wi_1", "wo")},
+    ("mlp_norm", "scale"): "1.layer_norm.weight",
+}
+BIAS_NAME = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+EMBED_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # one and the same array
+
+
+def weight_names(config: T5Config) -> list[tuple[tuple[str, ...], int | None, str]]:
+    """(our path, layer or None, public name) of every array."""
+    outer = [
+        (("embed", "embedding"), None, EMBED_NAMES[0]),
+        (("relative_bias",), None, BIAS_NAME),
+        (("final_norm", "scale"), None, "encoder.final_layer_norm.weight"),
+    ]
+    layers = [
+        (("blocks", *ours), i, f"encoder.block.{i}.layer.{public}")
+        for ours, public in LAYER_NAMES.items()
+        for i in range(config.num_layers)
+    ]
+    return outer + layers
+
+
+def unknown_names(names: Iterable[str], config: T5Config) -> list[str]:
+    """Those names of a checkpoint that are neither the encoder's nor the decoder's (which is not used)."""
+    known = {name for _, _, name in weight_names(config)} | set(EMBED_NAMES)
+    return sorted(n for n in names if n not in known and not n.startswith(("decoder.", "lm_head.")))
+
+
+def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np.float32) -> dict:
+    """Our parameters from a public checkpoint.
+
+    Args:
+      read: gives an array by its public name, one at a time, so that a large file is never held twice.
+      names: the arrays that are there.
+      where: the file or folder, for errors.
+      dtype: to keep them in.
+
+    Raises:
+      UserError: names what is missing, unknown or of a wrong shape.
+    """
+    names = set(names)
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    shapes = jax.eval_shape(lambda: T5Encoder(config).init(jax.random.key(0), ids, mask))["params"]
+    params = jax.tree.map(lambda x: np.empty(x.shape, dtype), shapes)
+    problems = [f"unknown: {name}" for name in unknown_names(names, config)]
+    for path, layer, name in weight_names(config):
+        if name not in names and name == EMBED_NAMES[0]:
+            name = EMBED_NAMES[1]
+        if name not in names:
+            problems.append(f"missing: {name}")
+            continue
+        leaf = params
+        for key in path:
+            leaf = leaf[key]
+        leaf = leaf if layer is None else leaf[layer]
+        theirs = read(name)
+        theirs = theirs.T if path[-1] == "kernel" else theirs
+        if theirs.shape != leaf.shape:
+            problems.append(
+                f"{name} has shape {theirs.shape[::-1]}, config.json says {leaf.shape[::-1]}"
+            )
+            continue
+        leaf[...] = theirs
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise UserError(f"{where} does not fit its config.json: {'; '.join(problems[:6])}{more}")
+    return params
