@@ -24,6 +24,7 @@ from sklearn.svm import SVC
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
+from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import FromSeed
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.loop import train
@@ -76,11 +77,12 @@ def draw(checkpoint: str, count: int, scale: float | None = None, ema: float | N
         config.sample.guidance_scale = scale
     start = FromSeed(config.seed + 1000)
     generate = make_generate(build_sampler(config), start)
-    labels = np.arange(count, dtype=np.int32) % config.model.num_classes
+    classes = config.model.num_classes
+    labels = np.arange(count, dtype=np.int32) % classes
     parts = []
     for begin in range(0, count, 250):
         index = np.arange(begin, begin + 250)
-        made = generate(params, start.inputs(index), labels[index % count])
+        made = generate(params, start.inputs(index), *class_conditions(labels[index % count], classes))
         parts.append(jax.device_get(made.pixels))
     return np.concatenate(parts)[:count], labels, config
 

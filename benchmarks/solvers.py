@@ -144,7 +144,9 @@ def needed(trial: Trial) -> None:
             add(solver, solver, (count,))
     for solver in ("euler", "heun", "midpoint", "ab2", "bosh3"):
         sampler = dataclasses.replace(trial.sampler, solver=solver, step_control="fixed")
-        measured = budget.measure(sampler, trial.params, np.asarray(trial.labels))
+        measured = budget.measure(
+            sampler, trial.params, *class_conditions(trial.labels, sampler.model.num_classes)
+        )
         per_step = solvers.evaluations_per_step(solver)
         for total in range(len(trial.flops) * per_step, nfe30 + 1, per_step):
             steps = budget.split_budget(measured, total, per_step)
@@ -235,12 +237,12 @@ def quality_judge(trial: Trial):
             trial.sampler, solver=solver, grid=TimeGrid((count,), kind), step_control="fixed"
         )
         generate, parts = make_generate(sampler, start), []
-        labels = np.arange(1000, dtype=np.int32) % trial.config.model.num_classes
+        classes = trial.config.model.num_classes
+        labels = np.arange(1000, dtype=np.int32) % classes
         for begin in range(0, 1000, 250):
             index = np.arange(begin, begin + 250)
-            parts.append(
-                jax.device_get(generate(trial.params, start.inputs(index), labels[index]).pixels)
-            )
+            conditions = class_conditions(labels[index], classes)
+            parts.append(jax.device_get(generate(trial.params, start.inputs(index), *conditions).pixels))
         scores = judge.scores(np.concatenate(parts), labels)
         return f"{scores['accuracy']:.1%}, {scores['frechet']:.2f}, {scores['nearest']:.2f}"
 

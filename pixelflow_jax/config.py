@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.t5 import SPECIAL, T5Config
 from pixelflow_jax.models.transformer import REMAT_POLICIES, PixelFlow
 
 # What decides the numbers of a run: a resumed run must agree on these.
-IDENTITY = ("model", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
+IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
 # Of those, what changes how fast a run goes and nothing else.
 FREE = {
     *("model.remat", "model.scan_unroll"),
@@ -49,16 +50,25 @@ def default_config() -> ConfigDict:
                 remat="none",  # none, dots or full: what the backward pass recomputes
                 scan_unroll=1,
             ),
+            text=dict(  # of models with a context_dim
+                encoder="",  # joint: a small T5 that is trained with the model
+                max_length=128,  # tokens, the end mark among them; longer texts are cut
+                words=(),  # a joint encoder's vocabulary
+                num_layers=2,  # sizes of a joint encoder; its width is model.context_dim
+                num_heads=4,
+                head_dim=32,
+                mlp_dim=256,
+            ),
             cascade=dict(num_stages=4, gamma=-1 / 3),
             data=dict(
-                source="digits",  # digits, idx, folder, tfds or array_record
+                source="digits",  # digits, captioned_digits, idx, folder, tfds or array_record
                 path="",
                 name="",  # of a TFDS dataset
                 split="train",
                 resolution=256,
                 crop="random",  # random (short side to 1.125 x resolution first), center or none
                 flip=True,
-                label_dropout=0.1,  # share of labels replaced by the null class, for guidance
+                label_dropout=0.1,  # share of labels (or captions) dropped, for guidance
                 max_broken_share=0.05,  # of images that cannot be read; more stop the run
                 num_workers=0,  # processes that load; 0 = threads of this one
                 num_threads=8,
@@ -202,9 +212,22 @@ def check_config(config: ConfigDict) -> None:
             f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the rest "
             f"of the devices; got {sizes[0]} and {sizes[1]}"
         )
+    _check_text(config)
     cascade = build_cascade(config)
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
     check_batch_size(config)
+
+
+def _check_text(config: ConfigDict) -> None:
+    text = config.text
+    _one_of("text.encoder", text.encoder, ("", "joint"))
+    for key in ("num_layers", "num_heads", "head_dim", "mlp_dim"):
+        if text[key] < 1:
+            raise UserError(f"config.text.{key} must be at least 1, got {text[key]}")
+    if text.max_length < 2:
+        raise UserError(f"config.text.max_length must be at least 2, got {text.max_length}")
+    if text.encoder == "joint" and not (config.model.context_dim and text.words):
+        raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
 
 
 def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:
@@ -227,7 +250,21 @@ def build_cascade(config: ConfigDict) -> Cascade:
 
 def build_model(config: ConfigDict, dtype: str | None = None) -> PixelFlow:
     """The network of a config, computing in `dtype` (default: the config's)."""
-    return PixelFlow(**config.model.to_dict(), dtype=DTYPES[dtype or config.dtype])
+    text = joint_encoder(config) if config.text.encoder == "joint" else None
+    return PixelFlow(**config.model.to_dict(), dtype=DTYPES[dtype or config.dtype], text=text)
+
+
+def joint_encoder(config: ConfigDict) -> T5Config:
+    """The sizes of a text encoder that is trained with the model."""
+    text = config.text
+    return T5Config(
+        vocab_size=len(SPECIAL) + len(text.words),
+        d_model=config.model.context_dim,
+        d_kv=text.head_dim,
+        d_ff=text.mlp_dim,
+        num_layers=text.num_layers,
+        num_heads=text.num_heads,
+    )
 
 
 def _installed_config(path: str) -> pathlib.Path:

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from pixelflow_jax import cli, files
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.inception import inception_params
 from pixelflow_jax.training.checkpoints import load_params, save_params
-from pixelflow_jax.training.step import init_params
 
 Params = dict[str, Any]
 State = dict[str, np.ndarray]  # the official state dict

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from pixelflow_jax import images
 from pixelflow_jax.cascade import NUM_TRAIN_TIMES, Cascade
+from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.packing import Group, PackLayout
 
 
@@ -24,7 +25,7 @@ class FlowBatch(NamedTuple):
     tokens: Float[Array, "rows n p"]
     target: Float[Array, "rows n p"]
     timesteps: Float[Array, "rows s"]
-    labels: Int[Array, "rows s"]
+    condition: Condition  # leaves [rows, s, ...]
 
 
 def train_layout(
@@ -74,12 +75,15 @@ def corrupt(
     cascade: Cascade,
     patch_size: int,
     x1: Float[Array, "rows b h w c"],
-    labels: Int[Array, "rows b"],
+    condition: Condition,
     keys: Key[Array, "rows b"],
     num_classes: int,
     label_dropout: float,
 ) -> tuple[FlowBatch, PackLayout]:
     """Draws noise, time and label dropout per image from its own key, and packs the rows.
+
+    `condition` has leaves [rows, b, ...]; of these only "labels" are dropped here (texts are in the
+    loader, before they become numbers).
 
     Image i of a row is trained at stage i mod S, so b must be a multiple of S. What an image gets
     depends on its key and stage alone, not on the batch around it.
@@ -90,7 +94,7 @@ def corrupt(
         raise ValueError(f"{per_row} images a row do not split over {num_stages} stages")
     layout = train_layout(cascade, (per_row // num_stages,) * num_stages, height, width, patch_size)
 
-    tokens, target, timesteps, kept = [], [], [], []
+    tokens, target, timesteps, conditions = [], [], [], []
     for stage in range(num_stages):
         shape = (*cascade.size(stage, height, width), channels)
         noise, time_index, drop = _draw(keys[:, stage::num_stages], shape, label_dropout)
@@ -100,12 +104,15 @@ def corrupt(
         tokens.append(images.patchify(x_tau, patch_size))
         target.append(images.patchify(velocity, patch_size))
         timesteps.append(timestep)
-        kept.append(jnp.where(drop, num_classes, labels[:, stage::num_stages]))
+        kept = {name: x[:, stage::num_stages] for name, x in condition.items()}
+        if "labels" in kept:
+            kept["labels"] = jnp.where(drop, num_classes, kept["labels"])
+        conditions.append(kept)
     batch = FlowBatch(
         layout.pack(tokens),
         layout.pack(target),
         jnp.concatenate(timesteps, axis=1),
-        jnp.concatenate(kept, axis=1),
+        jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *conditions),
     )
     return batch, layout
 

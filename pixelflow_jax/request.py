@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from pixelflow_jax import arrays, cli, files
+from pixelflow_jax.conditions import Conditions, read_conditions
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.images import UINT8_RULE
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
@@ -41,7 +41,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--out", required=True, help="folder to write")
     add("--labels", type=numbers, help="classes, such as 0,1,2; in turn (default: all of them)")
     add("--negative_labels", type=numbers, help="classes to steer away from (default: the null class)")
-    add("--num_images", type=int, help="how many (default: one a label, or the config's number)")
+    add("--prompt", action="append", help="what to show (text models); may be given several times")
+    add("--prompts_file", help="a text file with a prompt a line")
+    add("--negative_prompt", help="a text to steer away from (default: the empty text)")
+    add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")
     add("--batch_size", type=int, default=25, help="images at a time, a process (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--ema", type=float, help="decay of the average to use; 0 = the raw parameters")
@@ -117,27 +120,15 @@ class Job:
     Attributes:
       params: of the network.
       sampler, start: see sampler.py and starts.py.
-      labels, negative_labels: of every image; the second may be None.
+      conditions: what every image is to show.
       settings: what settings.json says.
     """
 
     params: dict
     sampler: Sampler
     start: Any
-    labels: Int[np.ndarray, " n"]
-    negative_labels: Int[np.ndarray, " n"] | None
+    conditions: Conditions
     settings: dict[str, Any]
-
-    def labels_of(self, index: Int[np.ndarray, " b"]) -> tuple[np.ndarray, np.ndarray]:
-        """The labels and negative labels of these images."""
-        negative = self.negative_labels
-        if negative is None:
-            negative = np.full_like(self.labels, self.sampler.model.num_classes)
-        return self.labels[index], negative[index]
-
-    def extra_arrays(self) -> dict[str, np.ndarray]:
-        """What samples.npz holds beside what is generated."""
-        return {"labels": self.labels}
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -145,9 +136,10 @@ def prepare(args: argparse.Namespace) -> Job:
     params, config, meta = load_params(args.checkpoint, args.ema)
     sampler = sampler_of(args, config)
     start, described = _start(args, sampler)
-    labels, negative = all_labels(args, config, start)
+    conditions = read_conditions(args, config, start)
     if args.nfe_budget is not None:
-        config.sample.num_steps = _planned(args, params, sampler, labels)
+        pilots = conditions.of(np.arange(min(PILOTS, len(conditions))))
+        config.sample.num_steps = _planned(args, params, sampler, pilots)
         sampler = sampler_of(args, config)
     settings = {
         "checkpoint": str(epath.Path(args.checkpoint).absolute()),
@@ -161,30 +153,25 @@ def prepare(args: argparse.Namespace) -> Job:
         **{name: config.sample[name] for name in FROM_CONFIG},
         "step_control": sampler.control,
         "nfe_budget": args.nfe_budget,
-        "num_images": len(labels),
-        "labels": args.labels,
-        "negative_labels": args.negative_labels,
+        "num_images": len(conditions),
+        **conditions.described,
         "start": described,
         "save_stages": args.save_stages,
         "uint8_rule": UINT8_RULE,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    return Job(params, sampler, start, labels, negative, _plain(settings))
+    return Job(params, sampler, start, conditions, _plain(settings))
 
 
 def sampler_of(args: argparse.Namespace, config: ConfigDict) -> Sampler:
     """The sampler of a checkpoint's config and the flags. Raises UserError if they do not fit."""
-    if not config.model.num_classes:
-        raise UserError(
-            f"--checkpoint={args.checkpoint} is a text model; sampling from prompts is not here yet"
-        )
     for name in FROM_CONFIG:
         if getattr(args, name) is not None:
             config.sample[name] = getattr(args, name)
     return build_sampler(config, args.height, args.width, args.dtype)
 
 
-def _planned(args, params: dict, sampler: Sampler, labels) -> tuple[int, ...]:
+def _planned(args, params: dict, sampler: Sampler, pilots) -> tuple[int, ...]:
     """The steps of --nfe_budget: as an earlier start of the same request found them, or measured."""
     path = epath.Path(args.out) / "settings.json"
     if path.exists():
@@ -193,7 +180,7 @@ def _planned(args, params: dict, sampler: Sampler, labels) -> tuple[int, ...]:
             return tuple(old["num_steps"])
     from jax.experimental import multihost_utils
 
-    steps = plan_steps(sampler, params, args.nfe_budget, labels[:PILOTS])
+    steps = plan_steps(sampler, params, args.nfe_budget, *pilots)
     return tuple(int(n) for n in multihost_utils.broadcast_one_to_all(np.array(steps)))
 
 
@@ -267,32 +254,6 @@ def _file_hash(path: str) -> str:
     return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
 
 
-def all_labels(args: argparse.Namespace, config: ConfigDict, start: Any):
-    """(labels, negative labels or None) of every image, in turn over what was given."""
-    classes = config.model.num_classes
-    for flag in ("labels", "negative_labels"):
-        for label in getattr(args, flag) or ():
-            if not 0 <= label < classes:
-                text = ",".join(map(str, getattr(args, flag)))
-                raise UserError(f"--{flag}={text}: {label} is not a class; they are 0 to {classes - 1}")
-    count = args.num_images
-    if count is None and args.labels is not None:
-        count = len(args.labels)
-    if isinstance(start, starts.BetweenSeeds):
-        count = start.count
-        pattern = np.array(args.labels or [0])
-    elif isinstance(start, starts.FromNoise):
-        count = count or len(start.kept.start)
-        pattern = np.array(args.labels) if args.labels else read_labels(args.from_noise, classes)
-    else:
-        pattern = np.array(args.labels) if args.labels else np.arange(classes)
-        count = count or config.sample.num_images
-    labels = np.resize(pattern.astype(np.int32), count)
-    if args.negative_labels is None:
-        return labels, None
-    return labels, np.resize(np.array(args.negative_labels, np.int32), count)
-
-
 def read_noise(path: str, sampler: Sampler) -> Noise:
     """The noise that --invert wrote. Raises UserError if it does not fit the sampler."""
     stages = sampler.cascade.num_stages
@@ -309,13 +270,3 @@ def read_noise(path: str, sampler: Sampler) -> Noise:
     if len({len(part) for part in parts}) > 1:
         raise UserError(f"--from_noise={path}: its arrays are not of as many images each")
     return Noise(parts[0], parts[1:])
-
-
-def read_labels(path: str, classes: int) -> Int[np.ndarray, " n"]:
-    """The labels in a noise.npz. Raises UserError if they are not classes of the model."""
-    labels = arrays.read_npz(path, "labels")
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
-        raise UserError(f"--from_noise={path}: its labels are not a list of whole numbers")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(f"--from_noise={path}: its labels are not classes of this model; give --labels")
-    return labels

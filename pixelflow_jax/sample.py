@@ -2,6 +2,7 @@
 
     python -m pixelflow_jax.sample --checkpoint=runs/digits --out=samples
     python -m pixelflow_jax.sample --checkpoint=runs/digits --labels=3,7 --num_images=20 --out=sevens
+    python -m pixelflow_jax.sample --checkpoint=runs/t2i_tiny --prompt="a small red six" --out=six
     python -m pixelflow_jax.sample --checkpoint=xl --num_images=50000 --solver=dopri5 --out=fifty
 
 Writes samples.npz (arr_0: uint8 [N, H, W, 3], as ADM's evaluator reads; labels; nfe: evaluations of each
@@ -31,12 +32,13 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from pixelflow_jax import arrays, cli, files, hosts, request
+from pixelflow_jax.conditions import read_conditions
 from pixelflow_jax.config import default_config
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import encode_text
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import AXIS, fit_image, make_generate, save_strip
 from pixelflow_jax.sampling.output import OutputFolder, chunks
-from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.watchdog import Watchdog
 
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     """
     job = request.prepare(args)
     folder = OutputFolder(
-        args.out, (job.sampler.height, job.sampler.width, 3), job.extra_arrays(), args.num_png
+        args.out, (job.sampler.height, job.sampler.width, 3), job.conditions.extra, args.num_png
     )
     folder.check(job.settings)
     hosts.barrier("every process has looked at the output folder")
@@ -117,7 +119,7 @@ def _make(
             watch(f"image {chosen[0]}")
             begin = time.perf_counter()
             padded = np.resize(chosen, size)  # one shape, so one compilation
-            out = generate(params, job.start.inputs(padded), *job.labels_of(padded))
+            out = generate(params, job.start.inputs(padded), *job.conditions.of(padded))
             out = jax.tree.map(np.asarray, out)
             seconds.append((time.perf_counter() - begin) / size)
             if not out.finite.all():
@@ -147,21 +149,20 @@ def invert(args: argparse.Namespace) -> str:
     args.num_images = len(found)
     params, config, meta = load_params(args.checkpoint, args.ema)
     sampler = request.sampler_of(args, config)
-    labels, negative = request.all_labels(args, config, None)
-    if negative is None:
-        negative = np.full_like(labels, config.model.num_classes)
+    conditions = read_conditions(args, config, None)
     clean = np.stack(
         [fit_image(request.read_pixels(path, "invert"), sampler.height, sampler.width) for path in found]
     )
 
     @jax.jit
-    def inverted(params, clean, labels, negative):
-        return starts.invert(sampler, params, clean, *class_conditions(labels, 0, negative))
+    def inverted(params, clean, *conditions):
+        conditions = [encode_text(sampler.model, params, c) for c in conditions]
+        return starts.invert(sampler, params, clean, *conditions)
 
     parts = []
     for begin in range(0, len(found), args.batch_size):
         chosen = np.resize(np.arange(begin, min(begin + args.batch_size, len(found))), args.batch_size)
-        noise = inverted(params, clean[chosen], labels[chosen], negative[chosen])
+        noise = inverted(params, clean[chosen], *conditions.of(chosen))
         kept = min(args.batch_size, len(found) - begin)
         parts.append([np.asarray(x)[:kept] for x in (noise.start, *noise.blocks)])
     joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -170,7 +171,7 @@ def invert(args: argparse.Namespace) -> str:
     names = ["start", *(f"block_{stage}" for stage in range(1, len(joined)))]
     out = epath.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    written = dict(zip(names, joined, strict=True)) | {"labels": labels}
+    written = dict(zip(names, joined, strict=True)) | conditions.extra
     arrays.write_npz(out / "noise.npz", {name: (x.shape, x.dtype, [x]) for name, x in written.items()})
     return (
         f"Inverted {len(found)} images, step {meta['step']}, {sampler.solver}: {out / 'noise.npz'}. "

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pixelflow_jax.config import load_config
+from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.training.step import init_params
 
 # XLA's cheapest code generation halves the time of the tests, most of which goes into compiling. Set
 # PIXELFLOW_TESTS_OPTIMIZED=1 for what users run; CI does so on its second Python.

@@ -162,7 +162,7 @@ def train_batch(case, step: int, cascade: Cascade, p: int):
     order = np.concatenate(order)
     labels = jnp.asarray(get("labels"))[order]
     batch = flow.FlowBatch(
-        layout.pack(tokens), layout.pack(target), jnp.concatenate(times)[None], labels[None]
+        layout.pack(tokens), layout.pack(target), jnp.concatenate(times)[None], {"labels": labels[None]}
     )
     return batch, layout
 
@@ -184,7 +184,9 @@ def run_train(case) -> Errors:
 
     batch, layout = train_batch(case, 0, cascade, p)
     packed = with_prefix(case, "step0/packed/")
-    velocity = model.apply({"params": state.params}, batch.tokens, batch.timesteps, layout, batch.labels)
+    velocity = model.apply(
+        {"params": state.params}, batch.tokens, batch.timesteps, layout, **batch.condition
+    )
 
     def loss_fn(params, batch, layout):
         return packed_loss(model, params, batch, layout).mean()

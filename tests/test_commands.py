@@ -108,7 +108,7 @@ def test_sample_flags_reach_the_sampler(trained, tmp_path):
         (["--config.num_train_steps=0"], "at least 1"),
         (["--config.num_train_steps=-5"], "at least 1"),
         (["--config.optimizer.schedule=step"], "one of constant, cosine"),
-        (["--config.data.source=imagenet"], "one of digits, idx"),
+        (["--config.data.source=imagenet"], "one of digits, captioned_digits"),
         (["--config.model.num_classes=5"], "has 10 classes"),
         (["--config.mesh.data=4"], "do not fit"),
         (["--config=nothing.py"], "installed configs: digits"),

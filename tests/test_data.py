@@ -140,7 +140,7 @@ def test_order_does_not_depend_on_hosts_threads_or_workers(folder):
     config.data.num_workers = 2
     parts = [take(config, 4, first=2, rows=rows) for rows in (np.arange(0, 8, 2), np.arange(1, 8, 2))]
     for a, even, odd in zip(whole[2:], *parts, strict=True):
-        for name in ("image", "label", "broken"):
+        for name in ("image", "labels", "broken"):
             np.testing.assert_array_equal(a[name][::2], even[name])
             np.testing.assert_array_equal(a[name][1::2], odd[name])
 
@@ -292,7 +292,7 @@ def test_tfds_without_network_or_tensorflow(tmp_path):
         found = {source[i][1]: source[i][0] for i in range(4)}
         assert all(data.startswith(b"\x89PNG") for data in found.values())
         batch = take(config, 1)[0]
-        assert batch["image"].shape == (8, 16, 16, 3) and sorted(batch["label"]) == [
+        assert batch["image"].shape == (8, 16, 16, 3) and sorted(batch["labels"]) == [
             0,
             0,
             1,

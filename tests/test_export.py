@@ -36,5 +36,7 @@ def test_the_sample_step_exports_for_cuda(config, solver):
     generate = make_generate(build_sampler(config))
     inputs = {"index": jax.ShapeDtypeStruct((4,), jnp.int32)}
     labels = jax.ShapeDtypeStruct((4,), jnp.int32)
-    exported = jax.export.export(generate, platforms=["cuda"])(params, inputs, labels)
+    exported = jax.export.export(generate, platforms=["cuda"])(
+        params, inputs, {"labels": labels}, {"labels": labels}
+    )
     assert exported.platforms == ("cuda",) and exported.out_avals[0].shape == (4, 16, 16, 3)

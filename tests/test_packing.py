@@ -47,7 +47,7 @@ def packed_model(noisy_params, dtype=jnp.float32):
 def flow_batch(x1, seed=0):
     keys = jax.random.split(jax.random.key(seed), x1.shape[:2])
     labels = jnp.arange(x1.shape[1], dtype=jnp.int32)[None] % 3
-    return flow.corrupt(Cascade(2), 2, x1, labels, keys, 3, 0.1)
+    return flow.corrupt(Cascade(2), 2, x1, {"labels": labels}, keys, 3, 0.1)
 
 
 def test_a_neighbour_changes_no_bit(noisy_params):
@@ -59,7 +59,7 @@ def test_a_neighbour_changes_no_bit(noisy_params):
     @jax.jit
     def run(x1):
         batch, _ = flow_batch(x1)
-        args = (batch.tokens, batch.timesteps, layout, batch.labels)
+        args = (batch.tokens, batch.timesteps, layout, batch.condition["labels"])
         return model.apply({"params": params}, *args)
 
     segments, order = layout.segment_ids(), [0, 2, 4, 1, 3, 5]  # coarse stage first
@@ -78,7 +78,7 @@ def test_gradient_across_images_is_exactly_zero(noisy_params):
 
     def losses(x1):
         batch, layout = flow_batch(x1)
-        args = (batch.tokens, batch.timesteps, layout, batch.labels)
+        args = (batch.tokens, batch.timesteps, layout, batch.condition["labels"])
         return flow.loss_per_image(layout, model.apply({"params": params}, *args), batch.target)[0]
 
     jacobian = np.asarray(jax.jit(jax.jacrev(losses))(x1))[:, 0]  # [sequence, image, h, w, c]

@@ -107,7 +107,9 @@ def test_one_compilation_a_shape(noisy_params):
     generate = make_generate(make_sampler())
     for seed in range(3):
         labels = jnp.full(4, seed)
-        image = generate(params, FromSeed(0).inputs(np.arange(4) + seed), labels).pixels
+        image = generate(
+            params, FromSeed(0).inputs(np.arange(4) + seed), *class_conditions(labels, 10)
+        ).pixels
     assert generate._cache_size() == 1
     assert image.shape == (4, 16, 16, 3) and image.dtype == jnp.uint8
 

@@ -145,10 +145,10 @@ def test_budget_goes_where_it_pays():
 
 def test_budget_is_measured(calm_params):
     """Catches a measurement whose errors do not fall with the steps, or that ignores the solver."""
-    plan = plan_steps(make_sampler(), calm_params, 13, np.arange(4))
+    plan = plan_steps(make_sampler(), calm_params, 13, *class_conditions(jnp.arange(4), 10))
     assert sum(plan) == 13 and min(plan) >= 1
     with pytest.raises(UserError, match="step_control=fixed"):
-        plan_steps(make_sampler(solver="dopri5"), calm_params, 40, np.arange(4))
+        plan_steps(make_sampler(solver="dopri5"), calm_params, 40, *class_conditions(jnp.arange(4), 10))
 
 
 @pytest.fixture(scope="module")

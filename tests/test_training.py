@@ -81,10 +81,10 @@ def test_an_example_does_not_depend_on_its_batch():
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(jnp.arange(8))[None]
 
     def sequences(count):
-        args = (x1[:, :count], labels[:, :count], keys[:, :count])
+        args = (x1[:, :count], {"labels": labels[:, :count]}, keys[:, :count])
         batch, layout = flow.corrupt(Cascade(2), 2, *args, 10, 0.5)
         parts = zip(layout.unpack(batch.tokens), layout.unpack(batch.target), strict=True)
-        per_stage = [layout.split_sequences(x) for x in (batch.timesteps, batch.labels)]
+        per_stage = [layout.split_sequences(x) for x in (batch.timesteps, batch.condition["labels"])]
         return [(*part, *(x[s] for x in per_stage)) for s, part in enumerate(parts)]
 
     for large, small in zip(sequences(8), sequences(4), strict=True):
@@ -97,9 +97,9 @@ def test_corruption_statistics():
     count = 4000
     x1, labels = jnp.zeros((1, count, 4, 4, 3)), jnp.ones((1, count), jnp.int32)
     keys = jax.random.split(jax.random.key(0), (1, count))
-    batch, layout = flow.corrupt(Cascade(2), 2, x1, labels, keys, 10, 0.1)
+    batch, layout = flow.corrupt(Cascade(2), 2, x1, {"labels": labels}, keys, 10, 0.1)
     assert [group.count for group in layout.groups] == [count // 2] * 2
-    assert abs(float((batch.labels == 10).mean()) - 0.1) < 0.02
+    assert abs(float((batch.condition["labels"] == 10).mean()) - 0.1) < 0.02
     for stage, times in enumerate(layout.split_sequences(batch.timesteps)):
         table = Cascade(2).timesteps[stage]
         assert times.min() >= table[0] - 1e-3 and times.max() <= table[-1] + 1e-3

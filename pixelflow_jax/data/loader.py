@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.data.sources import Source
 from pixelflow_jax.data.transforms import BrokenImage, transform
+from pixelflow_jax.text.tokenizer import make_tokenizer
 
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
 
@@ -31,12 +32,15 @@ class LoadExample(grain.transforms.RandomMap):
     those. "broken" is the index of the broken example, or -1.
     """
 
-    def __init__(self, source: Source, data: ConfigDict):
-        self._source = source
+    def __init__(self, source: Source, config: ConfigDict):
+        data = config.data
+        self._source, self._dropout = source, data.label_dropout
+        self._tokenize = make_tokenizer(config) if config.model.context_dim else None
+        self._max_length = config.text.max_length
         self._resolution, self._crop, self._flip = data.resolution, data.crop, data.flip
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One example: {"image": uint8 [H, W, 3], "label": int32, "broken": int32}."""
+        """One example: {"image": uint8 [H, W, 3], "broken": int32, and its label or caption}."""
         broken = -1
         for _ in range(REPLACEMENTS):
             try:
@@ -47,14 +51,24 @@ class LoadExample(grain.transforms.RandomMap):
                 broken = index if broken < 0 else broken
                 index = int(rng.integers(len(self._source)))
         else:
-            image, label = np.zeros((self._resolution, self._resolution, 3), np.uint8), 0
-        return {"image": image, "label": np.int32(label), "broken": np.int32(broken)}
+            image = np.zeros((self._resolution, self._resolution, 3), np.uint8)
+            label = ("",) if self._tokenize else 0
+        return {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
+
+    def _condition(self, label: int | tuple[str, ...], rng: np.random.Generator):
+        """{"labels": int32}, or {"text_ids": int32 [t], "text_mask": bool [t]} of one caption."""
+        if self._tokenize is None:
+            return {"labels": np.int32(label)}
+        text = label[int(rng.integers(len(label)))]
+        text = "" if rng.random() < self._dropout else text
+        tokens = self._tokenize([text], self._max_length)
+        return {"text_ids": tokens.ids[0], "text_mask": tokens.mask[0]}
 
 
 def make_examples(source: Source, config: ConfigDict) -> grain.MapDataset:
     """Example by position: every epoch visits each example once, in an order of its own."""
     indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
-    return indices.random_map(LoadExample(source, config.data))
+    return indices.random_map(LoadExample(source, config))
 
 
 def make_batches(
@@ -67,7 +81,8 @@ def make_batches(
       first_step: the first batch's number.
       rows: which entries of the global batch this process loads; None is all of them.
 
-    Returns an iterator over {"image": uint8 [b, H, W, 3], "label": int32 [b], "broken": int32 [b]}.
+    Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} and, of class models,
+    {"labels": int32 [b]}, of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]}.
     """
     examples, size = make_examples(source, config), config.batch_size
     rows = np.arange(size) if rows is None else rows

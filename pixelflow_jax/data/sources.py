@@ -1,6 +1,7 @@
 """Where images come from. A source is `len`, `source[i]` and `source.name(i)`, in a fixed order.
 
-`source[i]` is (data, label): data is an encoded image as bytes, or uint8 [H, W, 3].
+`source[i]` is (data, label): data is an encoded image as bytes, or uint8 [H, W, 3]. The label is a class
+or, of captioned sources, a tuple of captions.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from PIL import Image
 
 from pixelflow_jax import files
 from pixelflow_jax.data import idx, records
+from pixelflow_jax.data.captioned_digits import captioned_digits
 from pixelflow_jax.errors import UserError
 
 SPLITS = ("train", "val", "valid", "validation", "test")  # folders that are no classes
@@ -30,7 +32,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[bytes | np.ndarray, int]: ...
+    def __getitem__(self, index: int) -> tuple[bytes | np.ndarray, int | tuple[str, ...]]: ...
 
     def name(self, index: int) -> str:
         """What to call example `index` in a message: its file, or its place."""
@@ -45,11 +47,17 @@ def load_source(config: ConfigDict, split: str | None = None) -> Source:
     data = config.data
     if data.source not in SOURCES:
         raise UserError(f"config.data.source must be one of {', '.join(SOURCES)}, got {data.source!r}")
-    if data.source != "digits" and not data.path and not (data.source == "tfds" and data.name):
+    if data.source not in BUNDLED and not data.path and not (data.source == "tfds" and data.name):
         raise UserError(f"config.data.source={data.source} needs --config.data.path")
     source = SOURCES[data.source](data, split or data.split)
     if not len(source):
         raise UserError(f"config.data.path={data.path} holds no images")
+    captioned = isinstance(source[0][1], tuple)
+    if captioned != bool(config.model.context_dim):
+        raise UserError(
+            f"config.data.source={data.source} has {'captions' if captioned else 'classes'}, but the "
+            f"model takes {'classes' if captioned else 'text'} (config.model.context_dim)"
+        )
     classes = config.model.num_classes
     if classes and source.num_classes > classes:
         raise UserError(
@@ -219,8 +227,10 @@ class TfdsSource:
         return f"{self._title}, example {index}"
 
 
+BUNDLED = ("digits", "captioned_digits")  # these need no path
 SOURCES = {
     "digits": digits,
+    "captioned_digits": captioned_digits,
     "idx": idx_files,
     "folder": lambda data, split: FolderSource(data.path, split),
     "tfds": lambda data, split: TfdsSource(data.path, data.name, split),

@@ -1,7 +1,7 @@
 """T5 encoder, version 1.1 (gated GELU): Flan-T5 small to XXL, or a small one trained with the model.
 
-Source: Raffel et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202 (the gated MLP). Names of weights and of
-config keys are those of the public checkpoints (transformers' T5EncoderModel).
+Source: Raffel et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202 (the gated MLP). Names of weights and
+of config keys are those of the public checkpoints (transformers' T5EncoderModel).
 
 Precision: `dtype` is that of the residual stream and of matrix products; norms and softmax run in at
 least float32. No dropout: the text model uses the encoder as it is.
@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.transformer import Dtype, RMSNorm, wide
+
+SPECIAL = ("<pad>", "</s>", "<unk>")  # the first entries of every vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +179,7 @@ def weight_names(config: T5Config) -> list[tuple[tuple[str, ...], int | None, st
 
 
 def unknown_names(names: Iterable[str], config: T5Config) -> list[str]:
-    """Those names of a checkpoint that are neither the encoder's nor the decoder's (which is not used)."""
+    """Those names of a checkpoint that are not the encoder's (nor of the decoder, which is not used)."""
     known = {name for _, _, name in weight_names(config)} | set(EMBED_NAMES)
     return sorted(n for n in names if n not in known and not n.startswith(("decoder.", "lm_head.")))
 

@@ -201,6 +201,7 @@ class PixelFlow(nn.Module):
       num_classes: classes of a class-conditional model (label num_classes is the null class), or 0.
       context_dim: width of the text states a text model attends to, or 0.
       dtype, param_dtype: of computation and of parameters.
+      text: sizes of a text encoder whose parameters are part of the model (conditioning.py), or None.
       remat: what the backward pass keeps; a name of REMAT_POLICIES.
       scan_unroll: layers an iteration of the scan over depth; more compiles longer, runs faster.
       platform: what it is compiled for ("tpu", ...), for the choice of attention; None: JAX's default.
@@ -219,6 +220,7 @@ class PixelFlow(nn.Module):
     scan_unroll: int = 1
     platform: str | None = None
     gather_layer: Callable[[Any], Any] | None = None
+    text: Any = None
 
     @nn.compact
     def __call__(

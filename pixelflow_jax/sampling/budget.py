@@ -15,13 +15,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import Condition, encode_text
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import TimeGrid
-from pixelflow_jax.sampling.sampler import Sampler, class_conditions
+from pixelflow_jax.sampling.sampler import Sampler
 from pixelflow_jax.sampling.solvers import evaluations_per_step, solve_fixed
 from pixelflow_jax.sampling.starts import image_keys
 
@@ -48,11 +49,14 @@ class Measured:
         return float(np.exp(y[place] + slope * (np.log(steps) - x[place])))
 
 
-def measure(sampler: Sampler, params: dict, labels: Int[np.ndarray, " b"], seed: int = 0) -> Measured:
-    """Measures the stages of a sampler with fixed steps, on as many images as labels."""
+def measure(
+    sampler: Sampler, params: dict, condition: Condition, null_condition: Condition, seed: int = 0
+) -> Measured:
+    """Measures the stages of a sampler with fixed steps, on as many images as there are conditions."""
     stages = sampler.cascade.num_stages
-    noise = sampler.draw_noise(image_keys(seed, jnp.arange(len(labels))))
-    conditions = class_conditions(jnp.asarray(labels), sampler.model.num_classes)
+    count = len(jax.tree.leaves(condition)[0])
+    noise = sampler.draw_noise(image_keys(seed, jnp.arange(count)))
+    conditions = [encode_text(sampler.model, params, c) for c in (condition, null_condition)]
     run = functools.partial(_run_stage, sampler, params, conditions)
 
     starts, ends, x = [], [], noise.start
@@ -142,7 +146,7 @@ def split_budget(measured: Measured, budget: int, per_step: int) -> tuple[int, .
 
 
 def plan_steps(
-    sampler: Sampler, params: dict, budget: int, labels: Int[np.ndarray, " b"]
+    sampler: Sampler, params: dict, budget: int, condition: Condition, null_condition: Condition
 ) -> tuple[int, ...]:
     """Steps of each stage for `budget` evaluations, guidance taken as on all the way.
 
@@ -155,4 +159,4 @@ def plan_steps(
             f"--step_control=fixed"
         )
     per_step = evaluations_per_step(sampler.solver)
-    return split_budget(measure(sampler, params, labels), budget, per_step)
+    return split_budget(measure(sampler, params, condition, null_condition), budget, per_step)

@@ -17,9 +17,10 @@ from PIL import Image
 
 from pixelflow_jax import files, images
 from pixelflow_jax.config import build_cascade, build_model
+from pixelflow_jax.models.conditioning import encode_text
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
-from pixelflow_jax.sampling.sampler import Sampler, class_conditions
+from pixelflow_jax.sampling.sampler import Sampler
 from pixelflow_jax.sampling.starts import FromSeed
 
 GAP, GREY = 2, 64  # between the images of a grid
@@ -64,15 +65,16 @@ class Generated(NamedTuple):
 def make_generate(
     sampler: Sampler, start: Any = None, mesh: Mesh | None = None
 ) -> Callable[..., Generated]:
-    """The jitted function (params, inputs, labels [B], negative labels [B] or None) -> Generated.
+    """The jitted function (params, inputs, condition, null condition) -> Generated.
 
-    `inputs` are `start.inputs(index)` of the images (starts.py; default: seed 0). The whole cascade is
-    one program. With a `mesh`, its devices each make a part of the batch on their own.
+    `inputs` are `start.inputs(index)` of the images (starts.py; default: seed 0). Conditions are those
+    of conditioning.py, token ids among them, such as `class_conditions(labels, 10)`. The whole cascade
+    is one program. With a `mesh`, its devices each make a part of the batch on their own.
     """
     start = start or FromSeed(0)
 
-    def generate(params, inputs, labels, negative_labels=None) -> Generated:
-        conditions = class_conditions(labels, sampler.model.num_classes, negative_labels)
+    def generate(params, inputs, condition, null_condition) -> Generated:
+        conditions = [encode_text(sampler.model, params, c) for c in (condition, null_condition)]
         noise = start.noise(sampler, inputs)
         run = sampler.run(params, noise, *conditions, start.stage, start.tau)
         *stages, last = run.ends

@@ -18,14 +18,12 @@ from jaxtyping import Array, Float, Int, Key
 from pixelflow_jax import images
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_control, solve_fixed
-
-# What the network is conditioned on, by argument name of PixelFlow.__call__; first axis is the image.
-Condition = dict[str, Array]
 
 
 class Noise(NamedTuple):

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from pixelflow_jax import flow, images
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.sampling.sampler import Condition, Noise, Sampler
+from pixelflow_jax.models.conditioning import Condition
+from pixelflow_jax.sampling.sampler import Noise, Sampler
 
 
 def image_keys(seed: int, index: Int[Array, " b"]) -> Key[Array, " b"]:

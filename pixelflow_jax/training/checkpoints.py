@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 from pixelflow_jax import files
 from pixelflow_jax.config import build_model, config_from_dict
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
 from pixelflow_jax.training.optimizer import ParamsEmaState
-from pixelflow_jax.training.step import TrainState, init_params
+from pixelflow_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"

@@ -21,6 +21,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
+from pixelflow_jax.text.tokenizer import make_tokenizer
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
@@ -55,8 +56,6 @@ def train(
       Preempted: after a signal, when the state is saved.
     """
     workdir = epath.Path(workdir)
-    if config.model.context_dim:
-        raise UserError("training a text model needs captions, which this version does not have yet")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_batch_size(config, mesh.size)
     source = load_source(config)
@@ -73,7 +72,7 @@ def train(
                 f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
             )
         train_step = make_train_step(config, model, optimizer, mesh)
-        draw_samples = make_sample_grid(config, mesh, workdir)
+        draw_samples = make_sample_grid(config, source, mesh, workdir)
         batches = device_batches(config, source, mesh, first)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
         costs = workload(config, mesh)
@@ -147,11 +146,11 @@ def workload(config: ConfigDict, mesh: Mesh) -> Workload:
     counts = (config.batch_size // cascade.num_stages,) * cascade.num_stages
     size = config.data.resolution
     layout = flow.train_layout(cascade, counts, size, size, model.patch_size)
-    flops = 3 * forward_flops(model, layout)
+    flops = 3 * forward_flops(model, layout, config.text.max_length)
     return Workload(config.batch_size, layout.row_length, flops, mesh.size)
 
 
-def make_sample_grid(config: ConfigDict, mesh: Mesh, workdir: epath.Path):
+def make_sample_grid(config: ConfigDict, source: Source, mesh: Mesh, workdir: epath.Path):
     """A function (state, step) that writes samples/<step>.png for every EMA, or for the params.
 
     The first average's grid has the plain name; the others' add their decay or half-life.
@@ -159,26 +158,40 @@ def make_sample_grid(config: ConfigDict, mesh: Mesh, workdir: epath.Path):
     sampler = build_sampler(config)
     count = config.sample.num_images
     index = np.arange(-(-count // mesh.size) * mesh.size)  # as many on every device
-    labels = (index % max(config.model.num_classes, 1)).astype(np.int32)
+    conditions = grid_conditions(config, source, index)
     split, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
 
     @functools.partial(jax.jit, out_shardings=whole)
-    def generate(params, index, labels):
-        return make_generate(sampler, FromSeed(config.seed))(params, {"index": index}, labels).pixels
+    def generate(params, index, conditions):
+        return make_generate(sampler, FromSeed(config.seed))(
+            params, {"index": index}, *conditions
+        ).pixels
 
     names = [*config.ema.decays, *config.ema.half_lives]
 
     def draw(state: TrainState, step: int) -> None:
-        placed = sharding.place_batch({"index": index, "labels": labels}, split, len(index))
+        placed = jax.tree.map(
+            lambda x: sharding.place_batch({"x": x}, split, len(x))["x"], (index, conditions)
+        )
         averages = state.opt_state["ema"].averages
         for place, params in enumerate(averages or [state.params]):
-            pixels = jax.device_get(generate(params, placed["index"], placed["labels"]))
+            pixels = jax.device_get(generate(params, *placed))
             if jax.process_index() == 0:
                 (workdir / "samples").mkdir(exist_ok=True)
                 suffix = f"_ema{names[place]}" if place else ""
                 save_grid(workdir / "samples" / f"{step}{suffix}.png", pixels[:count])
 
     return draw
+
+
+def grid_conditions(config: ConfigDict, source: Source, index: np.ndarray):
+    """(condition, null condition) of a grid's images: the classes in turn, or the first captions."""
+    if not config.model.context_dim:
+        labels = (index % config.model.num_classes).astype(np.int32)
+        return {"labels": labels}, {"labels": np.full_like(labels, config.model.num_classes)}
+    tokenize, length = make_tokenizer(config), config.text.max_length
+    texts = [source[int(i) % len(source)][1][0] for i in index]
+    return tokenize(texts, length).condition(), tokenize([""] * len(texts), length).condition()
 
 
 class Profiler:

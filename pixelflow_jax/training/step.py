@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from pixelflow_jax import flow, images, sharding
 from pixelflow_jax.config import build_cascade
+from pixelflow_jax.models.conditioning import Condition, encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import Group, PackLayout
+from pixelflow_jax.packing import PackLayout
 
 
 @flax.struct.dataclass
@@ -24,17 +25,6 @@ class TrainState:
     step: Array  # int32: updates done so far
     params: dict
     opt_state: dict  # {"clip", "adamw", "ema"}, see optimizer.py
-
-
-def init_params(model: PixelFlow, seed: int) -> dict:
-    """Fresh parameters. They do not depend on the sizes of the layout they are traced with."""
-    layout = PackLayout((Group(1, 1, 1),))
-    tokens = jnp.zeros((1, 1, 3 * model.patch_size**2))
-    labels = jnp.zeros((1, 1), jnp.int32) if model.num_classes else None
-    context = jnp.zeros((1, 1, 1, model.context_dim)) if model.context_dim else None
-    mask = jnp.ones((1, 1, 1), bool) if model.context_dim else None
-    key = jax.random.key(seed)
-    return model.init(key, tokens, jnp.zeros((1, 1)), layout, labels, context, mask)["params"]
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -53,11 +43,16 @@ def abstract_state(
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch."""
-    size, side = config.batch_size, config.data.resolution
+    size, side, length = config.batch_size, config.data.resolution, config.text.max_length
     where = NamedSharding(mesh, sharding.BATCH)
+    if config.model.context_dim:
+        shapes = {"text_ids": ((size, length), jnp.int32), "text_mask": ((size, length), bool)}
+    else:
+        shapes = {"labels": ((size,), jnp.int32)}
+    condition = {n: jax.ShapeDtypeStruct(*shape, sharding=where) for n, shape in shapes.items()}
     return {
         "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=where),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=where),
+        **condition,
         "broken": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=where),
     }
 
@@ -66,7 +61,8 @@ def packed_loss(
     model: PixelFlow, params: dict, batch: flow.FlowBatch, layout: PackLayout
 ) -> Float[Array, "rows s"]:
     """The loss of every image of a packed batch."""
-    velocity = model.apply({"params": params}, batch.tokens, batch.timesteps, layout, batch.labels)
+    condition = encode_text(model, params, batch.condition)
+    velocity = model.apply({"params": params}, batch.tokens, batch.timesteps, layout, **condition)
     return flow.loss_per_image(layout, velocity, batch.target)
 
 
@@ -81,7 +77,7 @@ def apply_gradients(
 
 
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
-    """(params, images [B, H, W, 3], labels [B], step key) -> (mean loss of each stage [S], gradients).
+    """(params, images [B, H, W, 3], condition, step key) -> (mean loss of each stage [S], gradients).
 
     Under shard_map: a device packs its B / mesh.size images into rows, one for each accumulation
     step. Image i of the batch has the key fold(step key, i) and the stage i mod S, whatever the mesh.
@@ -95,7 +91,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 
-    def row_loss(params, pixels, labels, keys):
+    def row_loss(params, pixels, condition, keys):
         """(loss summed over a device's images, its sum for each stage), as shares of the batch mean."""
         whole = sharding.gather({name: params[name] for name in rest}, rest, model.dtype)
         x1 = images.from_uint8(pixels)
@@ -103,7 +99,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
             cascade,
             model.patch_size,
             x1[None],
-            labels[None],
+            jax.tree.map(lambda x: x[None], condition),
             keys[None],
             model.num_classes,
             config.data.label_dropout,
@@ -112,11 +108,11 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total
 
-    def local(params, pixels, labels, index, step_key):
+    def local(params, pixels, condition, index, step_key):
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
         grad_fn = jax.value_and_grad(row_loss, has_aux=True)
         if parts == 1:
-            (_, stages), grads = grad_fn(params, pixels, labels, keys)
+            (_, stages), grads = grad_fn(params, pixels, condition, keys)
         else:
 
             def add(total, part):
@@ -124,7 +120,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
                 return jax.tree.map(jnp.add, total, (stages, grads)), None
 
             zeros = jnp.zeros(num_stages), jax.tree.map(jnp.zeros_like, params)
-            split = [x.reshape(parts, -1, *x.shape[1:]) for x in (pixels, labels, keys)]
+            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (pixels, condition, keys))
             (stages, grads), _ = jax.lax.scan(add, zeros, split)
         return jax.lax.psum(stages, sharding.AXES), sharding.reduce_gradients(grads, specs)
 
@@ -139,10 +135,10 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     def loss_and_grads(
         params: dict,
         pixels: UInt8[Array, "b h w 3"],
-        labels: Int[Array, " b"],
+        condition: Condition,
         step_key: Key[Array, ""],
     ):
-        return mapped(params, pixels, labels, jnp.arange(total), step_key)
+        return mapped(params, pixels, condition, jnp.arange(total), step_key)
 
     return loss_and_grads
 
@@ -152,8 +148,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The jitted step: uint8 batch in, corruption, packing, forward, backward and update inside.
 
-    batch is {"image": uint8 [B, H, W, 3], "label": int32 [B], "broken": int32 [B]}, global arrays;
-    `broken` (see data/loader.py) is only passed on, so that every process sees all of it.
+    batch is {"image": uint8 [B, H, W, 3], "broken": int32 [B], and the condition}, global arrays (see
+    data/loader.py); `broken` is only passed on, so that every process sees all of it.
     """
     loss_and_grads = make_loss_and_grads(config, model, mesh)
     root = jax.random.fold_in(jax.random.key(config.seed), 1)  # init has the unfolded key
@@ -161,7 +157,8 @@ def make_train_step(
 
     def train_step(state, batch):
         step_key = jax.random.fold_in(root, state.step)
-        stages, grads = loss_and_grads(state.params, batch["image"], batch["label"], step_key)
+        condition = {name: x for name, x in batch.items() if name not in ("image", "broken")}
+        stages, grads = loss_and_grads(state.params, batch["image"], condition, step_key)
         state, norms = apply_gradients(optimizer, state, grads)
         metrics = {"loss": stages.mean(), "loss_per_stage": stages, **norms}
         return state, {**metrics, "broken": batch["broken"]}

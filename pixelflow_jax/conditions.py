@@ -1,0 +1,153 @@
+"""What the images of a `sample` request are to show: labels or prompts, ready for the network."""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from pixelflow_jax import arrays
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import Condition
+from pixelflow_jax.sampling import starts
+from pixelflow_jax.text.tokenizer import make_tokenizer
+
+LABEL_FLAGS, PROMPT_FLAGS = ("labels", "negative_labels"), ("prompt", "prompts_file", "negative_prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """The conditions of all images.
+
+    Attributes:
+      table, null_table: what the two halves of the network see; several images may share a row.
+      rows: of each image, in the first table and in the second.
+      extra: what samples.npz holds of it: "labels", or "prompt", the prompt's number.
+      described: what settings.json says of it.
+    """
+
+    table: Condition
+    null_table: Condition
+    rows: Int[np.ndarray, " n"]
+    null_rows: Int[np.ndarray, " n"]
+    extra: dict[str, np.ndarray]
+    described: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of(self, index: Int[np.ndarray, " b"]) -> tuple[Condition, Condition]:
+        """(condition, null condition) of these images."""
+        pairs = (self.table, self.rows), (self.null_table, self.null_rows)
+        return tuple({name: x[rows[index]] for name, x in table.items()} for table, rows in pairs)
+
+
+def read_conditions(args: argparse.Namespace, config: ConfigDict, start: Any) -> Conditions:
+    """What the flags ask for. Raises UserError if that does not fit the model."""
+    text = config.model.context_dim > 0
+    for name in LABEL_FLAGS if text else PROMPT_FLAGS:
+        if getattr(args, name) is not None:
+            kind, other = ("text", "--prompt") if text else ("class", "--labels")
+            raise UserError(
+                f"--checkpoint={args.checkpoint} is a {kind} model: use {other}, not --{name}"
+            )
+    return _of_prompts(args, config, start) if text else _of_labels(args, config, start)
+
+
+def _count(args: argparse.Namespace, start: Any, default: int) -> int:
+    if isinstance(start, starts.BetweenSeeds):
+        return start.count
+    if isinstance(start, starts.FromNoise):
+        default = len(start.kept.start)
+    return args.num_images or default
+
+
+def _of_labels(args, config: ConfigDict, start: Any) -> Conditions:
+    classes = config.model.num_classes
+    for flag in LABEL_FLAGS:
+        for label in getattr(args, flag) or ():
+            if not 0 <= label < classes:
+                text = ",".join(map(str, getattr(args, flag)))
+                raise UserError(f"--{flag}={text}: {label} is not a class; they are 0 to {classes - 1}")
+    if args.labels:
+        pattern = np.array(args.labels)
+    elif isinstance(start, starts.FromNoise):
+        pattern = read_labels(args.from_noise, classes)
+    else:
+        pattern = np.arange(1 if isinstance(start, starts.BetweenSeeds) else classes)
+    count = _count(args, start, len(args.labels) if args.labels else config.sample.num_images)
+    labels = np.resize(pattern.astype(np.int32), count)
+    null = np.resize(np.array(args.negative_labels or [classes], np.int32), count)
+    described = {"labels": args.labels, "negative_labels": args.negative_labels}
+    each = np.arange(count)
+    return Conditions({"labels": labels}, {"labels": null}, each, each, {"labels": labels}, described)
+
+
+def read_labels(path: str, classes: int) -> Int[np.ndarray, " n"]:
+    """The labels in a noise.npz. Raises UserError if they are not classes of the model."""
+    labels = arrays.read_npz(path, "labels")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise UserError(f"--from_noise={path}: its labels are not a list of whole numbers")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"--from_noise={path}: its labels are not classes of this model; give --labels")
+    return labels
+
+
+def _of_prompts(args, config: ConfigDict, start: Any) -> Conditions:
+    prompts = read_prompts(args)
+    negative = args.negative_prompt or ""
+    count = _count(args, start, len(prompts))
+    rows = (np.arange(count) % len(prompts)).astype(np.int32)
+    tables = tokenize([*prompts, negative], config)
+    table, null_table = (
+        {k: x[part] for k, x in tables.items()} for part in (slice(-1), slice(-1, None))
+    )
+    described = {"prompts": prompts, "negative_prompt": negative}
+    return Conditions(table, null_table, rows, np.zeros_like(rows), {"prompt": rows}, described)
+
+
+def tokenize(texts: list[str], config: ConfigDict) -> Condition:
+    """Token ids for the encoder in the model; says on stderr what was cut off.
+
+    Raises:
+      UserError: if the model has no encoder.
+    """
+    if config.text.encoder != "joint":
+        raise UserError("this text model has no text encoder in its checkpoint; sampling needs one")
+    tokens = make_tokenizer(config)(texts, config.text.max_length)
+    for text, cut in zip(texts, tokens.cut, strict=True):
+        if cut:
+            start = text if len(text) <= 40 else text[:37] + "..."
+            print(
+                f"warning: the prompt {start!r} is {cut} tokens longer than the limit of "
+                f"{config.text.max_length}: its end is cut off",
+                file=sys.stderr,
+            )
+    return tokens.condition()
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt and --prompts_file. Raises UserError for none, or an empty one."""
+    prompts = list(args.prompt or ())
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"--prompt number {number} is empty; say what the image shall show")
+    if args.prompts_file is not None:
+        path = epath.Path(args.prompts_file)
+        try:
+            lines = path.read_text().splitlines()
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"--prompts_file={path} is not a file") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts_file={path} is not UTF-8: {error}") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise UserError(f"--prompts_file={path}: line {number} is empty")
+        prompts += [line.strip() for line in lines]
+    if not prompts:
+        raise UserError(f'--checkpoint={args.checkpoint} is a text model: give it a --prompt="..."')
+    return prompts

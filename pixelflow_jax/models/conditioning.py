@@ -1,0 +1,40 @@
+"""What the network is conditioned on: labels, text states, or token ids that become text states."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pixelflow_jax.models.t5 import T5Encoder
+from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.packing import Group, PackLayout
+
+# By argument name of PixelFlow.__call__, or {"text_ids", "text_mask"} for an encoder in the model. The
+# leading axes are those of the images.
+Condition = dict[str, Array]
+TEXT = "text_encoder"  # where the parameters hold an encoder that is trained with the model
+
+
+def init_params(model: PixelFlow, seed: int) -> dict:
+    """Fresh parameters. They do not depend on the sizes of the layout they are traced with."""
+    layout = PackLayout((Group(1, 1, 1),))
+    tokens = jnp.zeros((1, 1, 3 * model.patch_size**2))
+    labels = jnp.zeros((1, 1), jnp.int32) if model.num_classes else None
+    context = jnp.zeros((1, 1, 1, model.context_dim)) if model.context_dim else None
+    mask = jnp.ones((1, 1, 1), bool) if model.context_dim else None
+    key = jax.random.key(seed)
+    params = model.init(key, tokens, jnp.zeros((1, 1)), layout, labels, context, mask)["params"]
+    if model.text is not None:
+        ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        encoder = T5Encoder(model.text)
+        params = {**params, TEXT: encoder.init(jax.random.fold_in(key, 1), ids, mask)["params"]}
+    return params
+
+
+def encode_text(model: PixelFlow, params: dict, condition: Condition) -> Condition:
+    """Turns {"text_ids", "text_mask"} into {"context", "context_mask"}; leaves all else as it is."""
+    if "text_ids" not in condition:
+        return condition
+    ids, mask = condition["text_ids"], condition["text_mask"]
+    flat = (x.reshape(-1, x.shape[-1]) for x in (ids, mask))
+    states = T5Encoder(model.text, model.dtype).apply({"params": params[TEXT]}, *flat)
+    return {"context": states.reshape(*ids.shape, -1), "context_mask": mask}

@@ -1,0 +1,122 @@
+"""Tokenizers: a T5 folder's own, or whole words for an encoder that is trained with the model."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Int
+from ml_collections import ConfigDict
+
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.t5 import SPECIAL
+
+PAD, EOS, UNKNOWN = 0, 1, 2  # T5's numbers
+
+
+class Tokens(NamedTuple):
+    """Texts as numbers.
+
+    Attributes:
+      ids: padded with PAD, each text ended by EOS.
+      mask: True where there is no padding.
+      cut: how many tokens of each text did not fit.
+    """
+
+    ids: Int[np.ndarray, "n t"]
+    mask: Bool[np.ndarray, "n t"]
+    cut: Int[np.ndarray, " n"]
+
+    def condition(self) -> dict[str, np.ndarray]:
+        """For the network: see models/conditioning.py."""
+        return {"text_ids": self.ids, "text_mask": self.mask}
+
+
+class Tokenizer:
+    """Texts to token ids. Make one with `word_tokenizer` or `read_tokenizer`."""
+
+    def __init__(self, encode, vocab_size: int):
+        self._encode, self.vocab_size = encode, vocab_size
+
+    def __call__(self, texts: Sequence[str], max_length: int) -> Tokens:
+        """At most `max_length` tokens a text, EOS among them; all padded to that length."""
+        ids = np.full((len(texts), max_length), PAD, np.int32)
+        cut = np.zeros(len(texts), np.int32)
+        for row, text in enumerate(texts):
+            found = self._encode(text)
+            cut[row] = max(len(found) + 1 - max_length, 0)
+            found = [*found[: max_length - 1], EOS]
+            ids[row, : len(found)] = found
+        lengths = (ids == EOS).argmax(axis=1) + 1
+        return Tokens(ids, np.arange(max_length) < lengths[:, None], cut)
+
+
+def _library():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(
+            f"text needs the extra `text` (pip install 'pixelflow_jax[text]'): {error}"
+        ) from None
+    return tokenizers
+
+
+def _of_library(tokenizer) -> Tokenizer:
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    return Tokenizer(functools.partial(_library_ids, tokenizer), tokenizer.get_vocab_size())
+
+
+def _library_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def make_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer of a config's text encoder."""
+    return word_tokenizer(config.text.words)
+
+
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """Each of `words` is a token, and so is each punctuation mark among them; case does not count."""
+    library = _library()
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *words))}
+    model = library.models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN])
+    tokenizer = library.Tokenizer(model)
+    tokenizer.normalizer = library.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    return _of_library(tokenizer)
+
+
+def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
+    """The tokenizer of a T5 folder: tokenizer.json, or spiece.model.
+
+    Raises:
+      UserError: if neither is there, or it cannot be read.
+    """
+    folder = epath.Path(folder)
+    for name, read in (("tokenizer.json", _read_json), ("spiece.model", _read_sentencepiece)):
+        if (folder / name).exists():
+            try:
+                return read((folder / name).read_bytes())
+            except UserError:
+                raise
+            except Exception as error:  # both libraries raise bare exceptions
+                raise UserError(f"{folder / name} is not a tokenizer: {error}") from None
+    raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json nor spiece.model is there")
+
+
+def _read_json(data: bytes) -> Tokenizer:
+    return _of_library(_library().Tokenizer.from_str(data.decode()))
+
+
+def _read_sentencepiece(data: bytes) -> Tokenizer:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise UserError(
+            f"spiece.model needs the extra `text` (pip install 'pixelflow_jax[text]'): {error}"
+        ) from None
+    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    return Tokenizer(functools.partial(processor.encode, out_type=int), processor.vocab_size())
