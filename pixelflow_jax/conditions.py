@@ -2,21 +2,23 @@
 
 import argparse
 import dataclasses
-import sys
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from pixelflow_jax import arrays
+from pixelflow_jax import arrays, sharding
+from pixelflow_jax.config import DTYPES
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling import starts
-from pixelflow_jax.text.tokenizer import make_tokenizer
+from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_tokenizer, warn_of_cuts
 
 LABEL_FLAGS, PROMPT_FLAGS = ("labels", "negative_labels"), ("prompt", "prompts_file", "negative_prompt")
+ENCODED = 16  # texts a batch of a frozen encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,32 +104,37 @@ def _of_prompts(args, config: ConfigDict, start: Any) -> Conditions:
     negative = args.negative_prompt or ""
     count = _count(args, start, len(prompts))
     rows = (np.arange(count) % len(prompts)).astype(np.int32)
-    tables = tokenize([*prompts, negative], config)
+    tables = encode(args, [*prompts, negative], config)
     table, null_table = (
         {k: x[part] for k, x in tables.items()} for part in (slice(-1), slice(-1, None))
     )
-    described = {"prompts": prompts, "negative_prompt": negative}
+    described = {"prompts": prompts, "negative_prompt": negative, "text_encoder": config.text.encoder}
     return Conditions(table, null_table, rows, np.zeros_like(rows), {"prompt": rows}, described)
 
 
-def tokenize(texts: list[str], config: ConfigDict) -> Condition:
-    """Token ids for the encoder in the model; says on stderr what was cut off.
+def encode(args, texts: list[str], config: ConfigDict) -> Condition:
+    """Token ids for an encoder in the model, or a frozen encoder's states; warns of texts cut off.
 
     Raises:
-      UserError: if the model has no encoder.
+      UserError: if the encoder is missing or does not fit the model.
     """
-    if config.text.encoder != "joint":
-        raise UserError("this text model has no text encoder in its checkpoint; sampling needs one")
-    tokens = make_tokenizer(config)(texts, config.text.max_length)
-    for text, cut in zip(texts, tokens.cut, strict=True):
-        if cut:
-            start = text if len(text) <= 40 else text[:37] + "..."
-            print(
-                f"warning: the prompt {start!r} is {cut} tokens longer than the limit of "
-                f"{config.text.max_length}: its end is cut off",
-                file=sys.stderr,
-            )
-    return tokens.condition()
+    if args.text_encoder is not None:
+        if config.text.encoder == JOINT:
+            raise UserError("--text_encoder is for models without one; this one has its own")
+        config.text.encoder = args.text_encoder
+    length = config.text.max_length
+    tokens = make_tokenizer(config)(texts, length)
+    warn_of_cuts(texts, tokens.cut, length)
+    if config.text.encoder == JOINT:
+        return tokens.condition()
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    encoder = TextEncoder(config.text.encoder, mesh, DTYPES[config.dtype], config.model.context_dim)
+    parts = []
+    for begin in range(0, len(texts), ENCODED):
+        index = np.arange(begin, begin + ENCODED) % len(texts)
+        found = encoder.condition(tokens.ids[index], tokens.mask[index])
+        parts.append(jax.tree.map(np.asarray, found))
+    return {name: np.concatenate([part[name] for part in parts])[: len(texts)] for name in parts[0]}
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

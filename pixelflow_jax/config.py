@@ -51,7 +51,7 @@ def default_config() -> ConfigDict:
                 scan_unroll=1,
             ),
             text=dict(  # of models with a context_dim
-                encoder="",  # joint: a small T5 that is trained with the model
+                encoder="",  # a T5 folder or hub id; joint: a small T5 that is trained with the model
                 max_length=128,  # tokens, the end mark among them; longer texts are cut
                 words=(),  # a joint encoder's vocabulary
                 num_layers=2,  # sizes of a joint encoder; its width is model.context_dim
@@ -220,7 +220,6 @@ def check_config(config: ConfigDict) -> None:
 
 def _check_text(config: ConfigDict) -> None:
     text = config.text
-    _one_of("text.encoder", text.encoder, ("", "joint"))
     for key in ("num_layers", "num_heads", "head_dim", "mlp_dim"):
         if text[key] < 1:
             raise UserError(f"config.text.{key} must be at least 1, got {text[key]}")

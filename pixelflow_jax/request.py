@@ -43,6 +43,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--negative_labels", type=numbers, help="classes to steer away from (default: the null class)")
     add("--prompt", action="append", help="what to show (text models); may be given several times")
     add("--prompts_file", help="a text file with a prompt a line")
+    add("--text_encoder", help="T5 folder or hub id (default: as trained)")
     add("--negative_prompt", help="a text to steer away from (default: the empty text)")
     add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")
     add("--batch_size", type=int, default=25, help="images at a time, a process (default: %(default)s)")

@@ -114,7 +114,7 @@ class CaptionedDigits:
 
     def __init__(self, data: ConfigDict, split: str, scans, labels):
         self._resolution, self._held_out = data.resolution, split == "test"
-        self._scans = [scans[labels == digit] for digit in range(len(NUMBERS))]
+        self.scans = [scans[labels == digit] for digit in range(len(NUMBERS))]
 
     def __len__(self) -> int:
         return LENGTH
@@ -126,7 +126,7 @@ class CaptionedDigits:
     def __getitem__(self, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[str, ...]]:
         rng = np.random.default_rng((index, self._held_out))
         attributes = draw_attributes(rng, self._held_out)
-        scans = self._scans[attributes.digit]
+        scans = self.scans[attributes.digit]
         picture = paint(scans[rng.integers(len(scans))], attributes, self._resolution)
         return picture, attributes.captions()
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.data.sources import Source
 from pixelflow_jax.data.transforms import BrokenImage, transform
-from pixelflow_jax.text.tokenizer import make_tokenizer
+from pixelflow_jax.text.encoder import make_tokenizer
 
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
 

@@ -211,14 +211,12 @@ def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np
         for key in path:
             leaf = leaf[key]
         leaf = leaf if layer is None else leaf[layer]
-        theirs = read(name)
-        theirs = theirs.T if path[-1] == "kernel" else theirs
-        if theirs.shape != leaf.shape:
-            problems.append(
-                f"{name} has shape {theirs.shape[::-1]}, config.json says {leaf.shape[::-1]}"
-            )
+        theirs, kernel = read(name), path[-1] == "kernel"
+        expected = leaf.shape[::-1] if kernel else leaf.shape
+        if theirs.shape != expected:
+            problems.append(f"{name} has shape {theirs.shape}, config.json says {expected}")
             continue
-        leaf[...] = theirs
+        leaf[...] = theirs.T if kernel else theirs
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise UserError(f"{where} does not fit its config.json: {'; '.join(problems[:6])}{more}")

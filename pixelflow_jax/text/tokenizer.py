@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
-from ml_collections import ConfigDict
 
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.t5 import SPECIAL
@@ -71,11 +70,6 @@ def _of_library(tokenizer) -> Tokenizer:
 
 def _library_ids(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def make_tokenizer(config: ConfigDict) -> Tokenizer:
-    """The tokenizer of a config's text encoder."""
-    return word_tokenizer(config.text.words)
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:

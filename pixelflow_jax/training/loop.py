@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from pixelflow_jax import flow, sharding
-from pixelflow_jax.config import build_cascade, build_model, check_batch_size
+from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import Source, load_source
@@ -21,7 +21,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
-from pixelflow_jax.text.tokenizer import make_tokenizer
+from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_tokenizer
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
@@ -72,8 +72,9 @@ def train(
                 f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
             )
         train_step = make_train_step(config, model, optimizer, mesh)
-        draw_samples = make_sample_grid(config, source, mesh, workdir)
         batches = device_batches(config, source, mesh, first)
+        encoder = frozen_encoder(config, mesh)
+        draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
         costs = workload(config, mesh)
         metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta["pending"])
@@ -87,7 +88,7 @@ def train(
                 profiler.before(step, state)
                 watch(f"step {step}")
                 with metrics.waiting():
-                    batch = next(batches)
+                    batch = encoder(next(batches))
                 state, numbers = train_step(state, batch)
                 metrics.add(step, numbers)
                 checkpoints.check_background_save(manager)
@@ -140,6 +141,21 @@ def device_batches(
         ahead = placed
 
 
+def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
+    """What turns a batch's token ids into states; of class models and joint encoders, nothing."""
+    if not config.model.context_dim or config.text.encoder == JOINT:
+        return lambda batch: batch
+    encoder = TextEncoder(
+        config.text.encoder, mesh, DTYPES[config.dtype], width=config.model.context_dim
+    )
+
+    def encode(batch):
+        rest = {name: batch[name] for name in ("image", "broken") if name in batch}
+        return {**rest, **encoder.condition(batch["text_ids"], batch["text_mask"])}
+
+    return encode
+
+
 def workload(config: ConfigDict, mesh: Mesh) -> Workload:
     """What a step of `config` costs."""
     cascade, model = build_cascade(config), build_model(config)
@@ -150,7 +166,9 @@ def workload(config: ConfigDict, mesh: Mesh) -> Workload:
     return Workload(config.batch_size, layout.row_length, flops, mesh.size)
 
 
-def make_sample_grid(config: ConfigDict, source: Source, mesh: Mesh, workdir: epath.Path):
+def make_sample_grid(
+    config: ConfigDict, source: Source, mesh: Mesh, workdir: epath.Path, encoder: Callable[[dict], dict]
+):
     """A function (state, step) that writes samples/<step>.png for every EMA, or for the params.
 
     The first average's grid has the plain name; the others' add their decay or half-life.
@@ -173,6 +191,7 @@ def make_sample_grid(config: ConfigDict, source: Source, mesh: Mesh, workdir: ep
         placed = jax.tree.map(
             lambda x: sharding.place_batch({"x": x}, split, len(x))["x"], (index, conditions)
         )
+        placed = placed[0], [encoder(condition) for condition in placed[1]]
         averages = state.opt_state["ema"].averages
         for place, params in enumerate(averages or [state.params]):
             pixels = jax.device_get(generate(params, *placed))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from pixelflow_jax import flow, images, sharding
-from pixelflow_jax.config import build_cascade
+from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.models.conditioning import Condition, encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.packing import PackLayout
@@ -45,8 +45,11 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     """Shapes, dtypes and shardings of a global batch."""
     size, side, length = config.batch_size, config.data.resolution, config.text.max_length
     where = NamedSharding(mesh, sharding.BATCH)
-    if config.model.context_dim:
+    if config.text.encoder == "joint":
         shapes = {"text_ids": ((size, length), jnp.int32), "text_mask": ((size, length), bool)}
+    elif config.model.context_dim:
+        states = (size, length, config.model.context_dim), build_model(config).dtype
+        shapes = {"context": states, "context_mask": ((size, length), bool)}
     else:
         shapes = {"labels": ((size,), jnp.int32)}
     condition = {n: jax.ShapeDtypeStruct(*shape, sharding=where) for n, shape in shapes.items()}

@@ -1,0 +1,141 @@
+"""Text encoders that are not trained with the model: T5 folders, as Hugging Face lays them out.
+
+A folder holds config.json, tokenizer.json or spiece.model, and model.safetensors, or several such files
+with model.safetensors.index.json.
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Int
+from ml_collections import ConfigDict
+
+from pixelflow_jax import files, sharding
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import Condition
+from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
+from pixelflow_jax.text.tokenizer import Tokenizer, read_tokenizer, word_tokenizer
+
+INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+HUB_FILES = (CONFIG, "*.safetensors", INDEX, "tokenizer.json", "spiece.model")
+JOINT = "joint"  # config.text.encoder of an encoder that is trained with the model
+
+
+def make_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer of a config's text encoder."""
+    if config.text.encoder == JOINT:
+        return word_tokenizer(config.text.words)
+    return read_tokenizer(encoder_folder(config.text.encoder))
+
+
+def encoder_folder(name: str) -> epath.Path:
+    """The folder itself, or, for a hub id such as google/flan-t5-xl, where its files were downloaded.
+
+    Raises:
+      UserError: if there is no such folder and the hub does not help either.
+    """
+    if not name:
+        raise UserError(
+            "this text model needs a text encoder: --config.text.encoder (or, of `sample`, "
+            "--text_encoder) names a T5 folder or a hub id"
+        )
+    folder = epath.Path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"the text encoder {name} is not a folder")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return epath.Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # a dozen kinds: no library, no network, no such id
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the text encoder {name} is no folder, nor to be had from the hub: {reason}"
+        ) from None
+
+
+class TextEncoder:
+    """A frozen T5 on the devices of a mesh: token ids to states.
+
+    Attributes:
+      config: its sizes; `config.d_model` is the width of the states.
+      params: split over the mesh by the rules of sharding.py.
+    """
+
+    def __init__(self, name: str, mesh: Mesh, dtype=jnp.bfloat16, width: int | None = None):
+        """`width`: what the model takes (context_dim); raises UserError if the encoder has another."""
+        folder = encoder_folder(name)
+        self.config = T5Config.from_json(files.read_json(folder / CONFIG), str(folder / CONFIG))
+        if width is not None and self.config.d_model != width:
+            raise UserError(
+                f"the text encoder {name} has states of {self.config.d_model}, the model takes "
+                f"{width} (config.model.context_dim)"
+            )
+        params = read_t5(folder, self.config, dtype)
+        where = sharding.shardings(params, mesh)
+        self.params = jax.tree.map(
+            lambda x, w: jax.make_array_from_callback(x.shape, w, lambda index: x[index]), params, where
+        )
+        self._encode = jax.jit(
+            T5Encoder(self.config, dtype).apply, out_shardings=NamedSharding(mesh, sharding.BATCH)
+        )
+
+    def condition(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Condition:
+        """{"context": states [b, t, d], "context_mask"}; b a multiple of the mesh's devices."""
+        return {"context": self._encode({"params": self.params}, ids, mask), "context_mask": mask}
+
+
+def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
+    """Our parameters from a T5 folder.
+
+    Raises:
+      UserError: if weights are missing, unreadable, or do not fit config.json.
+    """
+    if (folder / INDEX).exists():
+        places = files.read_json(folder / INDEX).get("weight_map", {})
+    elif (folder / WEIGHTS).exists():
+        places = dict.fromkeys(_open(folder / WEIGHTS).keys(), WEIGHTS)
+    else:
+        raise UserError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+    opened = functools.cache(lambda name: _open(folder / name))
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return np.asarray(opened(places[name]).get_tensor(name))
+        except UserError:
+            raise
+        except Exception as error:  # safetensors has its own kinds
+            raise UserError(f"{folder / places[name]}: {name} cannot be read: {error}") from None
+
+    return t5_params(read, places, config, str(folder), dtype)
+
+
+def _open(path: epath.Path):
+    from safetensors import safe_open
+
+    try:
+        return safe_open(str(path), framework="flax")  # unlike numpy's, reads bfloat16
+    except Exception as error:  # safetensors has its own kinds
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
+
+
+def warn_of_cuts(
+    texts: Sequence[str], cut: Sequence[int], max_length: int, what: str = "prompt"
+) -> None:
+    """Says on stderr which texts were longer than the limit, and by how many tokens."""
+    for text, count in zip(texts, cut, strict=True):
+        if count:
+            start = text if len(text) <= 40 else text[:37] + "..."
+            print(
+                f"warning: the {what} {start!r} is {count} tokens longer than the limit of "
+                f"{max_length}: its end is cut off",
+                file=sys.stderr,
+            )

@@ -1,0 +1,218 @@
+"""Text: tokenizers, T5 folders, captioned digits, and a text model from training to prompts."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pixelflow_jax import sample, sharding, train
+from pixelflow_jax.config import load_config
+from pixelflow_jax.data import captioned_digits as digits
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params, weight_names
+from pixelflow_jax.text.encoder import TextEncoder
+from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, read_tokenizer, word_tokenizer
+
+T5 = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2)
+TINY = [
+    "--config.model.num_heads=2",
+    "--config.model.head_dim=8",
+    "--config.model.depth=2",
+    "--config.model.context_dim=16",
+    "--config.text.num_layers=1",
+    "--config.batch_size=8",
+    "--config.num_train_steps=4",
+    "--config.log_every=2",
+    "--config.checkpoint_every=2",
+    "--config.sample_every=4",
+    "--config.sample.num_images=4",
+    "--config.sample.num_steps=2",
+]
+
+
+def public_state(seed: int = 0) -> dict[str, np.ndarray]:
+    """A random checkpoint by its public names."""
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    params = T5Encoder(T5).init(jax.random.key(seed), ids, mask)["params"]
+    state = {}
+    for path, layer, name in weight_names(T5):
+        leaf = params
+        for key in path:
+            leaf = leaf[key]
+        leaf = np.asarray(leaf if layer is None else leaf[layer])
+        state[name] = np.ascontiguousarray(leaf.T if path[-1] == "kernel" else leaf)
+    return state
+
+
+@pytest.fixture
+def t5_folder(tmp_path):
+    """A T5 folder with weights in two files and a tokenizer of the captions' words."""
+    import tokenizers
+
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    values = {**{n: getattr(T5, n) for n in T5.__dataclass_fields__}, "feed_forward_proj": "gated-gelu"}
+    (folder / "config.json").write_text(json.dumps(values))
+    words = {w: i for i, w in enumerate(("<pad>", "</s>", "<unk>", *digits.vocabulary()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    state = public_state()
+    halves = [sorted(state)[0::2], sorted(state)[1::2]]
+    places = {}
+    for number, names in enumerate(halves):
+        file = f"model-{number}.safetensors"
+        save_file({name: state[name] for name in names}, str(folder / file))
+        places |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+def test_word_tokenizer():
+    """Catches a lost end mark, a wrong count of what is cut off, case that matters."""
+    tokens = word_tokenizer(("a", "red", ",", "six"))(["A red, six", "a blue", "", "a a a a a a"], 6)
+    assert tokens.ids.tolist()[0] == [3, 4, 5, 6, EOS, 0]
+    assert tokens.ids.tolist()[1][:3] == [3, UNKNOWN, EOS]
+    assert tokens.mask.sum(axis=1).tolist() == [5, 3, 1, 6]
+    assert tokens.cut.tolist() == [0, 0, 0, 1] and tokens.ids[3, -1] == EOS
+
+
+def test_sentencepiece_tokenizer(tmp_path):
+    """Catches an end mark that is missing or doubled for folders that have spiece.model alone."""
+    import sentencepiece
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(digits.captioned_digits(load_config("t2i_tiny").data, "train")[0][1]))
+    trained = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=40, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "spiece"), **trained, hard_vocab_limit=False
+    )
+    tokens = read_tokenizer(tmp_path)(["on the left"], 30)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    expected = [*processor.encode("on the left"), EOS]
+    assert tokens.ids[0, : len(expected)].tolist() == expected
+    assert tokens.mask[0].sum() == len(expected)
+
+
+def test_t5_does_not_see_padding():
+    """Catches states that see padding. What stands there may change no bit, its length only rounding."""
+    ids, mask = jnp.arange(16)[None] % 7 + 3, jnp.arange(16)[None] < 9
+    state = public_state()
+    params = {"params": t5_params(state.__getitem__, state, T5, "test")}
+    apply = jax.jit(T5Encoder(T5).apply)
+    plain = apply(params, ids, mask)[0, :9]
+    np.testing.assert_array_equal(plain, apply(params, jnp.where(mask, ids, 20), mask)[0, :9])
+    np.testing.assert_allclose(plain, apply(params, ids[:, :9], mask[:, :9])[0], rtol=0, atol=1e-5)
+
+
+def test_t5_folder(t5_folder):
+    """Catches a shard that is not read, and weights in the wrong place or layout."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    encoder = TextEncoder(str(t5_folder), mesh, jnp.float32, width=16)
+    tokens = read_tokenizer(t5_folder)(["a red six", ""], 6)
+    state = public_state()
+    expected = T5Encoder(T5).apply(
+        {"params": t5_params(state.__getitem__, state, T5, "test")}, tokens.ids, tokens.mask
+    )
+    found = encoder.condition(tokens.ids, tokens.mask)
+    np.testing.assert_allclose(found["context"], expected, atol=1e-6)
+    with pytest.raises(UserError, match="states of 16, the model takes 32"):
+        TextEncoder(str(t5_folder), mesh, width=32)
+
+
+def test_t5_folders_that_are_none(t5_folder, tmp_path):
+    """Catches a traceback, or silence, for each kind of damage."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    for name, match in (("nowhere", "is not a folder"), ("", "needs a text encoder")):
+        with pytest.raises(UserError, match=match):
+            TextEncoder(name, mesh)
+    values = json.loads((t5_folder / "config.json").read_text())
+    (t5_folder / "config.json").write_text(json.dumps({**values, "d_ff": 25}))
+    with pytest.raises(UserError, match="wi_0.weight has shape .* config.json says"):
+        TextEncoder(str(t5_folder), mesh)
+    (t5_folder / "config.json").write_text(json.dumps({**values, "feed_forward_proj": "relu"}))
+    with pytest.raises(UserError, match="version 1.1"):
+        TextEncoder(str(t5_folder), mesh)
+    (t5_folder / "config.json").write_text(json.dumps(values))
+    (t5_folder / "model-0.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        TextEncoder(str(t5_folder), mesh)
+    (t5_folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="neither tokenizer.json nor spiece.model"):
+        read_tokenizer(t5_folder)
+
+
+def test_t5_equals_transformers():
+    """Catches any difference from the public implementation, on a model it made itself."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    sizes = {name: getattr(T5, name) for name in T5.__dataclass_fields__}
+    config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    theirs = transformers.T5EncoderModel(config).eval()
+    ids = np.random.default_rng(0).integers(3, 40, (2, 30))
+    mask = np.arange(30) < np.array([[30], [11]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), torch.tensor(mask).long()).last_hidden_state.numpy()
+    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
+    params = t5_params(state.__getitem__, state, T5, "test")
+    found = np.asarray(T5Encoder(T5).apply({"params": params}, ids, mask))
+    assert np.abs(found - expected)[mask].max() < 1e-5 * np.abs(expected[mask]).max()
+
+
+def test_captioned_digits():
+    """Catches a combination held out that training shows, and captions of another picture."""
+    data = load_config("t2i_tiny").data
+    for split, held_out in (("train", False), ("test", True)):
+        source = digits.captioned_digits(data, split)
+        for index in range(50):
+            picture, captions = source[index]
+            attributes = source.attributes(index)
+            assert attributes.held_out == held_out and captions == attributes.captions()
+            words = attributes.words()
+            assert all(word in captions[0] for word in words.values())
+            corner = tuple(picture[0, 0].tolist())
+            assert corner == digits.BACKGROUNDS[words["background"]]
+        np.testing.assert_array_equal(source[3][0], digits.captioned_digits(data, split)[3][0])
+
+
+@pytest.mark.parametrize("kind", ["joint", "frozen"])
+def test_from_training_to_prompts(kind, tmp_path, t5_folder, capsys):
+    """Catches a break anywhere from captions to pictures, and an encoder or tokenizer that is lost."""
+    run = str(tmp_path / "run")
+    encoder = [] if kind == "joint" else [f"--config.text.encoder={t5_folder}"]
+    train.main(["--config=t2i_tiny", f"--workdir={run}", *TINY, *encoder])
+    assert (tmp_path / "run" / "samples" / "4.png").exists()
+    prompts = ["a small red six on a blue background, on the left", "two " * 20]
+    flags = [f"--checkpoint={run}", f"--out={tmp_path / 'out'}", "--batch_size=2"]
+    sample.main([*flags, *(f"--prompt={prompt}" for prompt in prompts)])
+    printed = capsys.readouterr()
+    assert "is 5 tokens longer than the limit of 16" in printed.err
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["prompts"] == prompts and settings["negative_prompt"] == ""
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert file["arr_0"].shape == (2, 24, 24, 3) and file["prompt"].tolist() == [0, 1]
+
+
+def test_bad_prompts(tmp_path):
+    """Catches a traceback, or images of something else than was asked for."""
+    run = tmp_path / "run"
+    train.main(["--config=t2i_tiny", f"--workdir={run}", *TINY, "--config.sample_every=0"])
+    (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
+    (tmp_path / "gap.txt").write_text("a six\n\na two\n")
+    for flags, match in (
+        ([], "give it a --prompt"),
+        (["--prompt= "], "number 1 is empty"),
+        (["--labels=3"], "use --prompt, not --labels"),
+        ([f"--prompts_file={tmp_path / 'none.txt'}"], "is not a file"),
+        ([f"--prompts_file={tmp_path / 'latin.txt'}"], "is not UTF-8"),
+        ([f"--prompts_file={tmp_path / 'gap.txt'}"], "line 2 is empty"),
+        (["--prompt=six", "--text_encoder=x"], "this one has its own"),
+    ):
+        with pytest.raises(UserError, match=match):
+            sample.main([f"--checkpoint={run}", f"--out={tmp_path / 'out'}", *flags])
+    with pytest.raises(UserError, match="has classes, but the model takes text"):
+        train.main(["--config=t2i_tiny", f"--workdir={tmp_path / 'b'}", "--config.data.source=digits"])
