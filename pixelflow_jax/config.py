@@ -61,7 +61,7 @@ def default_config() -> ConfigDict:
             ),
             cascade=dict(num_stages=4, gamma=-1 / 3),
             data=dict(
-                source="digits",  # digits, captioned_digits, idx, folder, tfds or array_record
+                source="digits",  # see SOURCES in data/sources.py
                 path="",
                 name="",  # of a TFDS dataset
                 split="train",

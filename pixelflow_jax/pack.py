@@ -14,14 +14,18 @@ from tqdm import tqdm
 from pixelflow_jax import cli
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data import records
-from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.data.sources import open_source
 from pixelflow_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--source", default="folder", help="folder, tfds or idx (default: %(default)s)")
+    parser.add_argument(
+        "--source",
+        default="folder",
+        help="folder, caption_folder, webdataset, tfds or idx (default: %(default)s)",
+    )
     parser.add_argument("--path", default="", help="the folder, or TFDS's data_dir")
     parser.add_argument("--name", default="", help="the TFDS dataset")
     parser.add_argument("--split", default="train", help="default: %(default)s")
@@ -30,18 +34,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.shard_size < 1:
         raise UserError(f"--shard_size must be at least 1, got {args.shard_size}")
-    config = default_config()
-    config.model.num_classes = 0  # any number of classes
-    config.data.update(source=args.source, path=args.path, name=args.name, split=args.split)
-    config.data.crop = "center"  # images of any size
-    source = load_source(config)
+    data = default_config().data
+    data.update(source=args.source, path=args.path, name=args.name, split=args.split)
+    data.crop = "center"  # images of any size
+    source = open_source(data)
 
     def progress(shards):
         return tqdm(shards, unit="shard", file=sys.stderr)
 
     origin = dict(source=args.source, path=args.path, name=args.name, split=args.split)
     written = records.pack(source, args.out, args.shard_size, origin, progress)
-    print(f"{len(source)} images of {source.num_classes} classes, {written} shards written: {args.out}")
+    kind = "with captions" if getattr(source, "captioned", False) else f"of {source.num_classes} classes"
+    print(f"{len(source)} images {kind}, {written} shards written: {args.out}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class CaptionedDigits:
     A captioned Source (see sources.py): `source[i]` is (picture, captions).
     """
 
-    num_classes = 0
+    captioned, num_classes = True, 0
 
     def __init__(self, data: ConfigDict, split: str, scans, labels):
         self._resolution, self._held_out = data.resolution, split == "test"

@@ -1,11 +1,13 @@
 """ArrayRecord shards of encoded images: what `python -m pixelflow_jax.pack` writes, and its reader.
 
-A record is the label (int32, little-endian) and then the encoded image. manifest.json names the
+A record is the label (int32, little-endian) and then the encoded image. In place of a label, captioned
+images have -1 - n, and then n bytes: their captions as a JSON list. manifest.json names the
 shards and how many records each must hold.
 """
 
 import hashlib
 import io
+import json
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +49,7 @@ class RecordSource:
         if not manifest["complete"]:
             raise UserError(f"{path} is not packed to the end; run the same pack command again")
         self.num_classes = manifest["num_classes"]
+        self.captioned = manifest.get("captioned", False)
         self._names = [shard["name"] for shard in manifest["shards"]]
         self._counts = [shard["records"] for shard in manifest["shards"]]
         self._path = path
@@ -74,7 +77,10 @@ class RecordSource:
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         with files.reading():
             record = self._reader[index]
-            return record[LABEL.size :], LABEL.unpack_from(record)[0]
+            label, body = LABEL.unpack_from(record)[0], record[LABEL.size :]
+            if not self.captioned:
+                return body, label
+            return body[-1 - label :], tuple(json.loads(body[: -1 - label]))
 
     def name(self, index: int) -> str:
         shard = int(np.searchsorted(np.cumsum(self._counts), index, side="right"))
@@ -108,6 +114,7 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
         "origin": {**origin, "names": _names_digest(source)},
         "num_classes": source.num_classes,
         "classes": list(getattr(source, "classes", [])),
+        "captioned": getattr(source, "captioned", False),
         "shards": [dict(name=n, records=s) for n, s in zip(names, sizes, strict=True)],
     }
     present = files.list_files(folder)
@@ -125,10 +132,17 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
             writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
             for index in range(starts[k], starts[k] + sizes[k]):
                 data, label = source[index]
-                writer.write(LABEL.pack(label) + (data if isinstance(data, bytes) else _png(data)))
+                writer.write(_head(label) + (data if isinstance(data, bytes) else _png(data)))
             writer.close()
     files.write_json(folder / MANIFEST, {**manifest, "complete": True})
     return len(missing)
+
+
+def _head(label: int | tuple[str, ...]) -> bytes:
+    if isinstance(label, tuple):
+        captions = json.dumps(label, ensure_ascii=False).encode()
+        return LABEL.pack(-1 - len(captions)) + captions
+    return LABEL.pack(label)
 
 
 def _png(pixels: np.ndarray) -> bytes:

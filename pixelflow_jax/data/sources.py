@@ -18,11 +18,11 @@ from PIL import Image
 from pixelflow_jax import files
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.captioned_digits import captioned_digits
+from pixelflow_jax.data.captions import EXTENSIONS, CaptionFolder, TarSource
 from pixelflow_jax.errors import UserError
 
 SPLITS = ("train", "val", "valid", "validation", "test")  # folders that are no classes
 HOLD_OUT_EVERY = 4  # of the digits, every 4th image is kept for evaluation
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
 class Source(Protocol):
@@ -38,13 +38,12 @@ class Source(Protocol):
         """What to call example `index` in a message: its file, or its place."""
 
 
-def load_source(config: ConfigDict, split: str | None = None) -> Source:
-    """The source that `config.data` names; split defaults to `config.data.split`.
+def open_source(data: ConfigDict, split: str | None = None) -> Source:
+    """The source that `config.data` names; split defaults to `data.split`.
 
     Raises:
-      UserError: for an unknown source, missing files, or labels that the model has no class for.
+      UserError: for an unknown source or missing files.
     """
-    data = config.data
     if data.source not in SOURCES:
         raise UserError(f"config.data.source must be one of {', '.join(SOURCES)}, got {data.source!r}")
     if data.source not in BUNDLED and not data.path and not (data.source == "tfds" and data.name):
@@ -52,7 +51,18 @@ def load_source(config: ConfigDict, split: str | None = None) -> Source:
     source = SOURCES[data.source](data, split or data.split)
     if not len(source):
         raise UserError(f"config.data.path={data.path} holds no images")
-    captioned = isinstance(source[0][1], tuple)
+    return source
+
+
+def load_source(config: ConfigDict, split: str | None = None) -> Source:
+    """`open_source`, if it fits the model.
+
+    Raises:
+      UserError: also for captions where the model takes classes, the other way round, and for labels
+        that the model has no class for.
+    """
+    data, source = config.data, open_source(config.data, split)
+    captioned = getattr(source, "captioned", False)
     if captioned != bool(config.model.context_dim):
         raise UserError(
             f"config.data.source={data.source} has {'captions' if captioned else 'classes'}, but the "
@@ -205,7 +215,9 @@ class TfdsSource:
             )
             decoders = {"image": tfds.decode.SkipDecoding()}
             self._records = builder.as_data_source(split=split, decoders=decoders)
-            self._class_count = builder.info.features["label"].num_classes
+            features = builder.info.features
+            self.captioned = "captions" in features  # as coco_captions has them
+            self._class_count = 0 if self.captioned else features["label"].num_classes
         except Exception as error:  # TFDS has many ways to say that a dataset is not there
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"TFDS cannot read {where}: {reason}") from None
@@ -221,6 +233,8 @@ class TfdsSource:
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         with files.reading():
             record = self._records[index]
+            if self.captioned:
+                return record["image"], tuple(text.decode() for text in record["captions"]["text"])
             return record["image"], int(record["label"])
 
     def name(self, index: int) -> str:
@@ -232,6 +246,8 @@ SOURCES = {
     "digits": digits,
     "captioned_digits": captioned_digits,
     "idx": idx_files,
+    "caption_folder": lambda data, split: CaptionFolder(data.path, split),
+    "webdataset": lambda data, split: TarSource(data.path, split),
     "folder": lambda data, split: FolderSource(data.path, split),
     "tfds": lambda data, split: TfdsSource(data.path, data.name, split),
     "array_record": lambda data, split: records.RecordSource(data.path, split),
