@@ -17,8 +17,8 @@ def get_config():
     config.checkpoint_every = 900
     config.sample_every = 900
 
-    config.model.num_heads = 3
-    config.model.head_dim = 64
+    config.model.num_heads = 6
+    config.model.head_dim = 32
     config.model.depth = 6
     config.model.patch_size = 4
     config.model.num_classes = 0
@@ -40,7 +40,7 @@ def get_config():
     config.data.flip = False
     config.data.num_threads = 1
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.optimizer.b2 = 0.99

@@ -21,6 +21,7 @@ IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "seed", "bat
 FREE = {
     *("model.remat", "model.scan_unroll"),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
+    "text.cache",
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -52,6 +53,7 @@ def default_config() -> ConfigDict:
             ),
             text=dict(  # of models with a context_dim
                 encoder="",  # a T5 folder or hub id; joint: a small T5 that is trained with the model
+                cache="",  # folder of states that `encode` wrote, in place of running the encoder
                 max_length=128,  # tokens, the end mark among them; longer texts are cut
                 words=(),  # a joint encoder's vocabulary
                 num_layers=2,  # sizes of a joint encoder; its width is model.context_dim
@@ -225,6 +227,8 @@ def _check_text(config: ConfigDict) -> None:
             raise UserError(f"config.text.{key} must be at least 1, got {text[key]}")
     if text.max_length < 2:
         raise UserError(f"config.text.max_length must be at least 2, got {text.max_length}")
+    if text.encoder == "joint" and text.cache:
+        raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has none")
     if text.encoder == "joint" and not (config.model.context_dim and text.words):
         raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
 

@@ -53,6 +53,14 @@ def tiny_flags():
     return [f"--config.{override}" for override in TINY]
 
 
+@pytest.fixture
+def t5_folder(tmp_path):
+    """A T5 folder with random weights in two files, and a tokenizer of the captioned digits' words."""
+    from tiny_t5 import write_t5
+
+    return write_t5(tmp_path / "t5")
+
+
 @pytest.fixture(scope="session")
 def noisy_params():
     """A function model -> parameters without the zeros of the init, which would hide everything."""

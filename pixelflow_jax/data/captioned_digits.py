@@ -6,7 +6,6 @@ one of several wordings. Digit and colour are never seen together in training wh
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -25,7 +24,7 @@ COLOURS = {
 }
 BACKGROUNDS = {**COLOURS, "black": (10, 10, 10)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIZES = {"small": 5 / 12, "large": 8 / 12}  # the digit's side, as a share of the picture's
+SIZES = {"small": 1 / 2, "large": 3 / 4}  # the digit's side, as a share of the picture's
 PLACES = {  # (row, column): 0 is the upper or left edge, 1 the lower or right one
     "on the left": (0.5, 0.0),
     "on the right": (0.5, 1.0),
@@ -35,8 +34,8 @@ PLACES = {  # (row, column): 0 is the upper or left edge, 1 the lower or right o
 }
 WORDINGS = (
     "a {size} {colour} {digit} on a {background} background, {place}",
-    "a {background} picture with a {size} {colour} {digit} {place}",
-    "{place}: the digit {digit}, {size} and {colour}, on {background}",
+    "a {background} background with a {size} {colour} {digit} {place}",
+    "{place}, a {size} {colour} {digit} on a {background} background",
 )
 LENGTH = 20_000  # pictures an epoch of "train"
 
@@ -133,9 +132,9 @@ class CaptionedDigits:
     def name(self, index: int) -> str:
         return f"captioned digit {index}"
 
-    def captions(self) -> Iterator[tuple[str, ...]]:
-        """Those of every example, without painting it."""
-        return (self.attributes(index).captions() for index in range(len(self)))
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Those of example `index`, without painting it."""
+        return self.attributes(index).captions()
 
 
 def captioned_digits(data: ConfigDict, split: str) -> CaptionedDigits:

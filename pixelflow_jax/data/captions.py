@@ -95,14 +95,16 @@ class CaptionFolder:
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[bytes, tuple[str, ...]]:
-        name = self._names[index]
         with files.reading():
-            image = files.read_bytes(f"{self.root}/{name}")
-            captions = self._captions.get(name)
-            if captions is None:
-                text = f"{self.root}/{os.path.splitext(name)[0]}.txt"
-                captions = decode_captions(files.read_bytes(text), text)
-            return image, captions
+            return files.read_bytes(self.name(index)), self.captions(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Those of example `index`, without its image."""
+        name = self._names[index]
+        if name in self._captions:
+            return self._captions[name]
+        text = f"{self.root}/{os.path.splitext(name)[0]}.txt"
+        return decode_captions(files.read_bytes(text), text)
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self._names[index]}"

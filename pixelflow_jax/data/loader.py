@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.data.sources import Source
 from pixelflow_jax.data.transforms import BrokenImage, transform
-from pixelflow_jax.text.encoder import make_tokenizer
+from pixelflow_jax.text.encoder import make_text_reader
 
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
 
@@ -35,8 +35,7 @@ class LoadExample(grain.transforms.RandomMap):
     def __init__(self, source: Source, config: ConfigDict):
         data = config.data
         self._source, self._dropout = source, data.label_dropout
-        self._tokenize = make_tokenizer(config) if config.model.context_dim else None
-        self._max_length = config.text.max_length
+        self._encode = make_text_reader(config) if config.model.context_dim else None
         self._resolution, self._crop, self._flip = data.resolution, data.crop, data.flip
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -52,17 +51,16 @@ class LoadExample(grain.transforms.RandomMap):
                 index = int(rng.integers(len(self._source)))
         else:
             image = np.zeros((self._resolution, self._resolution, 3), np.uint8)
-            label = ("",) if self._tokenize else 0
+            label = ("",) if self._encode else 0
         return {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
 
     def _condition(self, label: int | tuple[str, ...], rng: np.random.Generator):
-        """{"labels": int32}, or {"text_ids": int32 [t], "text_mask": bool [t]} of one caption."""
-        if self._tokenize is None:
+        """{"labels": int32}, or one caption as make_text_reader gives it."""
+        if self._encode is None:
             return {"labels": np.int32(label)}
         text = label[int(rng.integers(len(label)))]
         text = "" if rng.random() < self._dropout else text
-        tokens = self._tokenize([text], self._max_length)
-        return {"text_ids": tokens.ids[0], "text_mask": tokens.mask[0]}
+        return {name: x[0] for name, x in self._encode([text]).items()}
 
 
 def make_examples(source: Source, config: ConfigDict) -> grain.MapDataset:
@@ -82,7 +80,8 @@ def make_batches(
       rows: which entries of the global batch this process loads; None is all of them.
 
     Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} and, of class models,
-    {"labels": int32 [b]}, of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]}.
+    {"labels": int32 [b]}, of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]} or, from a
+    cache, {"context": bfloat16 [b, t, c], "context_mask": bool [b, t]}.
     """
     examples, size = make_examples(source, config), config.batch_size
     rows = np.arange(size) if rows is None else rows

@@ -77,6 +77,12 @@ def load_source(config: ConfigDict, split: str | None = None) -> Source:
     return source
 
 
+def captions_at(source: Source, index: int) -> tuple[str, ...]:
+    """The captions of an example, without its image where the source can do that."""
+    captions = getattr(source, "captions", None)
+    return captions(index) if captions else source[index][1]
+
+
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
     """Images in memory, all of one size."""

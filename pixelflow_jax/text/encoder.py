@@ -7,7 +7,7 @@ with model.safetensors.index.json.
 import functools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from pixelflow_jax import files, sharding
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
+from pixelflow_jax.text.cache import EmbeddingCache
 from pixelflow_jax.text.tokenizer import Tokenizer, read_tokenizer, word_tokenizer
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -33,6 +34,19 @@ def make_tokenizer(config: ConfigDict) -> Tokenizer:
     if config.text.encoder == JOINT:
         return word_tokenizer(config.text.words)
     return read_tokenizer(encoder_folder(config.text.encoder))
+
+
+def make_text_reader(config: ConfigDict) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
+    """Texts to what the loader ships of them: token ids with their mask, or states from the cache."""
+    length = config.text.max_length
+    if config.text.cache:
+        cache = EmbeddingCache(config.text.cache, config.model.context_dim)
+        return functools.partial(cache.padded, max_length=length)
+    return functools.partial(_token_ids, make_tokenizer(config), length)
+
+
+def _token_ids(tokenizer: Tokenizer, length: int, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    return tokenizer(texts, length).condition()
 
 
 def encoder_folder(name: str) -> epath.Path:

@@ -16,12 +16,12 @@ from pixelflow_jax import flow, sharding
 from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.loader import make_batches
-from pixelflow_jax.data.sources import Source, load_source
+from pixelflow_jax.data.sources import Source, captions_at, load_source
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
-from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_tokenizer
+from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_text_reader
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
@@ -143,7 +143,7 @@ def device_batches(
 
 def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
     """What turns a batch's token ids into states; of class models and joint encoders, nothing."""
-    if not config.model.context_dim or config.text.encoder == JOINT:
+    if not config.model.context_dim or config.text.encoder == JOINT or config.text.cache:
         return lambda batch: batch
     encoder = TextEncoder(
         config.text.encoder, mesh, DTYPES[config.dtype], width=config.model.context_dim
@@ -208,9 +208,9 @@ def grid_conditions(config: ConfigDict, source: Source, index: np.ndarray):
     if not config.model.context_dim:
         labels = (index % config.model.num_classes).astype(np.int32)
         return {"labels": labels}, {"labels": np.full_like(labels, config.model.num_classes)}
-    tokenize, length = make_tokenizer(config), config.text.max_length
-    texts = [source[int(i) % len(source)][1][0] for i in index]
-    return tokenize(texts, length).condition(), tokenize([""] * len(texts), length).condition()
+    read = make_text_reader(config)
+    texts = [captions_at(source, int(i) % len(source))[0] for i in index]
+    return read(texts), read([""] * len(texts))
 
 
 class Profiler:

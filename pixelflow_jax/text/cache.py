@@ -1,0 +1,165 @@
+"""A cache of text states, so that a frozen encoder sees each caption once.
+
+A folder of shards, each a safetensors file: `keys` (uint64, of the texts), `ends` (of each's states)
+and `states` (bfloat16 as uint16 [all tokens, width], no padding); and manifest.json, which says what
+encoder they are of. A shard is written whole or not at all; a text that one holds is not encoded again.
+"""
+
+import bisect
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+from pixelflow_jax import files
+from pixelflow_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+SHORTEST = 16  # tokens a text is padded to, at least, while it is encoded
+
+
+def text_key(text: str) -> int:
+    """64 bits of a text's SHA-256: among ten million texts, two are the same once in 370,000 caches."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+class EmbeddingCache:
+    """Text states by text.
+
+    Raises:
+      UserError: if the folder is no cache, or of an encoder with another width.
+    """
+
+    def __init__(self, path: str, width: int | None = None):
+        self._path = path
+        self.manifest = files.read_json(epath.Path(path) / MANIFEST)
+        if not isinstance(self.manifest, dict) or "width" not in self.manifest:
+            raise UserError(f"{path}/{MANIFEST} is not of a cache of text states")
+        if width not in (None, self.manifest["width"]):
+            raise UserError(
+                f"the cache {path} has states of {self.manifest['width']}, the model takes {width} "
+                f"(config.model.context_dim)"
+            )
+        self._shards = _shards(path)
+        keys, places = [], []
+        for number, name in enumerate(self._shards):
+            shard = _read(f"{path}/{name}", "keys", "ends")
+            begins = np.concatenate([[0], shard["ends"][:-1]])
+            keys.append(shard["keys"])
+            places.append(np.stack([np.full_like(begins, number), begins, shard["ends"]], axis=1))
+        keys = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
+        order = np.argsort(keys)
+        self._keys = keys[order]
+        self._places = np.concatenate(places)[order] if places else np.zeros((0, 3), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, text: str) -> bool:
+        return self._find(text) is not None
+
+    def __call__(self, text: str) -> Float[np.ndarray, "t c"]:
+        """The states of a text, bfloat16. Raises UserError if the cache does not hold it."""
+        found = self._find(text)
+        if found is None:
+            raise UserError(
+                f"the cache {self._path} does not hold the text {text!r}; add it with python -m "
+                f"pixelflow_jax.encode"
+            )
+        shard, begin, end = self._places[found].tolist()
+        states = _open(f"{self._path}/{self._shards[shard]}").get_slice("states")[begin:end]
+        return states.view(ml_dtypes.bfloat16)
+
+    def padded(self, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
+        """{"context": bfloat16 [n, max_length, c], "context_mask"}; longer texts keep their start."""
+        width = self.manifest["width"]
+        context = np.zeros((len(texts), max_length, width), ml_dtypes.bfloat16)
+        mask = np.zeros((len(texts), max_length), bool)
+        for row, text in enumerate(texts):
+            states = self(text)[:max_length]
+            context[row, : len(states)], mask[row, : len(states)] = states, True
+        return {"context": context, "context_mask": mask}
+
+    def _find(self, text: str) -> int | None:
+        key = text_key(text)
+        place = bisect.bisect_left(self._keys, key)
+        return place if place < len(self._keys) and self._keys[place] == key else None
+
+
+def _shards(path: str) -> list[str]:
+    return [name for name in files.list_files(path) if name.endswith(".safetensors")]
+
+
+@functools.lru_cache(maxsize=256)  # a module's, as loaders pickle their cache
+def _open(path: str):
+    from safetensors import safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except Exception as error:  # safetensors has its own kinds
+        raise UserError(f"{path} is not a shard of a cache of text states: {error}") from None
+
+
+def _read(path: str, *names: str) -> dict[str, np.ndarray]:
+    shard = _open(path)
+    if set(shard.keys()) != {"keys", "ends", "states"}:
+        raise UserError(f"{path} is not a shard of a cache of text states")
+    return {name: shard.get_tensor(name) for name in names}
+
+
+def encode_texts(
+    texts: Iterable[str],
+    encode: Callable[[list[str]], list[Float[np.ndarray, "t c"]]],
+    out: str,
+    manifest: dict[str, Any],
+    shard_size: int,
+    progress: Callable = iter,
+) -> tuple[int, int]:
+    """Adds texts to a cache; returns (how many texts it holds, how many were encoded now).
+
+    Args:
+      encode: gives the states of some texts, without padding.
+      manifest: of the encoder; must equal that of a cache that is there.
+
+    Raises:
+      UserError: if `out` holds something else.
+    """
+    folder = epath.Path(out)
+    if files.list_files(folder):
+        found = files.read_json(folder / MANIFEST)
+        if found != manifest:
+            raise UserError(f"--out={out} holds states of another encoder or length; name a new folder")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / MANIFEST, manifest)
+    cache = EmbeddingCache(out)
+    missing = [text for text in dict.fromkeys(texts) if text not in cache]
+    taken = _shards(out)
+    number = int(taken[-1].split(".")[0]) + 1 if taken else 0
+    from safetensors.numpy import save
+
+    for begin in progress(range(0, len(missing), shard_size)):
+        chosen = missing[begin : begin + shard_size]
+        states = encode(chosen)
+        shard = {
+            "keys": np.array([text_key(text) for text in chosen], np.uint64),
+            "ends": np.cumsum([len(x) for x in states], dtype=np.int64),
+            "states": np.concatenate(states).astype(ml_dtypes.bfloat16).view(np.uint16),
+        }
+        files.write_bytes(folder / f"{number:06d}.safetensors", save(shard))
+        number += 1
+    return len(cache) + len(missing), len(missing)
+
+
+def length_groups(lengths: Int[np.ndarray, " n"], batch: int, longest: int):
+    """(places, length) of batches of texts of about the same length: few shapes, little padding."""
+    padded = np.minimum(SHORTEST * 2 ** np.ceil(np.log2(np.maximum(lengths / SHORTEST, 1))), longest)
+    for length in np.unique(padded):
+        places = np.flatnonzero(padded == length)
+        for begin in range(0, len(places), batch):
+            yield places[begin : begin + batch], int(length)
