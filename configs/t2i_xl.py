@@ -2,8 +2,8 @@
 
 python -m pixelflow_jax.convert --source=OFFICIAL_TEXT_MODEL --out=runs/t2i_xl
 
-The network converts, runs and matches the official one (docs/parity.md). The text encoder and
-captioned training data are not here yet, so `train` and `sample` say so.
+The network converts, runs and matches the official one (docs/parity.md). Its text encoder, Flan-T5-XL,
+is found on the hub, or in the folder that `sample --text_encoder=FOLDER` names. Training: t2i_256.
 """
 
 from pixelflow_jax.config import default_config
@@ -14,6 +14,8 @@ def get_config():
     config.dtype = "bfloat16"
     config.model.num_classes = 0
     config.model.context_dim = 2048
+    config.text.encoder = "google/flan-t5-xl"
+    config.text.max_length = 512
     config.data.resolution = 1024
     config.sample.guidance_scale = 4.0
     config.sample.guidance_schedule = "constant"

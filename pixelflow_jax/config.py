@@ -48,6 +48,7 @@ def default_config() -> ConfigDict:
                 patch_size=4,
                 num_classes=1000,  # 0 = no class labels
                 context_dim=0,  # width of the text states; 0 = no text
+                cross_gate=False,  # of text models: start as the class model of init_from
                 remat="none",  # none, dots or full: what the backward pass recomputes
                 scan_unroll=1,
             ),

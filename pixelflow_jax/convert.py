@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax import cli, files
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import TEXT, init_params
 from pixelflow_jax.models.inception import inception_params
 from pixelflow_jax.training.checkpoints import load_params, save_params
 
@@ -127,15 +127,31 @@ def from_official(state: State, config: ConfigDict) -> Params:
 
 
 def to_official(params: Params, config: ConfigDict) -> State:
-    """The official state dict (float32) from our parameters."""
+    """The official state dict (float32) from our parameters; a gate on cross-attention is folded in.
+
+    Raises:
+      UserError: if a text encoder is part of the model, which official weights have no place for.
+    """
+    if TEXT in params:
+        raise UserError("this model has a text encoder of its own, which official weights cannot hold")
     model, state = config.model, {}
     for rule in _outer_rules(model.patch_size, model.num_classes > 0):
         state[rule.official] = rule.save(np.asarray(_at(params, rule.ours)))
+    if model.context_dim and model.cross_gate:
+        params = _fold_gate(params)
     for rule in _block_rules(model.context_dim > 0):
         stacked = np.asarray(_at(params, ("blocks", *rule.ours)))
         for i, layer in enumerate(stacked):
             state[f"transformer_blocks.{i}.{rule.official}"] = rule.save(layer)
     return {name: np.ascontiguousarray(array) for name, array in state.items()}
+
+
+def _fold_gate(params: Params) -> Params:
+    """The same function without the gate on the cross-attention: its last layer takes it in."""
+    blocks = params["blocks"]
+    gate, out = np.asarray(blocks["cross_gate"]), blocks["cross_attention"]["o"]
+    out = {"kernel": np.asarray(out["kernel"]) * gate[:, None], "bias": np.asarray(out["bias"]) * gate}
+    return {**params, "blocks": {**blocks, "cross_attention": {**blocks["cross_attention"], "o": out}}}
 
 
 def _at(tree: Params, path: tuple[str, ...]) -> Any:
@@ -180,6 +196,7 @@ def official_config(values: dict[str, Any]) -> ConfigDict:
         )
     if config.model.context_dim:
         config.sample.guidance_schedule = "constant"
+        config.text.encoder, config.text.max_length = "google/flan-t5-xl", 512
     config.batch_size = config.batch_size // config.cascade.num_stages * config.cascade.num_stages
     check_config(config)
     return config

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from pixelflow_jax import sample, sharding, train
-from pixelflow_jax.config import load_config
+from pixelflow_jax.config import build_model, load_config
+from pixelflow_jax.convert import from_official, to_official
 from pixelflow_jax.data import captioned_digits as digits
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
+from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.text.encoder import TextEncoder
 from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, read_tokenizer, word_tokenizer
+from pixelflow_jax.training.start import check_shapes
 
 from tiny_t5 import T5, public_state
 
@@ -178,3 +182,34 @@ def test_bad_prompts(tmp_path):
             sample.main([f"--checkpoint={run}", f"--out={tmp_path / 'out'}", *flags])
     with pytest.raises(UserError, match="has classes, but the model takes text"):
         train.main(["--config=t2i_tiny", f"--workdir={tmp_path / 'b'}", "--config.data.source=digits"])
+
+
+def test_text_model_from_a_class_model(noisy_params):
+    """Catches a start that is not the class model's, and a gate that the official form loses."""
+    sizes = ["model.num_heads=2", "model.head_dim=8", "model.depth=2"]
+    classes = load_config("digits", sizes)
+    text = load_config("t2i_tiny", [*sizes, "model.context_dim=16", "model.cross_gate=True"])
+    text.text.encoder, text.model.patch_size = "", classes.model.patch_size
+    old_model, model = build_model(classes), build_model(text)
+    old = noisy_params(old_model)
+    params = from_class_model(old, init_params(model, 0))
+    check_shapes(params, jax.eval_shape(lambda: init_params(model, 0)), "the class model")
+    layout = PackLayout((Group(2, 2, 3),))
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens, times = jax.random.normal(keys[0], (1, 12, 48)), jnp.array([[10.0, 600.0]])
+    states, mask = jax.random.normal(keys[1], (1, 2, 5, 16)), jnp.ones((1, 2, 5), bool)
+    expected = old_model.apply({"params": old}, tokens, times, layout, labels=jnp.full((1, 2), 10))
+
+    def velocity(model, params):
+        inputs = dict(context=states, context_mask=mask)
+        return model.apply({"params": params}, tokens, times, layout, **inputs)
+
+    found = velocity(model, params)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=3e-5)  # values up to 15
+    params["blocks"]["cross_gate"] = jax.random.normal(keys[2], (2, 16))
+    gated = velocity(model, params)
+    assert np.abs(gated - found).max() > 1e-3
+    plain = text.copy_and_resolve_references()
+    plain.model.cross_gate = False
+    again = from_official(to_official(params, text), plain)
+    np.testing.assert_allclose(velocity(build_model(plain), again), gated, rtol=1e-4, atol=1e-5)

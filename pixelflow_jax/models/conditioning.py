@@ -30,6 +30,25 @@ def init_params(model: PixelFlow, seed: int) -> dict:
     return params
 
 
+def from_class_model(params: dict, fresh: dict) -> dict:
+    """A text model's parameters from those of a class model of the same size.
+
+    What only a text model has is taken from `fresh`. The null class moves into the size embedding's
+    bias; with `cross_gate` the new model's velocity therefore is, at first, the class model's for no
+    class.
+    """
+
+    def merged(old, new):
+        if not isinstance(new, dict):
+            return old
+        return {name: merged(old[name], part) if name in old else part for name, part in new.items()}
+
+    size, classes = params["size_embed"], params["class_embed"]["embedding"]
+    last = {**size["linear_2"], "bias": size["linear_2"]["bias"] + classes[-1]}
+    old = {**params, "size_embed": {**size, "linear_2": last}}
+    return merged(old, fresh)
+
+
 def encode_text(model: PixelFlow, params: dict, condition: Condition) -> Condition:
     """Turns {"text_ids", "text_mask"} into {"context", "context_mask"}; leaves all else as it is."""
     if "text_ids" not in condition:

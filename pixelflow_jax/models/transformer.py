@@ -156,6 +156,7 @@ class Block(nn.Module):
     param_dtype: Dtype
     platform: str | None = None
     gather: Callable[[Any], Any] | None = None
+    cross_gate: bool = False
 
     def __call__(self, *args):
         """x [rows, n, d], conditioning [rows, sequences, d] -> (x, None), as nn.scan wants it."""
@@ -183,7 +184,11 @@ class Block(nn.Module):
         if self.cross_attention:
             h = RMSNorm(self.param_dtype, name="cross_norm")(x)
             cross = Attention(**settings, **dtypes, name="cross_attention")
-            x = x + cross(h, layout, rope, context, context_mask)
+            h = cross(h, layout, rope, context, context_mask)
+            if self.cross_gate:
+                gate = self.param("cross_gate", zeros, (dim,), self.param_dtype)
+                h = (gate.astype(wide(self.dtype)) * h).astype(self.dtype)
+            x = x + h
 
         h = RMSNorm(self.param_dtype, name="mlp_norm")(x)
         h = (h.astype(wide(self.dtype)) * (1 + scale2) + shift2).astype(self.dtype)
@@ -200,6 +205,7 @@ class PixelFlow(nn.Module):
       patch_size: pixels a side of a token.
       num_classes: classes of a class-conditional model (label num_classes is the null class), or 0.
       context_dim: width of the text states a text model attends to, or 0.
+      cross_gate: a learned gate on the cross-attention, 0 at first, which the released model has not.
       dtype, param_dtype: of computation and of parameters.
       text: sizes of a text encoder whose parameters are part of the model (conditioning.py), or None.
       remat: what the backward pass keeps; a name of REMAT_POLICIES.
@@ -214,6 +220,7 @@ class PixelFlow(nn.Module):
     patch_size: int
     num_classes: int = 0
     context_dim: int = 0
+    cross_gate: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
@@ -274,6 +281,7 @@ class PixelFlow(nn.Module):
             self.context_dim > 0,
             platform=self.platform,
             gather=self.gather_layer,
+            cross_gate=self.cross_gate,
             **dtypes,
             name="blocks",
         )

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 from pixelflow_jax import files
 from pixelflow_jax.config import config_from_dict, differences
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints
-from pixelflow_jax.training.step import TrainState, abstract_state, init_params, init_state
+from pixelflow_jax.training.step import TrainState, abstract_state, init_state
 
 
 def start_or_resume(
@@ -46,6 +47,8 @@ def start_or_resume(
     if load_initial is None:
         return jax.jit(init, out_shardings=shardings)(), {"pending": []}
     params = load_initial()
+    if model.context_dim and "class_embed" in params:
+        params = from_class_model(params, jax.jit(lambda: init_params(model, config.seed))())
     check_shapes(params, template.params, config.init_from)
     params = jax.tree.map(
         lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]),

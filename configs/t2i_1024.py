@@ -1,0 +1,19 @@
+"""Text to image at 1024x1024: t2i_512 goes on at a higher resolution.
+
+python -m pixelflow_jax.train --config=configs/t2i_1024.py --workdir=runs/t2i_1024 \\
+    --config.data.path=PICTURES --config.init_from=runs/t2i_512
+
+Hardware: as for t2i_512 (a projection). Expected: not run yet.
+"""
+
+from pixelflow_jax.configs.t2i_512 import get_config as coarser
+
+
+def get_config():
+    config = coarser()
+    config.num_train_steps = 100_000
+    config.batch_size = 128
+    config.data.resolution = 1024
+    config.optimizer.learning_rate = 5e-5
+    config.text.max_length = 512  # as the released model
+    return config

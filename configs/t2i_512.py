@@ -1,0 +1,18 @@
+"""Text to image at 512x512: t2i_256 goes on at a higher resolution.
+
+python -m pixelflow_jax.train --config=configs/t2i_512.py --workdir=runs/t2i_512 \\
+    --config.data.path=PICTURES --config.init_from=runs/t2i_256
+
+Hardware: as for t2i_256 (a projection). Expected: not run yet.
+"""
+
+from pixelflow_jax.configs.t2i_256 import get_config as coarser
+
+
+def get_config():
+    config = coarser()
+    config.num_train_steps = 200_000
+    config.batch_size = 256
+    config.data.resolution = 512
+    config.optimizer.learning_rate = 5e-5
+    return config
