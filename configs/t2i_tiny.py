@@ -1,4 +1,4 @@
-"""Text to image on 2 CPU cores: captioned digits, 24x24, two stages, a small T5 trained jointly.
+"""Text to image on 2 CPU cores: captioned digits, 16x16, two stages, a small T5 trained jointly.
 
 python -m pixelflow_jax.train --config=configs/t2i_tiny.py --workdir=runs/t2i_tiny
 python -m pixelflow_jax.sample --checkpoint=runs/t2i_tiny --out=two \\
@@ -11,11 +11,11 @@ from pixelflow_jax.data.captioned_digits import vocabulary
 
 def get_config():
     config = default_config()
-    config.num_train_steps = 3600
+    config.num_train_steps = 5600
     config.batch_size = 32
     config.log_every = 100
-    config.checkpoint_every = 900
-    config.sample_every = 900
+    config.checkpoint_every = 1400
+    config.sample_every = 1400
 
     config.model.num_heads = 6
     config.model.head_dim = 32
@@ -28,14 +28,14 @@ def get_config():
     config.text.encoder = "joint"
     config.text.max_length = 16
     config.text.words = vocabulary()
-    config.text.num_layers = 2
-    config.text.num_heads = 3
-    config.text.head_dim = 32
+    config.text.num_layers = 1
+    config.text.num_heads = 6
+    config.text.head_dim = 16
     config.text.mlp_dim = 192
 
     config.cascade.num_stages = 2
     config.data.source = "captioned_digits"
-    config.data.resolution = 24
+    config.data.resolution = 16
     config.data.crop = "none"
     config.data.flip = False
     config.data.num_threads = 1

@@ -189,8 +189,6 @@ def check_memory(config, skip: bool, state_bytes: dict) -> str:
         raise Note("not estimated (--no_compile)")
     import jax
 
-    if config.model.context_dim:
-        raise Note("not estimated: a text model's train step is not here yet")
     compiled, state, _, (_, seconds) = compile_step(config, jax.devices())
     state_bytes["all"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     needed = memory_per_device(compiled)["peak"]

@@ -122,6 +122,7 @@ def test_packed_captions_feed_the_loader(text_folder, tmp_path):
         f"data.path={out}",
         "batch_size=6",
         "data.label_dropout=0.5",
+        "data.resolution=24",
     ]
     config = load_config("t2i_tiny", overrides)
     source, plain = load_source(config), CaptionFolder(str(text_folder), "train")

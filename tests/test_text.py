@@ -160,7 +160,7 @@ def test_from_training_to_prompts(kind, tmp_path, t5_folder, capsys):
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["prompts"] == prompts and settings["negative_prompt"] == ""
     with np.load(tmp_path / "out" / "samples.npz") as file:
-        assert file["arr_0"].shape == (2, 24, 24, 3) and file["prompt"].tolist() == [0, 1]
+        assert file["arr_0"].shape == (2, 16, 16, 3) and file["prompt"].tolist() == [0, 1]
 
 
 def test_bad_prompts(tmp_path):
