@@ -6,18 +6,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from pixelflow_jax import arrays, sharding
 from pixelflow_jax.config import DTYPES
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.layouts import check_layout, read_prompts_file
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_tokenizer, warn_of_cuts
 
-LABEL_FLAGS, PROMPT_FLAGS = ("labels", "negative_labels"), ("prompt", "prompts_file", "negative_prompt")
+LABEL_FLAGS, PROMPT_FLAGS = (
+    ("labels", "negative_labels"),
+    ("prompt", "prompts_file", "negative_prompt", "layout"),
+)
 ENCODED = 16  # texts a batch of a frozen encoder
 
 
@@ -100,9 +103,12 @@ def read_labels(path: str, classes: int) -> Int[np.ndarray, " n"]:
 
 
 def _of_prompts(args, config: ConfigDict, start: Any) -> Conditions:
-    prompts = read_prompts(args)
+    entries = read_prompts(args)
+    prompts = [entry["prompt"] for entry in entries]
     negative = args.negative_prompt or ""
     count = _count(args, start, len(prompts))
+    if args.layout is not None:
+        check_layout(args.layout, entries, count)
     rows = (np.arange(count) % len(prompts)).astype(np.int32)
     tables = encode(args, [*prompts, negative], config)
     table, null_table = (
@@ -137,24 +143,14 @@ def encode(args, texts: list[str], config: ConfigDict) -> Condition:
     return {name: np.concatenate([part[name] for part in parts])[: len(texts)] for name in parts[0]}
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt and --prompts_file. Raises UserError for none, or an empty one."""
-    prompts = list(args.prompt or ())
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
+def read_prompts(args: argparse.Namespace) -> list[dict]:
+    """[{"prompt": ...}] of --prompt and --prompts_file. Raises UserError for none, or an empty one."""
+    entries = [{"prompt": prompt.strip()} for prompt in args.prompt or ()]
+    for number, entry in enumerate(entries, 1):
+        if not entry["prompt"]:
             raise UserError(f"--prompt number {number} is empty; say what the image shall show")
     if args.prompts_file is not None:
-        path = epath.Path(args.prompts_file)
-        try:
-            lines = path.read_text().splitlines()
-        except (FileNotFoundError, IsADirectoryError):
-            raise UserError(f"--prompts_file={path} is not a file") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompts_file={path} is not UTF-8: {error}") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                raise UserError(f"--prompts_file={path}: line {number} is empty")
-        prompts += [line.strip() for line in lines]
-    if not prompts:
+        entries += read_prompts_file(args.prompts_file)
+    if not entries:
         raise UserError(f'--checkpoint={args.checkpoint} is a text model: give it a --prompt="..."')
-    return prompts
+    return entries

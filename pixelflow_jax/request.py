@@ -16,6 +16,7 @@ from pixelflow_jax import arrays, cli, files
 from pixelflow_jax.conditions import Conditions, read_conditions
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.images import UINT8_RULE
+from pixelflow_jax.layouts import LAYOUTS
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
 from pixelflow_jax.sampling.budget import plan_steps
 from pixelflow_jax.sampling.generate import build_sampler, fit_image, read_image
@@ -42,7 +43,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--labels", type=numbers, help="classes, such as 0,1,2; in turn (default: all of them)")
     add("--negative_labels", type=numbers, help="classes to steer away from (default: the null class)")
     add("--prompt", action="append", help="what to show (text models); may be given several times")
-    add("--prompts_file", help="a text file with a prompt a line")
+    add("--prompts_file", help='a prompt a line; .jsonl with a "prompt" each; or a folder of .txt')
+    add("--layout", choices=LAYOUTS, help="also OUT/geneval or OUT/dpg, as those scorers read them")
     add("--text_encoder", help="T5 folder or hub id (default: as trained)")
     add("--negative_prompt", help="a text to steer away from (default: the empty text)")
     add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")

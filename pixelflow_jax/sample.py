@@ -32,9 +32,10 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from pixelflow_jax import arrays, cli, files, hosts, request
-from pixelflow_jax.conditions import read_conditions
+from pixelflow_jax.conditions import read_conditions, read_prompts
 from pixelflow_jax.config import default_config
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.layouts import write_layout
 from pixelflow_jax.models.conditioning import encode_text
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import AXIS, fit_image, make_generate, save_strip
@@ -80,6 +81,9 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     if cli.is_first_process():
         watch("putting samples.npz together")
         folder.finish()
+        if args.layout is not None:
+            entries = read_prompts(args)
+            write_layout(args.layout, folder.path / "samples.npz", entries, folder.path / args.layout)
     hosts.barrier("samples.npz is there")
     if not cli.is_first_process():
         return "", None

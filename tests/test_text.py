@@ -15,6 +15,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
 from pixelflow_jax.packing import Group, PackLayout
+from pixelflow_jax.sampling.generate import read_image
 from pixelflow_jax.text.encoder import TextEncoder
 from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, read_tokenizer, word_tokenizer
 from pixelflow_jax.training.start import check_shapes
@@ -158,7 +159,10 @@ def test_from_training_to_prompts(kind, tmp_path, t5_folder, capsys):
     printed = capsys.readouterr()
     assert "is 5 tokens longer than the limit of 16" in printed.err
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["prompts"] == prompts and settings["negative_prompt"] == ""
+    assert (
+        settings["prompts"] == [prompt.strip() for prompt in prompts]
+        and settings["negative_prompt"] == ""
+    )
     with np.load(tmp_path / "out" / "samples.npz") as file:
         assert file["arr_0"].shape == (2, 16, 16, 3) and file["prompt"].tolist() == [0, 1]
 
@@ -173,7 +177,7 @@ def test_bad_prompts(tmp_path):
         ([], "give it a --prompt"),
         (["--prompt= "], "number 1 is empty"),
         (["--labels=3"], "use --prompt, not --labels"),
-        ([f"--prompts_file={tmp_path / 'none.txt'}"], "is not a file"),
+        ([f"--prompts_file={tmp_path / 'none.txt'}"], "is neither a file nor a folder"),
         ([f"--prompts_file={tmp_path / 'latin.txt'}"], "is not UTF-8"),
         ([f"--prompts_file={tmp_path / 'gap.txt'}"], "line 2 is empty"),
         (["--prompt=six", "--text_encoder=x"], "this one has its own"),
@@ -213,3 +217,34 @@ def test_text_model_from_a_class_model(noisy_params):
     plain.model.cross_gate = False
     again = from_official(to_official(params, text), plain)
     np.testing.assert_allclose(velocity(build_model(plain), again), gated, rtol=1e-4, atol=1e-5)
+
+
+def test_layouts_of_the_scorers(tmp_path):
+    """Catches a picture under another prompt's name, and metadata that the scorer cannot read."""
+    run = tmp_path / "run"
+    train.main(["--config=t2i_tiny", f"--workdir={run}", *TINY, "--config.sample_every=0"])
+    entries = [{"prompt": "a six", "tag": "x", "include": []}, {"prompt": "a two", "tag": "y"}]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "prompts").mkdir()
+    for name, entry in zip(("first", "second"), entries, strict=True):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(entry["prompt"] + "\n")
+    flags = [f"--checkpoint={run}", "--num_images=8", "--batch_size=8"]
+    images = {}
+    for layout, file in (("geneval", "g.jsonl"), ("dpg", "prompts")):
+        out = tmp_path / f"out_{layout}"
+        extra = [f"--out={out}", f"--prompts_file={tmp_path / file}", f"--layout={layout}"]
+        sample.main([*flags, *extra])
+        with np.load(out / "samples.npz") as found:
+            images[layout] = found["arr_0"]
+    folder = tmp_path / "out_geneval" / "geneval" / "00001"
+    assert json.loads((folder / "metadata.jsonl").read_text()) == entries[1]
+    np.testing.assert_array_equal(read_image(folder / "samples" / "0002.png"), images["geneval"][5])
+    grid = read_image(tmp_path / "out_dpg" / "dpg" / "second.png")
+    np.testing.assert_array_equal(grid[16:, :16], images["dpg"][5])
+    for extra, match in (
+        (["--num_images=6", "--layout=dpg"], "set --num_images=8"),
+        (["--num_images=3", "--layout=geneval"], "as many images for each"),
+    ):
+        with pytest.raises(UserError, match=match):
+            prompts = f"--prompts_file={tmp_path / 'prompts'}"
+            sample.main([flags[0], f"--out={tmp_path / 'z'}", prompts, *extra])
