@@ -15,11 +15,13 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
 from pixelflow_jax.packing import Group, PackLayout
-from pixelflow_jax.sampling.generate import read_image
+from pixelflow_jax.sampling.generate import build_sampler, read_image
+from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.text.encoder import TextEncoder
 from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, read_tokenizer, word_tokenizer
 from pixelflow_jax.training.start import check_shapes
 
+from conftest import calm
 from tiny_t5 import T5, public_state
 
 TINY = [
@@ -248,3 +250,24 @@ def test_layouts_of_the_scorers(tmp_path):
         with pytest.raises(UserError, match=match):
             prompts = f"--prompts_file={tmp_path / 'prompts'}"
             sample.main([flags[0], f"--out={tmp_path / 'z'}", prompts, *extra])
+
+
+def test_dopri5_agrees_with_fine_euler():
+    """Catches a solver that treats a text model otherwise: Euler must come nearer at its first order."""
+    config = load_config("t2i_tiny", ["model.num_heads=2", "model.head_dim=8", "model.depth=2"])
+    config.text.encoder, config.text.words, config.model.context_dim = "", (), 16
+    config.sample.rtol = config.sample.atol = 1e-5
+    states = jax.random.normal(jax.random.key(0), (2, 2, 6, 16))
+    mask = jnp.arange(6) < jnp.array([[6], [3]])
+    conditions = [{"context": x, "context_mask": mask} for x in states]
+    params = calm(build_model(config))
+
+    def image(solver, steps=1):
+        config.sample.solver, config.sample.num_steps = solver, (steps,)
+        sampler = build_sampler(config)
+        noise = sampler.draw_noise(image_keys(0, jnp.arange(2)))
+        return jax.jit(sampler.sample)(params, noise, *conditions)[-1]
+
+    truth = image("dopri5")
+    coarse, fine = (float(jnp.abs(image("euler", n) - truth).max()) for n in (50, 200))
+    assert fine < 0.02 * float(jnp.abs(truth).max()) and 3 < coarse / fine < 5
