@@ -17,10 +17,13 @@ if not os.environ.get("PIXELFLOW_TESTS_OPTIMIZED"):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
-# Programs are compiled once a session, also those of child processes.
-CACHE = tempfile.TemporaryDirectory(prefix="pixelflow-tests-")
+# Programs are compiled once a session, also those of child processes and of the workers of `-n`.
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+if CACHE is None or "PYTEST_XDIST_WORKER" not in os.environ:
+    FOLDER = tempfile.TemporaryDirectory(prefix="pixelflow-tests-")
+    CACHE = FOLDER.name
 for name, value in (
-    ("jax_compilation_cache_dir", CACHE.name),
+    ("jax_compilation_cache_dir", CACHE),
     ("jax_persistent_cache_min_compile_time_secs", 0.5),
     ("jax_persistent_cache_min_entry_size_bytes", -1),
 ):

@@ -312,9 +312,16 @@ def numbers(workdir):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(workdir)]
 
 
-def wait_for_rows(child, workdir, count):
+def checkpoints(workdir) -> list[int]:
+    """Steps of the checkpoints that are whole (those on their way have other names)."""
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def wait_for_checkpoint(child, workdir, after):
+    """Until a checkpoint later than step `after` is whole; saving is asynchronous, rows come earlier."""
     end = time.monotonic() + 150
-    while len(rows(workdir)) < count:
+    while max(checkpoints(workdir), default=0) <= after:
         assert child.poll() is None, child.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -324,33 +331,25 @@ def wait_for_rows(child, workdir, count):
 def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, tiny_flags):
     """Catches a pod that hangs after a crash of one host, or loses steps by it."""
     flags = [*tiny_flags, "--config.batch_size=16", "--config.checkpoint_every=5"]
-    flags += [
-        "--config.log_every=1",
-        "--config.num_train_steps=40",
-        "--config.optimizer.schedule=constant",
-    ]
-    whole = local_hosts(2, tmp_path / "whole", flags)
-    assert whole.wait(200) == 0, whole.communicate()[0]
+    flags += ["--config.log_every=1", "--config.optimizer.schedule=constant"]
     for victim in (1, 0):
         child = local_hosts(2, tmp_path / "run", [*flags, "--config.num_train_steps=4000"])
-        wait_for_rows(child, tmp_path / "run", len(rows(tmp_path / "run")) + 7)
+        wait_for_checkpoint(child, tmp_path / "run", max(checkpoints(tmp_path / "run"), default=0))
         os.kill(process_of(victim, tmp_path / "run"), signal.SIGKILL)
         begin = time.monotonic()
         output = child.communicate(timeout=100)[0]
         assert child.returncode != 0 and time.monotonic() - begin < 30, output
         assert f"error: process {victim} " in output and "is gone" in output, output
         assert "Checkpoints are kept" in output
-        _cut_rows(tmp_path / "run")
+    # a busy machine decides how far the killed runs came: the comparison goes a little further
+    flags.append(f"--config.num_train_steps={max(checkpoints(tmp_path / 'run')) + 10}")
     end = local_hosts(2, tmp_path / "run", flags)
-    output = end.communicate(timeout=200)[0]
+    output = end.communicate(timeout=300)[0]
     assert end.returncode == 0 and "Going on from step" in output, output
+    whole = local_hosts(2, tmp_path / "whole", flags)
+    output = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, output
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
-
-
-def _cut_rows(workdir):
-    """The run must not have passed the end of the one it is compared with."""
-    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
-    assert steps and max(steps) < 40, steps
 
 
 def test_one_never_started_and_two_versions(tmp_path, tiny_flags):
