@@ -27,7 +27,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command: bad input is one line on stderr and exit code 2, without a traceback."""
     for name in ("absl", "asyncio"):  # Orbax logs tracebacks there of what we report in a sentence
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _except_in_background
+    sys.unraisablehook = _unraisable
     try:
         main()
         return
@@ -54,13 +54,13 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
-def _except_in_background(kind, error, trace) -> None:
-    """What Python does with an exception that nobody catches, but for the noise of a failed save.
+def _unraisable(what) -> None:
+    """Python's own hook for exceptions that nobody can catch, but for the noise of a failed save.
 
     Tensorstore's threads go on to call a loop that Orbax has closed; the save is reported in a sentence.
     """
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def is_first_process() -> bool:
