@@ -59,17 +59,15 @@ def stacked(pictures) -> dict[str, np.ndarray]:
     return {name: np.stack([f[name] for f in found]) for name in CHOICES}
 
 
-def composites(split: str, count: int, resolution: int, held_out: bool | None = None):
+def composites(split: str, count: int, size: tuple[int, int], held_out: bool | None = None):
     """(pictures, attributes) of real scans; of either kind of combination, or of both in turn."""
-    data = default_config().data
-    data.resolution = resolution
-    source = digits.captioned_digits(data, split)
+    source = digits.captioned_digits(default_config().data, split)
     pictures, attributes = [], []
     for index in range(count):
         rng = np.random.default_rng((7, index))
         found = digits.draw_attributes(rng, bool(index % 2) if held_out is None else held_out)
         scans = source.scans[found.digit]
-        pictures.append(digits.paint(scans[rng.integers(len(scans))], found, resolution))
+        pictures.append(digits.paint(scans[rng.integers(len(scans))], found, size))
         attributes.append(found)
     return np.stack(pictures), attributes
 
@@ -77,8 +75,8 @@ def composites(split: str, count: int, resolution: int, held_out: bool | None = 
 class Judges:
     """An SVC an attribute, fitted on real composites of the training scans."""
 
-    def __init__(self, resolution: int, count: int = 4000):
-        pictures, attributes = composites("train", count, resolution)
+    def __init__(self, size: tuple[int, int], count: int = 4000):
+        pictures, attributes = composites("train", count, size)
         seen = stacked(pictures)
         self._judges = {}
         for name in CHOICES:
@@ -94,13 +92,13 @@ class Judges:
         }
 
 
-def draw(checkpoint: str, prompts: list[str], scale: float | None, batch: int = 100):
-    """(a picture a prompt, config), at the config's own guidance unless `scale` is given."""
+def draw(checkpoint: str, prompts: list[str], scale: float | None, size=(None, None), batch: int = 100):
+    """(a picture a prompt, config), at the config's own guidance and size unless they are given."""
     params, config, _ = load_params(checkpoint)
     if scale is not None:
         config.sample.guidance_scale = scale
     start, parts = FromSeed(1000), []
-    generate = make_generate(build_sampler(config), start)
+    generate = make_generate(build_sampler(config, *size), start)
     tokenize, length = make_tokenizer(config), config.text.max_length
     null = tokenize([""] * batch, length).condition()
     for begin in range(0, len(prompts), batch):
@@ -118,7 +116,10 @@ def captioned_grid(path: str, pictures, prompts, columns: int = 4, side: int = 1
     pen = ImageDraw.Draw(canvas)
     for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         x, y = (number % columns) * (side + 12) + 6, (number // columns) * (side + 48) + 4
-        canvas.paste(Image.fromarray(picture).resize((side, side), Image.NEAREST), (x, y))
+        shown = Image.fromarray(picture)
+        scale = side / max(shown.size)
+        shown = shown.resize(tuple(round(scale * n) for n in shown.size), Image.NEAREST)
+        canvas.paste(shown, (x, y + side - shown.height))
         lines, line = [], ""
         for word in prompt.split():
             if len(line) + len(word) > 30:
@@ -136,6 +137,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--num_samples", type=int, default=1000)
     parser.add_argument("--guidance_scales", type=float, nargs="+", help="default: the config's")
+    parser.add_argument("--height", type=int, help="default: as trained")
+    parser.add_argument("--width", type=int, help="default: as trained")
     parser.add_argument("--grid", help="PNG file to write, with 12 samples and their prompts")
     args = parser.parse_args()
     rng = np.random.default_rng(1)
@@ -143,14 +146,15 @@ def main() -> None:
     prompts = [a.captions()[i % len(digits.WORDINGS)] for i, a in enumerate(wanted)]
     judges = None
     for scale in args.guidance_scales or [None]:
-        pictures, config = draw(args.checkpoint, prompts, scale)
+        pictures, config = draw(args.checkpoint, prompts, scale, (args.height, args.width))
         if judges is None:
-            resolution = config.data.resolution
-            judges = Judges(resolution)
-            real = judges.scores(*composites("test", 1000, resolution, held_out=True))
+            size = pictures.shape[1:3]
+            judges = Judges(size)
+            real = judges.scores(*composites("test", 1000, size, held_out=True))
         found = judges.scores(pictures, wanted)
         print(
-            f"\nguidance {config.sample.guidance_scale}, {len(prompts)} prompts, held-out combinations\n"
+            f"\nguidance {config.sample.guidance_scale}, {len(prompts)} prompts, held-out combinations, "
+            f"{size[0]}x{size[1]}\n"
         )
         print("| attribute | samples | real composites | chance |\n| --- | --- | --- | --- |")
         for name, choices in CHOICES.items():

@@ -47,7 +47,7 @@ delete() { # with the VM that belongs to it; looks whether it is really gone
   local i
   for ((i = 0; i < 2 * tries; i++)); do
     run gcloud compute tpus queued-resources delete "${setting[NAME]}" "${where[@]}" --force --quiet || true
-    if [[ -n "$dry_run" || "$(state)" == NONE ]]; then return; fi
+    if [[ -n "$dry_run" || "$(state)" == NONE ]]; then return 0; fi # plain `return` in a trap gives the code before it
     pause
   done
   fail "${setting[NAME]} COULD NOT BE DELETED and may cost money: see gcloud compute tpus queued-resources list" 1

@@ -69,6 +69,9 @@ def default_config() -> ConfigDict:
                 name="",  # of a TFDS dataset
                 split="train",
                 resolution=256,
+                max_aspect_ratio=1.0,  # above 1: sizes of resolution^2 pixels, up to this much longer
+                bucket_unit=64,  # their sides are multiples of it
+                mix_sizes=False,  # false: a batch has one size; true: each image has its own
                 crop="random",  # random (short side to 1.125 x resolution first), center or none
                 flip=True,
                 label_dropout=0.1,  # share of labels (or captions) dropped, for guidance
@@ -218,6 +221,7 @@ def check_config(config: ConfigDict) -> None:
     _check_text(config)
     cascade = build_cascade(config)
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
+    _check_buckets(config)
     check_batch_size(config)
 
 
@@ -232,6 +236,29 @@ def _check_text(config: ConfigDict) -> None:
         raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has none")
     if text.encoder == "joint" and not (config.model.context_dim and text.words):
         raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
+
+
+def _check_buckets(config: ConfigDict) -> None:
+    data, unit = config.data, block_unit(config)
+    if data.max_aspect_ratio < 1:
+        raise UserError(f"config.data.max_aspect_ratio must be at least 1, got {data.max_aspect_ratio}")
+    if data.max_aspect_ratio > 1 and (data.bucket_unit < 1 or data.bucket_unit % unit):
+        raise UserError(
+            f"config.data.bucket_unit must be a positive multiple of {unit} (patch_size x "
+            f"2^(stages - 1)), got {data.bucket_unit}"
+        )
+    if data.mix_sizes and data.max_aspect_ratio == 1:
+        raise UserError("config.data.mix_sizes needs config.data.max_aspect_ratio above 1")
+
+
+def block_unit(config: ConfigDict) -> int:
+    """Pixels a side of what one token of the coarsest stage shows: sizes are multiples of it."""
+    return config.model.patch_size * 2 ** (config.cascade.num_stages - 1)
+
+
+def max_blocks(config: ConfigDict) -> int:
+    """How many such blocks an image has at most."""
+    return config.data.resolution**2 // block_unit(config) ** 2
 
 
 def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:

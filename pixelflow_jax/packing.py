@@ -3,14 +3,18 @@
 A row holds groups; a group holds `count` sequences of one token grid. Linear layers see the whole
 row; attention slices a group out and sees [rows * count, length]: no mask, no padding.
 Arrays are [rows, ...]: a row is what one device works on, so the first axis is what gets sharded.
+
+Where a batch mixes images whose sizes are known on the device only, `MixedLayout` gives each a lane of
+static length; what an image does not fill is padding, told apart by segment ids.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Group:
         return self.height * self.width
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class PackLayout:
     """Which sequences stand where in a packed row. Hashable, so it can be a static argument."""
@@ -90,3 +95,43 @@ class PackLayout:
         """The index of the sequence that each token belongs to."""
         lengths = [group.length for group in self.groups for _ in range(group.count)]
         return np.repeat(np.arange(self.num_sequences), lengths)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixedLayout:
+    """Sequences of sizes that are known on the device only, each at the start of its lane.
+
+    Attributes:
+      lanes: how many lanes there are, and of what length, as groups of a PackLayout.
+      positions: (row, column) of every token in its own grid.
+      mask: False where a lane is padding.
+      sizes: (height, width) of each sequence's token grid.
+    """
+
+    lanes: PackLayout
+    positions: Int[Array, "rows n 2"]
+    mask: Bool[Array, "rows n"]
+    sizes: Int[Array, "rows s 2"]
+
+    def pack(self, parts: Sequence[Shaped[Array, "rows count length d"]]) -> Shaped[Array, "rows n d"]:
+        """Joins one array per group of lanes into rows."""
+        return self.lanes.pack(parts)
+
+    def unpack(self, row: Shaped[Array, "rows n ..."]) -> list[Shaped[Array, "rows count length ..."]]:
+        """The inverse of `pack`."""
+        return self.lanes.unpack(row)
+
+    def split_sequences(self, x: Shaped[Array, "rows s ..."]) -> list[Shaped[Array, "rows count ..."]]:
+        """Cuts an array with one entry per sequence into one array per group."""
+        return self.lanes.split_sequences(x)
+
+    def to_tokens(self, x: Shaped[Array, "rows s d"]) -> Shaped[Array, "rows n d"]:
+        """Repeats each sequence's vector for every place of its lane."""
+        return self.lanes.to_tokens(x)
+
+    def sequence_means(self, row: Float[Array, "rows n d"]) -> Float[Array, "rows s"]:
+        """Mean over each sequence's own tokens and features; padding does not count."""
+        total = self.lanes.sequence_means(jnp.where(self.mask[..., None], row, 0))
+        share = self.lanes.sequence_means(self.mask[..., None].astype(row.dtype))
+        return total / share

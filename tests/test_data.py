@@ -64,7 +64,7 @@ def test_random_crop_is_a_crop_of_pillows_lanczos(size):
     """Catches a box off by a fraction of a pixel; the whole resized image is the oracle."""
     image = picture(*size)
     for seed in range(5):
-        ours = np.asarray(random_crop(image, 16, np.random.default_rng(seed)), int)
+        ours = np.asarray(random_crop(image, (16, 16), np.random.default_rng(seed)), int)
         short = 18  # 1.125 * 16
         scale = short / min(size)
         new = tuple(short if s == min(size) else int(s * scale) for s in size)
@@ -82,8 +82,8 @@ def test_center_crop_is_adms():
     image = picture(150, 90)
     half = image.resize((75, 45), Image.BOX)
     expected = half.resize((round(75 * 24 / 45), 24), Image.BICUBIC).crop((8, 0, 32, 24))
-    np.testing.assert_array_equal(np.asarray(center_crop(image, 24)), np.asarray(expected))
-    assert center_crop(picture(1, 3000), 16).size == (16, 16)  # and no terabyte on the way
+    np.testing.assert_array_equal(np.asarray(center_crop(image, (24, 24))), np.asarray(expected))
+    assert center_crop(picture(1, 3000), (16, 16)).size == (16, 16)  # and no terabyte on the way
 
 
 def test_odd_images_decode():
@@ -97,7 +97,7 @@ def test_odd_images_decode():
     animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert np.asarray(decode(animated))[0, 0].tolist() == [255, 0, 0]
     one_pixel = encoded(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG")
-    pixels = transform(one_pixel, 16, "random", False, np.random.default_rng(0))
+    pixels = transform(one_pixel, [(16, 16)], "random", False, np.random.default_rng(0))
     assert pixels.shape == (16, 16, 3) and (pixels == [9, 8, 7]).all()
     assert decode(encoded(picture().convert("P"), "PNG")).mode == "RGB"
     for broken in (

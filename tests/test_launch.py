@@ -338,7 +338,7 @@ def test_ctrl_c_leaves_no_tpu_behind(cloud, script):
     os.killpg(child.pid, signal.SIGINT)
     err = child.communicate(timeout=30)[1]
     ran = cloud.log.read_text().splitlines()
-    assert child.returncode == 130 and "interrupted" in err
+    assert child.returncode == 130 and "interrupted" in err, err
     assert steps(ran)[-2:] == wanted if wanted else "tpu-vm delete run1" in ran[-1]
 
 

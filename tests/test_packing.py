@@ -126,4 +126,78 @@ def test_text_padding_changes_no_bit(noisy_params):
 
     before = run(text, mask)
     assert (run(jnp.where(mask[..., None], text, 7.0), mask) == before).all()
+    for more in (3, 123):
+        longer = jnp.pad(text, [(0, 0), (0, 0), (0, more), (0, 0)], constant_values=3.0)
+        assert (run(longer, jnp.pad(mask, [(0, 0), (0, 0), (0, more)])) == before).all(), more
     assert not (run(text + mask[..., None], mask) == before).all()
+
+
+SIZES = ((8, 8), (4, 16), (12, 4), (4, 8))  # pixels; blocks have 4 a side
+
+
+def mixed_batch(seed=0):
+    """(images of several sizes, the same as blocks with padding, their keys)."""
+    rng = np.random.default_rng(seed)
+    pictures = [rng.uniform(-1, 1, (*size, 3)).astype(np.float32) for size in SIZES]
+    blocks = np.stack([flow.to_blocks(x, 4, 5) for x in pictures])  # one more than any has
+    return pictures, blocks[None], jax.random.split(jax.random.key(seed), (1, len(SIZES)))
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_mixed_sizes_have_the_losses_of_each_alone(noisy_params, kind):
+    """Catches padding that counts or is seen, and noise, positions or sizes of another image.
+
+    The loss of a batch that mixes sizes is the mean of what each image has alone.
+    """
+    text = kind == "text"
+    model = PixelFlow(2, 8, 2, 2, num_classes=0 if text else 3, context_dim=6 * text)
+    params, cascade = noisy_params(model), Cascade(2)
+    pictures, blocks, keys = mixed_batch()
+    condition = {"labels": jnp.arange(len(SIZES), dtype=jnp.int32)[None] % 3}
+    if text:
+        condition = {
+            "context": jax.random.normal(jax.random.key(5), (1, len(SIZES), 4, 6)),
+            "context_mask": jnp.arange(4) < 1 + jnp.arange(len(SIZES))[None, :, None] % 4,
+        }
+
+    def losses(batch, layout):
+        args = (batch.tokens, batch.timesteps, layout)
+        out = model.apply({"params": params}, *args, **batch.condition)
+        return flow.loss_per_image(layout, out, batch.target)[0]
+
+    @jax.jit
+    def mixed(blocks, sizes):
+        return losses(*flow.corrupt(cascade, 2, blocks, condition, keys, 3, 0.5, sizes))
+
+    found = mixed(blocks, jnp.array(SIZES)[None])
+    order = [*range(0, len(SIZES), 2), *range(1, len(SIZES), 2)]
+    alone = []
+    for image in order:  # beside a copy of itself, as both stages need an image
+        twice = jnp.array([image, image])
+        own = jax.tree.map(lambda x, twice=twice: x[:, twice], condition)
+        pair = jnp.asarray(pictures[image])[None, None].repeat(2, axis=1)
+        packed = flow.corrupt(cascade, 2, pair, own, keys[:, twice], 3, 0.5)
+        alone.append(losses(*packed)[image % 2])
+    np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.mean(), np.mean(alone), rtol=1e-6)
+    spoiled = mixed(jnp.where(blocks == 0, 9.0, blocks), jnp.array(SIZES)[None])
+    np.testing.assert_array_equal(found, spoiled)  # what stands in the padding
+
+
+@pytest.mark.parametrize("backend", ["einsum", "blockwise"])
+def test_segments_attend_to_themselves_alone(backend):
+    """Catches attention across segments, and NaN for one that is alone, forward and backward."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 512, 2, 8)), jnp.float32) for _ in range(3))
+    ids = jnp.asarray(np.repeat([0, 1, 2, 3], [100, 300, 1, 111]))[None]
+
+    def run(q, k, v):
+        return attention(q, k, v, segments=(ids, ids), backend=backend)
+
+    out, pull = jax.vjp(run, q, k, v)
+    for i in range(4):
+        own = np.asarray(ids[0] == i)
+        expected = attention(q[:, own], k[:, own], v[:, own], backend="einsum")
+        np.testing.assert_allclose(out[:, own], expected, atol=2e-6)
+        for grad in pull(jnp.where(own[None, :, None, None], 1.0, 0.0) * jnp.ones_like(out)):
+            assert np.isfinite(grad).all() and (np.asarray(grad)[:, ~own] == 0).all()

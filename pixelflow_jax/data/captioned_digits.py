@@ -12,6 +12,8 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from pixelflow_jax.data.buckets import bucket_sizes
+from pixelflow_jax.data.transforms import Size
 from pixelflow_jax.errors import UserError
 
 COLOURS = {
@@ -24,7 +26,7 @@ COLOURS = {
 }
 BACKGROUNDS = {**COLOURS, "black": (10, 10, 10)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIZES = {"small": 1 / 2, "large": 3 / 4}  # the digit's side, as a share of the picture's
+SIZES = {"small": 1 / 2, "large": 3 / 4}  # the digit's side, as a share of the picture's shorter one
 PLACES = {  # (row, column): 0 is the upper or left edge, 1 the lower or right one
     "on the left": (0.5, 0.0),
     "on the right": (0.5, 1.0),
@@ -90,14 +92,16 @@ def draw_attributes(rng: np.random.Generator, held_out: bool) -> Attributes:
 
 
 def paint(
-    scan: Float[np.ndarray, "8 8"], attributes: Attributes, resolution: int
+    scan: Float[np.ndarray, "8 8"], attributes: Attributes, size: Size
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A scan in [0, 1] as a picture of `resolution` pixels a side."""
+    """A scan in [0, 1] as a picture of (height, width) pixels."""
     words = attributes.words()
-    side = round(SIZES[words["size"]] * resolution)
-    row, column = (round(part * (resolution - side)) for part in PLACES[words["place"]])
+    side = round(SIZES[words["size"]] * min(size))
+    row, column = (
+        round(part * (whole - side)) for part, whole in zip(PLACES[words["place"]], size, strict=True)
+    )
     digit = Image.fromarray(np.round(255 * scan).astype(np.uint8)).resize((side, side), Image.BICUBIC)
-    ink = np.zeros((resolution, resolution, 1))
+    ink = np.zeros((*size, 1))
     ink[row : row + side, column : column + side, 0] = np.asarray(digit) / 255
     colour, background = np.array(COLOURS[words["colour"]]), np.array(BACKGROUNDS[words["background"]])
     return np.round(ink * colour + (1 - ink) * background).astype(np.uint8)
@@ -106,13 +110,15 @@ def paint(
 class CaptionedDigits:
     """Example i is a pure function of (split, i): a scan of the drawn digit, painted, with captions.
 
+    With max_aspect_ratio above 1, in one of the buckets' sizes.
+
     A captioned Source (see sources.py): `source[i]` is (picture, captions).
     """
 
     captioned, num_classes = True, 0
 
     def __init__(self, data: ConfigDict, split: str, scans, labels):
-        self._resolution, self._held_out = data.resolution, split == "test"
+        self._sizes, self._held_out = bucket_sizes(data), split == "test"
         self.scans = [scans[labels == digit] for digit in range(len(NUMBERS))]
 
     def __len__(self) -> int:
@@ -126,8 +132,9 @@ class CaptionedDigits:
         rng = np.random.default_rng((index, self._held_out))
         attributes = draw_attributes(rng, self._held_out)
         scans = self.scans[attributes.digit]
-        picture = paint(scans[rng.integers(len(scans))], attributes, self._resolution)
-        return picture, attributes.captions()
+        scan = scans[rng.integers(len(scans))]
+        size = self._sizes[rng.integers(len(self._sizes))]
+        return paint(scan, attributes, size), attributes.captions()
 
     def name(self, index: int) -> str:
         return f"captioned digit {index}"

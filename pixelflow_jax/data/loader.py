@@ -1,8 +1,8 @@
 """Batches by index, through Grain: what stands at step n is a function of (seed, n) alone.
 
-The stream of positions 0, 1, 2, ... runs through the epochs, each in an order of its own; batch n is
-the positions [n B, (n + 1) B). So the place of a run in its data is its step number, and an example
-is the same whatever process, worker or device gets it.
+The stream of positions 0, 1, 2, ... runs through the epochs, each in an order of its own (buckets.py);
+batch n is the positions [n B, (n + 1) B). So the place of a run in its data is its step number, and an
+example is the same whatever process, worker or device gets it.
 """
 
 import contextlib
@@ -18,15 +18,18 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from pixelflow_jax import flow
+from pixelflow_jax.config import block_unit, max_blocks
+from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
 from pixelflow_jax.data.sources import Source
-from pixelflow_jax.data.transforms import BrokenImage, transform
+from pixelflow_jax.data.transforms import BrokenImage, Size, transform
 from pixelflow_jax.text.encoder import make_text_reader
 
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
 
 
 class LoadExample(grain.transforms.RandomMap):
-    """Reads and transforms example `index`; a broken one is replaced by another.
+    """Reads and transforms an example; a broken one is replaced by another.
 
     `rng` is Grain's, seeded by (seed, position), so crop, flip and replacement are pure functions of
     those. "broken" is the index of the broken example, or -1.
@@ -36,23 +39,31 @@ class LoadExample(grain.transforms.RandomMap):
         data = config.data
         self._source, self._dropout = source, data.label_dropout
         self._encode = make_text_reader(config) if config.model.context_dim else None
-        self._resolution, self._crop, self._flip = data.resolution, data.crop, data.flip
+        self._crop, self._flip = data.crop, data.flip
+        self._unit = block_unit(config) if data.mix_sizes else None
+        self._count = max_blocks(config) if data.mix_sizes else None
 
-    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One example: {"image": uint8 [H, W, 3], "broken": int32, and its label or caption}."""
-        broken = -1
+    def random_map(
+        self, entry: tuple[int, tuple[Size, ...]], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """One example: {"image", "broken", and its label or caption} as make_batches stacks them."""
+        (index, sizes), broken = entry, -1
         for _ in range(REPLACEMENTS):
             try:
                 data, label = self._source[index]
-                image = transform(data, self._resolution, self._crop, self._flip, rng)
+                image = transform(data, sizes, self._crop, self._flip, rng)
                 break
             except (BrokenImage, OSError):
                 broken = index if broken < 0 else broken
                 index = int(rng.integers(len(self._source)))
         else:
-            image = np.zeros((self._resolution, self._resolution, 3), np.uint8)
+            image = np.zeros((*sizes[0], 3), np.uint8)
             label = ("",) if self._encode else 0
-        return {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
+        example = {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
+        if self._unit is not None:
+            example["size"] = np.array(image.shape[:2], np.int32)
+            example["image"] = flow.to_blocks(image, self._unit, self._count)
+        return example
 
     def _condition(self, label: int | tuple[str, ...], rng: np.random.Generator):
         """{"labels": int32}, or one caption as make_text_reader gives it."""
@@ -63,14 +74,19 @@ class LoadExample(grain.transforms.RandomMap):
         return {name: x[0] for name, x in self._encode([text]).items()}
 
 
-def make_examples(source: Source, config: ConfigDict) -> grain.MapDataset:
-    """Example by position: every epoch visits each example once, in an order of its own."""
-    indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
-    return indices.random_map(LoadExample(source, config))
+def make_examples(source: Source, config: ConfigDict, order=None) -> grain.MapDataset:
+    """Example by position, as `order` (default: that of the config) has them."""
+    order = make_order(source, config) if order is None else order
+    positions = grain.MapDataset.range(sys.maxsize).seed(config.seed)
+    return positions.map(order.__getitem__).random_map(LoadExample(source, config))
 
 
 def make_batches(
-    source: Source, config: ConfigDict, first_step: int = 0, rows: np.ndarray | None = None
+    source: Source,
+    config: ConfigDict,
+    first_step: int = 0,
+    rows: np.ndarray | None = None,
+    order: Shuffled | BucketOrder | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches from `first_step` on, without end, read ahead by threads or worker processes.
 
@@ -78,12 +94,14 @@ def make_batches(
       source, config: `config.batch_size` is the global batch.
       first_step: the first batch's number.
       rows: which entries of the global batch this process loads; None is all of them.
+      order: which example stands where (default: that of the config).
 
-    Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} and, of class models,
-    {"labels": int32 [b]}, of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]} or, from a
-    cache, {"context": bfloat16 [b, t, c], "context_mask": bool [b, t]}.
+    Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} (with mix_sizes, images
+    as flow.to_blocks cuts them, and "size": int32 [b, 2]) and, of class models, {"labels": int32 [b]},
+    of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]} or, from a cache,
+    {"context": bfloat16 [b, t, c], "context_mask": bool [b, t]}.
     """
-    examples, size = make_examples(source, config), config.batch_size
+    examples, size = make_examples(source, config, order), config.batch_size
     rows = np.arange(size) if rows is None else rows
 
     def local(position: int):
@@ -126,7 +144,7 @@ def _guard_worker(index: int, count: int) -> None:
 def why_broken(source: Source, index: int, data: ConfigDict) -> str:
     """One line on a broken example: its name and what is wrong with it."""
     try:
-        transform(source[index][0], data.resolution, data.crop, False, np.random.default_rng(0))
+        transform(source[index][0], bucket_sizes(data), data.crop, False, np.random.default_rng(0))
     except (BrokenImage, OSError) as error:
         return f"{source.name(index)}: {error}"
     return f"{source.name(index)}: it can be read now"

@@ -1,14 +1,17 @@
-"""From an encoded image to uint8 [resolution, resolution, 3], by Pillow."""
+"""From an encoded image to uint8 [height, width, 3], by Pillow."""
 
 import io
+import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+Size = tuple[int, int]  # (height, width) in pixels
 CROPS = ("none", "random", "center")
-MARGIN = 1.125  # the short side becomes this many times the resolution before a random crop
+MARGIN = 1.125  # how much larger than needed an image becomes before a random crop
 
 
 class BrokenImage(Exception):
@@ -37,57 +40,64 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
         raise BrokenImage(f"{type(error).__name__}: {error}") from error
 
 
-def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """A random square of the image with its short side at 1.125 x resolution (Lanczos).
+def random_crop(image: Image.Image, size: Size, rng: np.random.Generator) -> Image.Image:
+    """A random part of (height, width) of the image at 1.125 x what just covers that (Lanczos).
 
-    Only the square is computed: Pillow's `box` gives the pixels that cropping the whole resized
+    Only the part is computed: Pillow's `box` gives the pixels that cropping the whole resized
     image would.
     """
-    width, height = image.size
-    short = int(MARGIN * resolution)
-    if width <= height:
-        new = (short, max(int(short * height / width), short))
+    (width, height), (least_h, least_w) = image.size, (int(MARGIN * side) for side in size)
+    if width * least_h <= height * least_w:
+        new = (least_w, max(int(least_w * height / width), least_h))
     else:
-        new = (max(int(short * width / height), short), short)
-    left, top = (int(rng.integers(size - resolution + 1)) for size in new)
+        new = (max(int(least_h * width / height), least_w), least_h)
+    left, top = (int(rng.integers(n - side + 1)) for n, side in zip(new, size[::-1], strict=True))
     x, y = width / new[0], height / new[1]
-    box = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)
+    box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
     box = (*box[:2], min(box[2], width), min(box[3], height))  # rounding may step over the edge
-    return image.resize((resolution, resolution), Image.LANCZOS, box=box)
+    return image.resize(size[::-1], Image.LANCZOS, box=box)
 
 
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
     """ADM's centre crop: halved by a box filter while it can be, bicubic the rest of the way."""
-    while min(image.size) >= 2 * resolution:
-        image = image.resize(tuple(size // 2 for size in image.size), Image.BOX)
-    scale = resolution / min(image.size)
-    new = tuple(round(size * scale) for size in image.size)
-    left, top = ((size - resolution) // 2 for size in new)
-    if max(new) > 8 * resolution:  # a thin strip: compute the square alone
+    wanted = size[::-1]  # as Pillow has it: (width, height)
+    while all(have >= 2 * want for have, want in zip(image.size, wanted, strict=True)):
+        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
+    scale = max(want / have for have, want in zip(image.size, wanted, strict=True))
+    new = tuple(round(side * scale) for side in image.size)
+    left, top = ((n - want) // 2 for n, want in zip(new, wanted, strict=True))
+    if max(new) > 8 * max(wanted):  # a thin strip: compute the part alone
         x, y = image.size[0] / new[0], image.size[1] / new[1]
-        box = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)
-        return image.resize((resolution, resolution), Image.BICUBIC, box=box)
+        box = (left * x, top * y, (left + wanted[0]) * x, (top + wanted[1]) * y)
+        return image.resize(wanted, Image.BICUBIC, box=box)
     image = image.resize(new, Image.BICUBIC)
-    return image.crop((left, top, left + resolution, top + resolution))
+    return image.crop((left, top, left + wanted[0], top + wanted[1]))
+
+
+def nearest_size(sizes: Sequence[Size], height: int, width: int) -> Size:
+    """The one of `sizes` whose aspect ratio is nearest to that of an image."""
+    ratio = math.log(max(height, 1) / max(width, 1))
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
 def transform(
-    data: bytes | np.ndarray, resolution: int, crop: str, flip: bool, rng: np.random.Generator
+    data: bytes | np.ndarray, sizes: Sequence[Size], crop: str, flip: bool, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes, crops (`crop` is one of CROPS) and mirrors half of the images if `flip`.
+    """Decodes, crops (`crop` is one of CROPS) to the nearest of `sizes`, mirrors half if `flip`.
 
     Raises:
       BrokenImage: if the data is no image, or has another size and crop is "none".
     """
-    if crop == "none" and isinstance(data, np.ndarray) and data.shape == (resolution, resolution, 3):
+    if crop == "none" and isinstance(data, np.ndarray) and data.shape in [(*s, 3) for s in sizes]:
         pixels = data
     else:
         image = decode(data)
+        size = nearest_size(sizes, image.height, image.width)
         if crop == "random":
-            image = random_crop(image, resolution, rng)
+            image = random_crop(image, size, rng)
         elif crop == "center":
-            image = center_crop(image, resolution)
-        elif image.size != (resolution, resolution):
+            image = center_crop(image, size)
+        elif image.size != size[::-1]:
             raise BrokenImage(f"it has {image.size[0]}x{image.size[1]} pixels; set config.data.crop")
         pixels = np.asarray(image)
     if flip and rng.random() < 0.5:

@@ -126,7 +126,7 @@ def _of_folder(folder: epath.Path, flag: str, resolution: int | None) -> ImageSe
             image = decode(files.read_bytes(str(path)))
         except BrokenImage as error:
             raise UserError(f"--{flag}: {path} cannot be read: {error}") from None
-        return np.asarray(image if resolution is None else center_crop(image, resolution))
+        return np.asarray(image if resolution is None else center_crop(image, (resolution, resolution)))
 
     size = one(found[0]).shape
 
@@ -153,7 +153,7 @@ def _of_config(path: str) -> ImageSet:
         size = config.data.resolution
         return np.stack(
             [
-                x if isinstance(x, np.ndarray) else np.asarray(center_crop(decode(x), size))
+                x if isinstance(x, np.ndarray) else np.asarray(center_crop(decode(x), (size, size)))
                 for x in chosen
             ]
         )

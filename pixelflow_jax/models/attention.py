@@ -4,13 +4,17 @@ Softmax runs in at least float32, whatever the inputs' dtype.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -10000.0  # what the released text model adds to the scores of padding
+APART = -1e30  # the score of a key in another segment; finite, so that a query alone gets no NaN
 BLOCK = 256  # queries a block of the blockwise backend
+CHUNK = 16  # keys of the first chunk where keys are masked
 
 
 def attention(
@@ -18,6 +22,7 @@ def attention(
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
     key_mask: Bool[Array, "b m"] | None = None,
+    segments: tuple[Int[Array, "b n"], Int[Array, "b m"]] | None = None,
     backend: str = "auto",
     platform: str | None = None,
 ) -> Float[Array, "b n h d"]:
@@ -26,6 +31,8 @@ def attention(
     Args:
       q, k, v: queries, keys and values.
       key_mask: True where a key may be attended to; None means everywhere.
+      segments: ids of the queries' and of the keys' sequences; a query sees those with its own id. Not
+        together with key_mask.
       backend: "einsum" (all scores at once), "blockwise" (one block of queries at a time, so that
         long sequences stay in cache) or "auto" (by platform and length).
       platform: what it will run on, for "auto"; None is JAX's default.
@@ -34,26 +41,85 @@ def attention(
         long = q.shape[1] >= 4 * BLOCK and q.shape[1] % BLOCK == 0
         on_gpu = (platform or jax.default_backend()) in ("gpu", "cuda", "rocm")
         backend = "blockwise" if long and not on_gpu else "einsum"
-    return BACKENDS[backend](q, k, v, key_mask)
+    return BACKENDS[backend](q, k, v, key_mask, segments)
 
 
-def einsum_attention(q, k, v, key_mask=None):
+def einsum_attention(q, k, v, key_mask=None, segments=None):
     """All scores at once: [b, h, n, m] in memory."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=dtype)
-    scores = scores * (q.shape[-1] ** -0.5)
     if key_mask is not None:
-        scores = jnp.where(key_mask[:, None, None, :], scores, scores + MASKED)
+        return _masked_attention(q, k, v, key_mask)
+    scores = _scores(q, k)
+    if segments is not None:
+        ours, theirs = segments
+        scores = jnp.where(ours[:, None, :, None] == theirs[:, None, None, :], scores, APART)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
 
 
-def blockwise_attention(q, k, v, key_mask=None):
+def _scores(q, k):
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=dtype) * (q.shape[-1] ** -0.5)
+
+
+def key_chunks(count: int) -> list[slice]:
+    """Chunks of a text of `count` tokens; the last may go beyond it."""
+    ends = [CHUNK]
+    while ends[-1] < count:
+        ends.append(2 * ends[-1])
+    return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def by_chunks(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """`function` of [..., t, c] to arrays [..., t, d], a chunk of t at a time, each of full length."""
+
+    def apply(x):
+        count, chunks = x.shape[-2], key_chunks(x.shape[-2])
+        x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, chunks[-1].stop - count), (0, 0)])
+        parts = [function(x[..., part, :]) for part in chunks]
+        return jax.tree.map(lambda *p: jnp.concatenate(p, axis=-2)[..., :count, :], *parts)
+
+    return apply
+
+
+def _masked_attention(q, k, v, key_mask):
+    """Keys in chunks that end at 16, 32, 64, ..., added up one after the other.
+
+    So the order of the sums does not depend on how many keys there are, and padding, whose weights are
+    exact zeros, changes no bit by its length either.
+    """
+    count, chunks = k.shape[1], key_chunks(k.shape[1])
+    widen = [(0, 0), (0, chunks[-1].stop - count), (0, 0), (0, 0)]
+    k, v = jnp.pad(k, widen), jnp.pad(v, widen)
+    key_mask = jnp.pad(key_mask, widen[:2])[:, None, None, :]
+
+    scores = []
+    for part in chunks:
+        found = _scores(q, k[:, part])
+        found = jnp.where(key_mask[..., part], found, found + MASKED)
+        scores.append(jnp.where(jnp.arange(part.start, part.stop) < count, found, APART))
+    top = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in scores])
+    out = total = 0
+    for part, found in zip(chunks, scores, strict=True):
+        weights = jnp.exp(found - jax.lax.stop_gradient(top))
+        total += weights.sum(axis=-1)
+        out += jnp.einsum(
+            "bhnm,bmhd->bnhd", weights.astype(v.dtype), v[:, part], preferred_element_type=found.dtype
+        )
+    return (out / jnp.swapaxes(total, 1, 2)[..., None]).astype(v.dtype)
+
+
+def blockwise_attention(q, k, v, key_mask=None, segments=None):
     """One block of queries at a time; the backward pass recomputes the scores of its block."""
-    batch, length, heads, head_dim = q.shape
-    blocks = jnp.moveaxis(q.reshape(batch, length // BLOCK, BLOCK, heads, head_dim), 1, 0)
-    one_block = jax.checkpoint(functools.partial(einsum_attention, k=k, v=v, key_mask=key_mask))
-    out = jax.lax.map(one_block, blocks)
+
+    def blocks(x):  # [b, n, ...] -> [n / BLOCK, b, BLOCK, ...]
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one_block(part):
+        q, ids = part
+        return einsum_attention(q, k, v, key_mask, ids and (ids[0], segments[1]))
+
+    out = jax.lax.map(one_block, (blocks(q), segments and (blocks(segments[0]),)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 

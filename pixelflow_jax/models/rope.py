@@ -21,13 +21,27 @@ def rope_table(
     return np.cos(angles), np.sin(angles)
 
 
+def rope_lookup(
+    positions: Int[Array, "rows n 2"], head_dim: int, longest: int
+) -> tuple[Float[Array, "rows n d"], Float[Array, "rows n d"]]:
+    """`rope_table` for positions known on the device only, all below `longest`."""
+    half = head_dim // 2
+    diagonal = rope_table(np.arange(longest)[:, None].repeat(2, axis=1), head_dim)
+    row, column = positions[..., 0], positions[..., 1]
+
+    def look_up(table):
+        return jnp.concatenate([table[column][..., :half], table[row][..., half:]], axis=-1)
+
+    return tuple(look_up(jnp.asarray(table)) for table in diagonal)
+
+
 def apply_rope(
-    x: Float[Array, "rows n heads d"], cos: Float[Array, "n d"], sin: Float[Array, "n d"]
+    x: Float[Array, "rows n heads d"], cos: Float[Array, "*rows n d"], sin: Float[Array, "*rows n d"]
 ) -> Float[Array, "rows n heads d"]:
     """Rotates each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin), in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     wide = x.astype(dtype)
     pairs = wide.reshape(*x.shape[:-1], -1, 2)
     turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    cos, sin = (jnp.asarray(table, dtype)[:, None, :] for table in (cos, sin))
+    cos, sin = (jnp.asarray(table, dtype)[..., None, :] for table in (cos, sin))
     return (wide * cos + turned * sin).astype(x.dtype)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pixelflow_jax.models.attention import attention
-from pixelflow_jax.models.rope import apply_rope, rope_table
-from pixelflow_jax.packing import PackLayout
+from pixelflow_jax.models.attention import attention, by_chunks
+from pixelflow_jax.models.rope import apply_rope, rope_lookup, rope_table
+from pixelflow_jax.packing import MixedLayout, PackLayout
 from pixelflow_jax.sharding import GATHERED
 
 SINCOS_DIM = 256
@@ -111,8 +111,8 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "rows n d"],
-        layout: PackLayout,
-        rope: tuple[Float[Array, "n hd"], Float[Array, "n hd"]],
+        layout: PackLayout | MixedLayout,
+        rope: tuple[Float[Array, "*rows n hd"], Float[Array, "*rows n hd"]],
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
     ) -> Float[Array, "rows n d"]:
@@ -124,31 +124,39 @@ class Attention(nn.Module):
             return y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
 
         q = RMSNorm(self.param_dtype, name="q_norm")(nn.Dense(inner, name="q", **dense)(x))
-        k = RMSNorm(self.param_dtype, name="k_norm")(nn.Dense(inner, name="k", **dense)(source))
-        q, k, v = heads(q), heads(k), heads(nn.Dense(inner, name="v", **dense)(source))
-        q = apply_rope(q, *rope)
+        dense_k, dense_v = (nn.Dense(inner, name=name, **dense) for name in "kv")
+        k_norm = RMSNorm(self.param_dtype, name="k_norm")
+
+        def keys_and_values(y):
+            return k_norm(dense_k(y)), dense_v(y)
+
+        if context is not None:  # else the text's rounding would depend on its padding
+            keys_and_values = by_chunks(keys_and_values)
+        k, v = map(heads, keys_and_values(source))
+        q = apply_rope(heads(q), *rope)
+        queries = layout.unpack(q)
+        masks = segments = [None] * len(queries)
         if context is None:
             k = apply_rope(k, *rope)
             keys, values = layout.unpack(k), layout.unpack(v)
-            masks = [None] * len(layout.groups)
+            if isinstance(layout, MixedLayout):  # images and padding each see their own kind
+                segments = [(ids, ids) for ids in layout.unpack(layout.mask.astype(jnp.int32))]
         else:
             keys, values = layout.split_sequences(k), layout.split_sequences(v)
             masks = layout.split_sequences(context_mask)
 
-        def merge(y):  # [rows, count, ...] -> [rows * count, ...]
-            return None if y is None else y.reshape(-1, *y.shape[2:])
+        def attend(*group):  # [rows, count, ...] -> [rows * count, ...] and back
+            merged = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), group)
+            out = attention(*merged, platform=self.platform)
+            return out.reshape(*group[0].shape[:3], inner)
 
-        out = [
-            attention(*map(merge, group), platform=self.platform).reshape(*group[0].shape[:3], inner)
-            for group in zip(layout.unpack(q), keys, values, masks, strict=True)
-        ]
-        return nn.Dense(x.shape[-1], name="o", **dense)(layout.pack(out))
+        out = map(attend, queries, keys, values, masks, segments)
+        return nn.Dense(x.shape[-1], name="o", **dense)(layout.pack(list(out)))
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention (text models only), MLP; modulated by the conditioning."""
 
-    layout: PackLayout
     num_heads: int
     head_dim: int
     cross_attention: bool
@@ -159,7 +167,7 @@ class Block(nn.Module):
     cross_gate: bool = False
 
     def __call__(self, *args):
-        """x [rows, n, d], conditioning [rows, sequences, d] -> (x, None), as nn.scan wants it."""
+        """x [rows, n, d], conditioning [rows, sequences, d], ... -> (x, None), as nn.scan wants it."""
         if self.gather is None:
             return self.forward(*args)
 
@@ -169,8 +177,7 @@ class Block(nn.Module):
         return nn.map_variables(Block.forward, "params", trans_in_fn=whole)(self, *args)
 
     @nn.compact
-    def forward(self, x, conditioning, rope, context, context_mask):
-        layout = self.layout
+    def forward(self, x, conditioning, layout, rope, context, context_mask):
         dim, dtypes = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
         mod = nn.Dense(6 * dim, kernel_init=zeros, name="modulation", **dtypes)(nn.silu(conditioning))
         mod = jnp.split(mod.astype(wide(self.dtype)), 6, axis=-1)
@@ -234,7 +241,7 @@ class PixelFlow(nn.Module):
         self,
         tokens: Float[Array, "rows n p"],
         timesteps: Float[Array, "rows s"],
-        layout: PackLayout,
+        layout: PackLayout | MixedLayout,
         labels: Int[Array, "rows s"] | None = None,
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
@@ -260,9 +267,12 @@ class PixelFlow(nn.Module):
             )
             conditioning += embed(labels)
 
-        rope_dtype = wide(self.dtype)
-        rope = rope_table(layout.positions(), self.head_dim)
-        rope = tuple(jnp.asarray(table, rope_dtype) for table in rope)
+        if isinstance(layout, MixedLayout):
+            longest = max(group.length for group in layout.lanes.groups)
+            rope = rope_lookup(layout.positions, self.head_dim, longest)
+        else:
+            rope = rope_table(layout.positions(), self.head_dim)
+        rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
 
         block = Block
         if self.remat != "none" or self.gather_layer is not None:
@@ -275,7 +285,6 @@ class PixelFlow(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
         )(
-            layout,
             self.num_heads,
             self.head_dim,
             self.context_dim > 0,
@@ -285,7 +294,7 @@ class PixelFlow(nn.Module):
             **dtypes,
             name="blocks",
         )
-        x, _ = blocks(x, conditioning, rope, context, context_mask)
+        x, _ = blocks(x, conditioning, layout, rope, context, context_mask)
 
         mod = nn.Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(
             nn.silu(conditioning)
@@ -294,16 +303,16 @@ class PixelFlow(nn.Module):
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
         return nn.Dense(tokens.shape[-1], kernel_init=zeros, name="head", **dtypes)(x)
 
-    def _size_embedding(self, layout: PackLayout, dim: int) -> Float[Array, "1 s d"]:
+    def _size_embedding(self, layout: PackLayout | MixedLayout, dim: int) -> Float[Array, "*rows s d"]:
         """Resolution embedding: mean over a grid's height and width (equal for squares)."""
+        embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")
+        if isinstance(layout, MixedLayout):
+            return embed(layout.sizes.astype(wide(self.dtype))).mean(axis=-2)
         sizes = np.array([[group.height, group.width] for group in layout.groups], np.float32)
         if (sizes[:, 0] == sizes[:, 1]).all():
             sizes = sizes[:, :1]
-        embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")(
-            jnp.asarray(sizes, wide(self.dtype))
-        )
         return jnp.repeat(
-            embed.mean(axis=1),
+            embed(jnp.asarray(sizes, wide(self.dtype))).mean(axis=1),
             np.array([group.count for group in layout.groups]),
             axis=0,
             total_repeat_length=layout.num_sequences,

@@ -173,11 +173,15 @@ def _trees(state: TrainState) -> dict[str, Any]:
 
 
 def _in_short(error: Exception) -> str:
-    """The first line of an error, without tensorstore's list of places and of what it was given."""
+    """The first line of an error, without tensorstore's list of places and of what it was given.
+
+    A long one loses its middle: the reason stands at the end.
+    """
     first = (str(error).strip() or repr(error)).splitlines()[0]
-    return re.sub(
+    short = re.sub(
         r" See full TensorStore details.*| \[(source locations|\w*spec|os_error\w*)=.*", "", first
-    )[:400]
+    )
+    return short if len(short) <= 400 else f"{short[:150]} ... {short[-245:]}"
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:

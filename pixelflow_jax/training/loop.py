@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax import flow, sharding
 from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size
 from pixelflow_jax.data.broken import BrokenImages
+from pixelflow_jax.data.buckets import make_order
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import Source, captions_at, load_source
 from pixelflow_jax.errors import UserError
@@ -27,7 +28,7 @@ from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
 from pixelflow_jax.training.start import claim_workdir, start_or_resume
-from pixelflow_jax.training.step import TrainState, make_train_step
+from pixelflow_jax.training.step import PICTURE, TrainState, make_train_step
 
 
 def train(
@@ -72,7 +73,7 @@ def train(
                 f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
             )
         train_step = make_train_step(config, model, optimizer, mesh)
-        batches = device_batches(config, source, mesh, first)
+        batches = device_batches(config, source, mesh, first, workdir)
         encoder = frozen_encoder(config, mesh)
         draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
@@ -128,13 +129,18 @@ def _closing(thing) -> Iterator[None]:
 
 
 def device_batches(
-    config: ConfigDict, source: Source, mesh: Mesh, first_step: int
+    config: ConfigDict,
+    source: Source,
+    mesh: Mesh,
+    first_step: int,
+    workdir: epath.Path | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the mesh, from `first_step` on; the next one travels while one is in use."""
     where = NamedSharding(mesh, sharding.BATCH)
     rows = sharding.local_rows(where, config.batch_size)
     ahead = None
-    for batch in make_batches(source, config, first_step, rows):
+    order = make_order(source, config, workdir)
+    for batch in make_batches(source, config, first_step, rows, order):
         placed = sharding.place_batch(batch, where, config.batch_size)
         if ahead is not None:
             yield ahead
@@ -150,7 +156,7 @@ def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
     )
 
     def encode(batch):
-        rest = {name: batch[name] for name in ("image", "broken") if name in batch}
+        rest = {name: batch[name] for name in ("broken", *PICTURE) if name in batch}
         return {**rest, **encoder.condition(batch["text_ids"], batch["text_mask"])}
 
     return encode

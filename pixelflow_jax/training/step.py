@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from pixelflow_jax import flow, images, sharding
-from pixelflow_jax.config import build_cascade, build_model
-from pixelflow_jax.models.conditioning import Condition, encode_text, init_params
+from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blocks
+from pixelflow_jax.models.conditioning import encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import PackLayout
+from pixelflow_jax.packing import MixedLayout, PackLayout
+
+PICTURE = ("image", "size")  # of a batch, what is not the condition
 
 
 @flax.struct.dataclass
@@ -43,7 +45,9 @@ def abstract_state(
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch."""
-    size, side, length = config.batch_size, config.data.resolution, config.text.max_length
+    size, length = config.batch_size, config.text.max_length
+    unit, side = block_unit(config), config.data.resolution
+    image = (max_blocks(config), unit, unit) if config.data.mix_sizes else (side, side)
     where = NamedSharding(mesh, sharding.BATCH)
     if config.text.encoder == "joint":
         shapes = {"text_ids": ((size, length), jnp.int32), "text_mask": ((size, length), bool)}
@@ -52,16 +56,14 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
         shapes = {"context": states, "context_mask": ((size, length), bool)}
     else:
         shapes = {"labels": ((size,), jnp.int32)}
-    condition = {n: jax.ShapeDtypeStruct(*shape, sharding=where) for n, shape in shapes.items()}
-    return {
-        "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=where),
-        **condition,
-        "broken": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=where),
-    }
+    if config.data.mix_sizes:
+        shapes["size"] = ((size, 2), jnp.int32)
+    shapes |= {"image": ((size, *image, 3), jnp.uint8), "broken": ((size,), jnp.int32)}
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=where) for name, shape in shapes.items()}
 
 
 def packed_loss(
-    model: PixelFlow, params: dict, batch: flow.FlowBatch, layout: PackLayout
+    model: PixelFlow, params: dict, batch: flow.FlowBatch, layout: PackLayout | MixedLayout
 ) -> Float[Array, "rows s"]:
     """The loss of every image of a packed batch."""
     condition = encode_text(model, params, batch.condition)
@@ -80,7 +82,7 @@ def apply_gradients(
 
 
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
-    """(params, images [B, H, W, 3], condition, step key) -> (mean loss of each stage [S], gradients).
+    """(params, batch, step key) -> (mean loss of each stage [S], gradients).
 
     Under shard_map: a device packs its B / mesh.size images into rows, one for each accumulation
     step. Image i of the batch has the key fold(step key, i) and the stage i mod S, whatever the mesh.
@@ -94,28 +96,29 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 
-    def row_loss(params, pixels, condition, keys):
+    def row_loss(params, batch, keys):
         """(loss summed over a device's images, its sum for each stage), as shares of the batch mean."""
         whole = sharding.gather({name: params[name] for name in rest}, rest, model.dtype)
-        x1 = images.from_uint8(pixels)
-        batch, layout = flow.corrupt(
+        batch = {name: x[None] for name, x in batch.items()}  # a row
+        packed, layout = flow.corrupt(
             cascade,
             model.patch_size,
-            x1[None],
-            jax.tree.map(lambda x: x[None], condition),
+            images.from_uint8(batch["image"]),
+            {name: x for name, x in batch.items() if name not in PICTURE},
             keys[None],
             model.num_classes,
             config.data.label_dropout,
+            batch.get("size"),
         )
-        per_image = packed_loss(model, {**params, **whole}, batch, layout)
+        per_image = packed_loss(model, {**params, **whole}, packed, layout)
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total
 
-    def local(params, pixels, condition, index, step_key):
+    def local(params, batch, index, step_key):
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
         grad_fn = jax.value_and_grad(row_loss, has_aux=True)
         if parts == 1:
-            (_, stages), grads = grad_fn(params, pixels, condition, keys)
+            (_, stages), grads = grad_fn(params, batch, keys)
         else:
 
             def add(total, part):
@@ -123,25 +126,20 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
                 return jax.tree.map(jnp.add, total, (stages, grads)), None
 
             zeros = jnp.zeros(num_stages), jax.tree.map(jnp.zeros_like, params)
-            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (pixels, condition, keys))
+            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys))
             (stages, grads), _ = jax.lax.scan(add, zeros, split)
         return jax.lax.psum(stages, sharding.AXES), sharding.reduce_gradients(grads, specs)
 
     mapped = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(specs, sharding.BATCH, sharding.BATCH, sharding.BATCH, P()),
+        in_specs=(specs, sharding.BATCH, sharding.BATCH, P()),
         out_specs=(P(), specs),
         check_vma=False,  # the sums over the mesh are written out in reduce_gradients
     )
 
-    def loss_and_grads(
-        params: dict,
-        pixels: UInt8[Array, "b h w 3"],
-        condition: Condition,
-        step_key: Key[Array, ""],
-    ):
-        return mapped(params, pixels, condition, jnp.arange(total), step_key)
+    def loss_and_grads(params: dict, batch: dict[str, Array], step_key: Key[Array, ""]):
+        return mapped(params, batch, jnp.arange(total), step_key)
 
     return loss_and_grads
 
@@ -151,8 +149,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The jitted step: uint8 batch in, corruption, packing, forward, backward and update inside.
 
-    batch is {"image": uint8 [B, H, W, 3], "broken": int32 [B], and the condition}, global arrays (see
-    data/loader.py); `broken` is only passed on, so that every process sees all of it.
+    batch is {"image", "broken", and the condition}, global arrays (see data/loader.py); for each new
+    image size the step is compiled once. `broken` is passed on, so that every process sees all of it.
     """
     loss_and_grads = make_loss_and_grads(config, model, mesh)
     root = jax.random.fold_in(jax.random.key(config.seed), 1)  # init has the unfolded key
@@ -160,11 +158,11 @@ def make_train_step(
 
     def train_step(state, batch):
         step_key = jax.random.fold_in(root, state.step)
-        condition = {name: x for name, x in batch.items() if name not in ("image", "broken")}
-        stages, grads = loss_and_grads(state.params, batch["image"], condition, step_key)
+        broken, batch = batch["broken"], {name: x for name, x in batch.items() if name != "broken"}
+        stages, grads = loss_and_grads(state.params, batch, step_key)
         state, norms = apply_gradients(optimizer, state, grads)
         metrics = {"loss": stages.mean(), "loss_per_stage": stages, **norms}
-        return state, {**metrics, "broken": batch["broken"]}
+        return state, {**metrics, "broken": broken}
 
     state = abstract_state(config, model, optimizer, mesh)
     out = jax.tree.map(lambda x: x.sharding, state), everywhere

@@ -1,0 +1,163 @@
+"""Buckets: image sizes of about equal area, and an order of the data in which a batch has one of them.
+
+Each image goes to the bucket that is nearest in aspect ratio, so that little of it is cropped away. As
+all else in the loader, the order is a function of (seed, step) alone.
+"""
+
+import concurrent.futures
+import functools
+import io
+
+import grain
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from pixelflow_jax import files
+from pixelflow_jax.data.transforms import Size, nearest_size
+from pixelflow_jax.errors import UserError
+
+LEAST_AREA = 0.8  # of resolution^2, that a bucket has
+THREADS = 16  # that read image headers
+
+
+def bucket_sizes(data: ConfigDict) -> tuple[Size, ...]:
+    """The sizes of a config: multiples of bucket_unit, at most resolution^2 pixels; the square is first.
+
+    With max_aspect_ratio 1, the square alone.
+    """
+    area, unit = data.resolution**2, data.bucket_unit
+    square = (data.resolution, data.resolution)
+    if data.max_aspect_ratio == 1:
+        return (square,)
+    found = [square]
+    for height in range(unit, area // unit + 1, unit):
+        width = area // height // unit * unit
+        ratio = max(height, width) / max(min(height, width), 1)
+        if ratio <= data.max_aspect_ratio and height * width >= LEAST_AREA * area:
+            found.append((height, width))
+    return tuple(dict.fromkeys(found))
+
+
+class Shuffled:
+    """Every example once an epoch; `order[position]` is (index, the sizes it may become)."""
+
+    def __init__(self, count: int, sizes: tuple[Size, ...], seed: int):
+        self._indices = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        self._sizes = sizes
+
+    def __getitem__(self, position: int) -> tuple[int, tuple[Size, ...]]:
+        return int(self._indices[position]), self._sizes
+
+
+class BucketOrder:
+    """Batches of one bucket each; `order[position]` is (index, (the bucket's size,)).
+
+    An epoch has every image at most once: those that fill no batch of their bucket stay out, others in
+    each epoch. The images of a bucket that fills no batch at all go to the next nearest that does.
+
+    Args:
+      ratios: (height, width) of every example, as it is stored.
+      sizes: of the buckets.
+
+    Raises:
+      UserError: if no bucket fills a batch.
+    """
+
+    def __init__(
+        self, ratios: Int[np.ndarray, "n 2"], sizes: tuple[Size, ...], batch_size: int, seed: int
+    ):
+        self._batch, self._seed = batch_size, seed
+        pairs, inverse = np.unique(ratios, axis=0, return_inverse=True)
+        while True:
+            places = [sizes.index(nearest_size(sizes, *pair)) for pair in pairs.tolist()]
+            places = np.array(places)[inverse.reshape(-1)]
+            counts = np.bincount(places, minlength=len(sizes))
+            kept = tuple(s for s, count in zip(sizes, counts, strict=True) if count >= batch_size)
+            if not kept:
+                raise UserError(
+                    f"no bucket has the {batch_size} images that a batch needs (of {len(ratios)}, in "
+                    f"{len(sizes)} buckets); lower config.batch_size or config.data.max_aspect_ratio"
+                )
+            if kept == sizes:
+                break
+            sizes = kept
+        self.sizes = sizes
+        self._members = [np.flatnonzero(places == i) for i in range(len(sizes))]
+        self._batches = int((counts // batch_size).sum())  # of an epoch
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __getitem__(self, position: int) -> tuple[int, tuple[Size]]:
+        step, place = divmod(position, self._batch)
+        epoch, number = divmod(step, self._batches)
+        bucket, indices = self._epoch(epoch)[number]
+        return int(indices[place]), (self.sizes[bucket],)
+
+    def _make_epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
+        rng = np.random.default_rng((self._seed, epoch))
+        batches = []
+        for bucket, members in enumerate(self._members):
+            order = rng.permutation(members)
+            full = order[: len(order) // self._batch * self._batch].reshape(-1, self._batch)
+            batches += [(bucket, batch) for batch in full]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __getstate__(self):  # worker processes get a copy; the cache stays here
+        return {name: value for name, value in vars(self).items() if name != "_epoch"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+
+def make_order(source, config: ConfigDict, workdir: epath.Path | None = None) -> Shuffled | BucketOrder:
+    """The order of a run's data. A scan of the images' sizes is kept in the workdir, if one is given."""
+    sizes = bucket_sizes(config.data)
+    if len(sizes) == 1 or config.data.mix_sizes:
+        return Shuffled(len(source), sizes, config.seed)
+    found = read_sizes(source, workdir and workdir / "image_sizes.npy")
+    return BucketOrder(found, sizes, config.batch_size, config.seed)
+
+
+def read_sizes(source, path: epath.Path | None = None) -> Int[np.ndarray, "n 2"]:
+    """(height, width) of every image, from its header alone; broken ones count as squares.
+
+    Every process reads a share. `path` keeps the result for the next start.
+    """
+    if path is not None and path.exists():
+        with path.open("rb") as file:
+            sizes = np.load(file, allow_pickle=False)
+        if sizes.shape == (len(source), 2):
+            return sizes
+    from jax.experimental import multihost_utils
+
+    mine = range(jax.process_index(), len(source), jax.process_count())
+    quiet = jax.process_index() > 0
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(functools.partial(_size, source), mine, chunksize=64)
+        found = list(tqdm(found, "image sizes", len(mine), unit="image", disable=quiet, leave=False))
+    share = np.ones((-(-len(source) // jax.process_count()), 2), np.int32)
+    share[: len(found)] = np.array(found, np.int32).reshape(-1, 2)
+    gathered = multihost_utils.process_allgather(share)  # [processes, share, 2], or the share alone
+    gathered = np.asarray(gathered).reshape(jax.process_count(), -1, 2)
+    sizes = gathered.swapaxes(0, 1).reshape(-1, 2)[: len(source)]
+    if path is not None and jax.process_index() == 0:
+        buffer = io.BytesIO()
+        np.save(buffer, sizes)
+        files.write_bytes(path, buffer.getvalue())
+    return sizes
+
+
+def _size(source, index: int) -> Size:
+    try:
+        data = source[index][0]
+        if isinstance(data, np.ndarray):
+            return data.shape[:2]
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size[::-1]
+    except Exception:  # broken in one of many ways: the loader replaces and counts it
+        return (1, 1)
