@@ -13,7 +13,7 @@ def get_config():
     config = coarser()
     config.num_train_steps = 100_000
     config.batch_size = 128
-    config.data.resolution = 1024
+    config.data.resolution = 1024  # 1024x1024, 896x1152, 768x1344, ...
     config.optimizer.learning_rate = 5e-5
     config.text.max_length = 512  # as the released model
     return config

@@ -24,6 +24,8 @@ def get_config():
     config.text.max_length = 128
     config.data.source = "caption_folder"
     config.data.resolution = 256
+    config.data.max_aspect_ratio = 2.0  # 256x256, 224x288, 192x320, ...
+    config.data.bucket_unit = 32
     config.data.crop = "center"
     config.data.flip = False  # captions say left and right
     config.optimizer.warmup_steps = 1000

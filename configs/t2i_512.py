@@ -14,5 +14,6 @@ def get_config():
     config.num_train_steps = 200_000
     config.batch_size = 256
     config.data.resolution = 512
+    config.data.bucket_unit = 64  # 512x512, 448x576, 384x640, ...
     config.optimizer.learning_rate = 5e-5
     return config

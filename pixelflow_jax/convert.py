@@ -1,6 +1,6 @@
 """Official PixelFlow weights to ours and back.
 
-python -m pixelflow_jax.convert --source=OFFICIAL_DIR_OR_FILE --out=DIR
+python -m pixelflow_jax.convert --source=OFFICIAL_DIR_FILE_OR_HUB_ID --out=DIR
 python -m pixelflow_jax.convert --source=DIR --to=official --out=OFFICIAL_DIR
 python -m pixelflow_jax.convert --source=pt_inception-2015-12-05-6726825d.pth --to=inception --out=DIR
 """
@@ -23,6 +23,7 @@ from pixelflow_jax.models.conditioning import TEXT, init_params
 from pixelflow_jax.models.inception import inception_params
 from pixelflow_jax.training.checkpoints import load_params, save_params
 
+KINDS = (".pt", ".pth", ".bin", ".safetensors", ".npz")  # of weights files
 Params = dict[str, Any]
 State = dict[str, np.ndarray]  # the official state dict
 
@@ -274,13 +275,13 @@ def _read_torch(path: epath.Path, weights: str) -> State:
 
 def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path, epath.Path]:
     """(weights, config.yaml) of a folder, or of a weights file with a config beside it."""
-    if not source.exists():
-        raise UserError(f"--source={source} does not exist")
+    if not source.is_file():
+        wanted = ("config.yaml", *(f"*{kind}" for kind in KINDS))
+        source = files.folder_or_hub(str(source), "--source:", wanted)
     folder = source if source.is_dir() else source.parent
     weights = source
     if source.is_dir():
-        kinds = (".pt", ".pth", ".bin", ".safetensors", ".npz")
-        found = [source / name for name in files.list_files(source) if name.endswith(kinds)]
+        found = [source / name for name in files.list_files(source) if name.endswith(KINDS)]
         if len(found) != 1:
             names = ", ".join(path.name for path in found) or "none"
             raise UserError(f"--source={source} must hold one weights file, found {names}; name one")
@@ -297,7 +298,7 @@ def read_official(
     """Our parameters and config from official ones.
 
     Args:
-      source: a folder with one weights file and config.yaml, or the weights file.
+      source: a folder (or hub id) with one weights file and config.yaml, or the weights file.
       config: the config.yaml, if it is elsewhere.
       weights: "ema", "model", or "auto", for training checkpoints that hold both.
 
@@ -366,7 +367,9 @@ def _count(params: Params) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--source", required=True, help="official folder or weights file; or ours")
+    parser.add_argument(
+        "--source", required=True, help="official folder, weights file or hub id; or ours"
+    )
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     parser.add_argument(
         "--to",

@@ -154,13 +154,15 @@ def check_batch(config) -> str:
 
 def check_data(config) -> str:
     """Reads the first batches as training would."""
+    from pixelflow_jax.data.buckets import Shuffled, bucket_sizes
     from pixelflow_jax.data.loader import make_batches, why_broken
     from pixelflow_jax.data.sources import load_source
 
     begin = time.perf_counter()
     try:
         source = load_source(config)
-        batches = make_batches(source, config)
+        squares = Shuffled(len(source), bucket_sizes(config.data)[:1], config.seed)  # no scan of all
+        batches = make_batches(source, config, order=squares)
         bad = [i for i in next(batches)["broken"] if i >= 0]
     except Exception as error:
         if not config.data.path.startswith("gs://"):

@@ -4,9 +4,10 @@ import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -107,3 +108,28 @@ def list_files(folder: epath.PathLike) -> list[str]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, but a folder is needed")
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:
+    """The folder `name`, or, for a hub id such as google/flan-t5-xl, where its files were downloaded to.
+
+    Args:
+      what: it is, for errors.
+      patterns: of the files to download; none from folders within.
+
+    Raises:
+      UserError: if there is no such folder and the hub does not help either.
+    """
+    folder = epath.Path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{what} {name} is not a folder")
+    try:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        return epath.Path(found)
+    except Exception as error:  # a dozen kinds: no library, no network, no such id
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} {name} is no folder, nor to be had from the hub: {reason}") from None

@@ -77,6 +77,7 @@ def test_a_kill_loses_at_most_a_shard(caption_file, t5_folder, tmp_path, capsys)
     assert f"{10_001 - held} texts encoded, 10001 in the cache" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_from_the_cache(t5_folder, tmp_path):
     """Catches a cache whose states are not those that the encoder gives in training."""
     losses = {}

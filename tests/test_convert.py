@@ -116,7 +116,7 @@ def test_bad_weights_files(tmp_path):
         with pytest.raises(UserError):
             convert.main([f"--source={source / name}", f"--out={tmp_path / 'ours'}"])
         (source / name).unlink()
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not a folder"):
         convert.main([f"--source={tmp_path / 'nothing'}", f"--out={tmp_path / 'ours'}"])
     assert not (tmp_path / "ours").exists()
 
@@ -131,3 +131,25 @@ def test_released_sizes(name, millions):
     count = sum(x.size for x in jax.tree.leaves(shapes))
     assert round(count / 1e6) == millions
     assert json.dumps(config.to_dict())
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+    """Catches a hub id that is not asked for, a download of more than is needed, and a bare error."""
+    import huggingface_hub
+
+    asked = {}
+
+    def download(name, **patterns):
+        asked[name] = patterns
+        if name == "no/such":
+            raise OSError("404: not there")
+        return str(tmp_path / "official")
+
+    state, config = official("forward_t2i")
+    write_folder(tmp_path / "official", state, config)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    convert.main(["--source=some/model", f"--out={tmp_path / 'ours'}"])
+    assert load_params(tmp_path / "ours")[1].model == config.model
+    assert "config.yaml" in asked["some/model"]["allow_patterns"]
+    with pytest.raises(UserError, match="no/such is no folder, nor to be had from the hub: 404"):
+        convert.main(["--source=no/such", f"--out={tmp_path / 'none'}"])

@@ -148,7 +148,7 @@ def test_captioned_digits():
         np.testing.assert_array_equal(source[3][0], digits.captioned_digits(data, split)[3][0])
 
 
-@pytest.mark.parametrize("kind", ["joint", "frozen"])
+@pytest.mark.parametrize("kind", ["joint", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_from_training_to_prompts(kind, tmp_path, t5_folder, capsys):
     """Catches a break anywhere from captions to pictures, and an encoder or tokenizer that is lost."""
     run = str(tmp_path / "run")
@@ -252,6 +252,7 @@ def test_layouts_of_the_scorers(tmp_path):
             sample.main([flags[0], f"--out={tmp_path / 'z'}", prompts, *extra])
 
 
+@pytest.mark.slow
 def test_dopri5_agrees_with_fine_euler():
     """Catches a solver that treats a text model otherwise: Euler must come nearer at its first order."""
     config = load_config("t2i_tiny", ["model.num_heads=2", "model.head_dim=8", "model.depth=2"])

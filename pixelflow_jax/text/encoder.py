@@ -5,7 +5,6 @@ with model.safetensors.index.json.
 """
 
 import functools
-import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -60,20 +59,7 @@ def encoder_folder(name: str) -> epath.Path:
             "this text model needs a text encoder: --config.text.encoder (or, of `sample`, "
             "--text_encoder) names a T5 folder or a hub id"
         )
-    folder = epath.Path(name)
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"the text encoder {name} is not a folder")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return epath.Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # a dozen kinds: no library, no network, no such id
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the text encoder {name} is no folder, nor to be had from the hub: {reason}"
-        ) from None
+    return files.folder_or_hub(name, "the text encoder", HUB_FILES)
 
 
 class TextEncoder:

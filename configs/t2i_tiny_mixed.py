@@ -1,0 +1,16 @@
+"""Text to image at several aspect ratios on 2 CPU cores: t2i_tiny goes on with 24x24, 16x32 and 32x16.
+
+python -m pixelflow_jax.train --config=configs/t2i_tiny_mixed.py --workdir=runs/t2i_tiny_mixed \\
+    --config.init_from=runs/t2i_tiny
+"""
+
+from pixelflow_jax.configs.t2i_tiny import get_config as square
+
+
+def get_config():
+    config = square()
+    config.num_train_steps = 1500
+    config.data.max_aspect_ratio = 2.0
+    config.data.bucket_unit = 8
+    config.optimizer.learning_rate = 1e-3
+    return config
