@@ -2,7 +2,7 @@
 
 python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
 
-4,200 steps, a bit over 6 minutes on a quiet machine. Expected (benchmarks/quality.py, medians of
+4,200 steps, 6 to 8 minutes on a quiet machine. Expected (benchmarks/quality.py, medians of
 three seeds): 98.0% conditional accuracy (held-out real digits: 99.8%), Frechet ratio 1.82, nearest
 ratio 1.09. Shorter, one seed: 2,100 steps (228 s) 95.6%, 1.81, 1.21; 1,400 (165 s) 93.5%, 2.21, 1.33.
 """

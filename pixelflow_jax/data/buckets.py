@@ -7,6 +7,7 @@ all else in the loader, the order is a function of (seed, step) alone.
 import concurrent.futures
 import functools
 import io
+from collections.abc import Callable
 
 import grain
 import jax
@@ -22,7 +23,7 @@ from pixelflow_jax.data.transforms import Size, nearest_size
 from pixelflow_jax.errors import UserError
 
 LEAST_AREA = 0.8  # of resolution^2, that a bucket has
-THREADS = 16  # that read image headers
+THREADS, AT_ONCE = 16, 1000  # that read image headers
 
 
 def bucket_sizes(data: ConfigDict) -> tuple[Size, ...]:
@@ -114,16 +115,26 @@ class BucketOrder:
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
 
-def make_order(source, config: ConfigDict, workdir: epath.Path | None = None) -> Shuffled | BucketOrder:
-    """The order of a run's data. A scan of the images' sizes is kept in the workdir, if one is given."""
+def make_order(
+    source,
+    config: ConfigDict,
+    workdir: epath.Path | None = None,
+    watch: Callable[[str], None] = lambda what: None,
+) -> Shuffled | BucketOrder:
+    """The order of a run's data. A scan of the images' sizes is kept in the workdir, if one is given.
+
+    `watch` is told, again and again, how far that is (see training/watchdog.py).
+    """
     sizes = bucket_sizes(config.data)
     if len(sizes) == 1 or config.data.mix_sizes:
         return Shuffled(len(source), sizes, config.seed)
-    found = read_sizes(source, workdir and workdir / "image_sizes.npy")
+    found = read_sizes(source, workdir and workdir / "image_sizes.npy", watch)
     return BucketOrder(found, sizes, config.batch_size, config.seed)
 
 
-def read_sizes(source, path: epath.Path | None = None) -> Int[np.ndarray, "n 2"]:
+def read_sizes(
+    source, path: epath.Path | None = None, watch: Callable[[str], None] = lambda what: None
+) -> Int[np.ndarray, "n 2"]:
     """(height, width) of every image, from its header alone; broken ones count as squares.
 
     Every process reads a share. `path` keeps the result for the next start.
@@ -136,12 +147,16 @@ def read_sizes(source, path: epath.Path | None = None) -> Int[np.ndarray, "n 2"]
     from jax.experimental import multihost_utils
 
     mine = range(jax.process_index(), len(source), jax.process_count())
-    quiet = jax.process_index() > 0
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(functools.partial(_size, source), mine, chunksize=64)
-        found = list(tqdm(found, "image sizes", len(mine), unit="image", disable=quiet, leave=False))
     share = np.ones((-(-len(source) // jax.process_count()), 2), np.int32)
-    share[: len(found)] = np.array(found, np.int32).reshape(-1, 2)
+    bar = tqdm(
+        desc="image sizes", total=len(mine), unit="image", disable=jax.process_index() > 0, leave=False
+    )
+    with bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for begin in range(0, len(mine), AT_ONCE):
+            watch(f"size of image {begin}")
+            found = list(pool.map(functools.partial(_size, source), mine[begin : begin + AT_ONCE]))
+            share[begin : begin + len(found)] = found
+            bar.update(len(found))
     gathered = multihost_utils.process_allgather(share)  # [processes, share, 2], or the share alone
     gathered = np.asarray(gathered).reshape(jax.process_count(), -1, 2)
     sizes = gathered.swapaxes(0, 1).reshape(-1, 2)[: len(source)]

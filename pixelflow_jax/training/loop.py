@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax import flow, sharding
 from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size
 from pixelflow_jax.data.broken import BrokenImages
-from pixelflow_jax.data.buckets import make_order
+from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import Source, captions_at, load_source
 from pixelflow_jax.errors import UserError
@@ -73,7 +73,8 @@ def train(
                 f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
             )
         train_step = make_train_step(config, model, optimizer, mesh)
-        batches = device_batches(config, source, mesh, first, workdir)
+        order = make_order(source, config, workdir, watch)
+        batches = device_batches(config, source, mesh, first, order)
         encoder = frozen_encoder(config, mesh)
         draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
@@ -133,13 +134,12 @@ def device_batches(
     source: Source,
     mesh: Mesh,
     first_step: int,
-    workdir: epath.Path | None = None,
+    order: Shuffled | BucketOrder | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the mesh, from `first_step` on; the next one travels while one is in use."""
     where = NamedSharding(mesh, sharding.BATCH)
     rows = sharding.local_rows(where, config.batch_size)
     ahead = None
-    order = make_order(source, config, workdir)
     for batch in make_batches(source, config, first_step, rows, order):
         placed = sharding.place_batch(batch, where, config.batch_size)
         if ahead is not None:
