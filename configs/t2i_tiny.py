@@ -14,10 +14,10 @@ from pixelflow_jax.data.captioned_digits import vocabulary
 
 def get_config():
     config = default_config()
-    config.num_train_steps = 4400
+    config.num_train_steps = 6600
     config.batch_size = 32
     config.log_every = 100
-    config.checkpoint_every = 1100
+    config.checkpoint_every = 2200
     config.sample_every = 2200
 
     config.model.num_heads = 6
@@ -38,7 +38,7 @@ def get_config():
 
     config.cascade.num_stages = 2
     config.data.source = "captioned_digits"
-    config.data.resolution = 24
+    config.data.resolution = 16
     config.data.crop = "none"
     config.data.flip = False
     config.data.num_threads = 1

@@ -1,8 +1,9 @@
 """Captioned digits: scikit-learn's handwritten digits, coloured and placed, made on the fly from a seed.
 
 A picture has five attributes: digit, colour, background, size and place. Its caption names them all, in
-one of several wordings. Digit and colour are never seen together in training where
-(digit - colour) mod 6 == 0: the split "test" holds those alone, drawn from scans that are held out too.
+one of several wordings. A digit in a colour on a background is never seen in training where
+(digit + colour + background) mod 6 == 0 (any two of them are): the split "test" holds those alone, drawn
+from scans that are held out too.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ COLOURS = {
 }
 BACKGROUNDS = {**COLOURS, "black": (10, 10, 10)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIZES = {"small": 1 / 2, "large": 3 / 4}  # the digit's side, as a share of the picture's shorter one
+SIZES = {"small": 5 / 8, "large": 3 / 4}  # the digit's side, as a share of the picture's shorter one
 PLACES = {  # (row, column): 0 is the upper or left edge, 1 the lower or right one
     "on the left": (0.5, 0.0),
     "on the right": (0.5, 1.0),
@@ -54,8 +55,8 @@ class Attributes:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never shows this digit in this colour."""
-        return (self.digit - self.colour) % len(COLOURS) == 0
+        """Whether training never shows this digit in this colour on this background."""
+        return (self.digit + self.colour + self.background) % len(COLOURS) == 0
 
     def words(self) -> dict[str, str]:
         """The attributes' names."""
