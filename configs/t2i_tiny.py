@@ -1,11 +1,12 @@
 """Text to image on 2 CPU cores: captioned digits, 16x16, two stages, a small T5 trained jointly.
 
-python -m pixelflow_jax.train --config=configs/t2i_tiny.py --workdir=runs/t2i_tiny   (14 minutes)
+python -m pixelflow_jax.train --config=configs/t2i_tiny.py --workdir=runs/t2i_tiny
 python -m pixelflow_jax.sample --checkpoint=runs/t2i_tiny --out=two \\
     --prompt="a large red two on a white background, at the top"
 
-Expected (benchmarks/text_steering.py, 500 prompts, digits in colours that training never showed them in,
-guidance 2): colour, background and size right in 100%, place in 99.6%, digit in 68.8% (chance: 10%).
+6,600 steps of 0.13 s on 2 quiet cores. Expected (benchmarks/text_steering.py, 500 prompts of digit,
+colour and background never seen together, guidance 2): digit right in 96.6%, place in 99.2%, the rest
+in 100%.
 """
 
 from pixelflow_jax.config import default_config
