@@ -2,10 +2,11 @@
 
     python benchmarks/text_steering.py --checkpoint=runs/t2i_tiny
 
-Prompts are captions of the split "test" of captioned_digits: digits in colours that training never
-showed them in. Each attribute has a judge, an SVC on simple features (see `features`), fitted on real
-composites of the training scans alone. Printed for each: the share of samples in which the judge finds
-what the prompt said, the same for real composites of held-out scans, and chance.
+Prompts are captions of the split "test" of captioned_digits: combinations of digit, colour and
+background that training never showed. Each attribute has a judge, an SVC on simple features (see
+`features`), fitted on real composites of the training scans alone. Printed for each: the share of
+samples in which the judge finds what the prompt said, the same for real composites of held-out scans,
+and chance.
 """
 
 import argparse
