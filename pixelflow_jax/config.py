@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.attention import BACKENDS
 from pixelflow_jax.models.t5 import SPECIAL, T5Config
 from pixelflow_jax.models.transformer import REMAT_POLICIES, PixelFlow
 
@@ -19,7 +20,7 @@ from pixelflow_jax.models.transformer import REMAT_POLICIES, PixelFlow
 IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
 # Of those, what changes how fast a run goes and nothing else.
 FREE = {
-    *("model.remat", "model.scan_unroll"),
+    *("model.remat", "model.scan_unroll", "model.attention"),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
     "text.cache",
 }
@@ -51,6 +52,7 @@ def default_config() -> ConfigDict:
                 cross_gate=False,  # of text models: start as the class model of init_from
                 remat="none",  # none, dots or full: what the backward pass recomputes
                 scan_unroll=1,
+                attention="auto",  # by platform and length; or einsum, blockwise, splash, cudnn
             ),
             text=dict(  # of models with a context_dim
                 encoder="",  # a T5 folder or hub id; joint: a small T5 that is trained with the model
@@ -200,6 +202,7 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.seed must lie in 0..2^32-1, got {config.seed}")
     _one_of("dtype", config.dtype, DTYPES)
     _one_of("model.remat", config.model.remat, REMAT_POLICIES)
+    _one_of("model.attention", config.model.attention, ("auto", "splash", *BACKENDS))
     _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear"))
     _one_of("optimizer.weight_decay_on", config.optimizer.weight_decay_on, ("matrices", "all"))
     _one_of("data.crop", config.data.crop, ("none", "random", "center"))

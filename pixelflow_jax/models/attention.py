@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pixelflow_jax.hardware import platform_of
+
 MASKED = -10000.0  # what the released text model adds to the scores of padding
 APART = -1e30  # the score of a key in another segment; finite, so that a query alone gets no NaN
 BLOCK = 256  # queries a block of the blockwise backend
@@ -33,15 +35,37 @@ def attention(
       key_mask: True where a key may be attended to; None means everywhere.
       segments: ids of the queries' and of the keys' sequences; a query sees those with its own id. Not
         together with key_mask.
-      backend: "einsum" (all scores at once), "blockwise" (one block of queries at a time, so that
-        long sequences stay in cache) or "auto" (by platform and length).
-      platform: what it will run on, for "auto"; None is JAX's default.
+      backend: a name of BACKENDS, "splash" (TPU's kernel; elsewhere it is interpreted, for tests), or
+        "auto": the one for the platform and the shapes.
+      platform: what it will run on, as `hardware.platform_of` says it; None is JAX's default.
     """
+    platform = platform or platform_of(jax.devices()[0])
     if backend == "auto":
-        long = q.shape[1] >= 4 * BLOCK and q.shape[1] % BLOCK == 0
-        on_gpu = (platform or jax.default_backend()) in ("gpu", "cuda", "rocm")
-        backend = "blockwise" if long and not on_gpu else "einsum"
+        backend = choose_backend(platform, q, k, segments is not None)
+    if backend == "splash":
+        from pixelflow_jax.models.splash import splash_attention  # Pallas takes a second to import
+
+        generation = platform.removeprefix("tpu").strip()
+        return splash_attention(q, k, v, key_mask, segments, generation, not platform.startswith("tpu"))
     return BACKENDS[backend](q, k, v, key_mask, segments)
+
+
+def choose_backend(
+    platform: str, q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], segmented: bool = False
+) -> str:
+    """The backend for a platform and shapes.
+
+    TPU: the kernel, from a length of 128 on. GPU: cuDNN for half precision, heads of up to 128.
+    CPU: blocks of queries where the scores of all would leave the cache. Elsewhere all at once.
+    """
+    n, m = q.shape[1], k.shape[1]
+    if platform.startswith("tpu"):
+        return "splash" if min(n, m) >= 128 else "einsum"
+    if platform == "gpu":
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        return "cudnn" if half and fits and not segmented else "einsum"
+    return "blockwise" if n >= 4 * BLOCK and n % BLOCK == 0 else "einsum"
 
 
 def einsum_attention(q, k, v, key_mask=None, segments=None):
@@ -123,4 +147,16 @@ def blockwise_attention(q, k, v, key_mask=None, segments=None):
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
-BACKENDS = {"einsum": einsum_attention, "blockwise": blockwise_attention}
+def cudnn_attention(q, k, v, key_mask=None, segments=None):
+    """NVIDIA's fused kernel."""
+    if segments is not None:
+        raise ValueError("the cudnn backend takes no segments")
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+BACKENDS = {
+    "einsum": einsum_attention,  # all scores at once
+    "blockwise": blockwise_attention,  # one block of queries at a time, so that scores stay in cache
+    "cudnn": cudnn_attention,
+}

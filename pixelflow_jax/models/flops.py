@@ -1,7 +1,21 @@
-"""How many floating-point operations a model needs, counted from its shapes."""
+"""How many floating-point operations a model needs: from its shapes, and from a traced function."""
 
-from pixelflow_jax.models.transformer import PixelFlow
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from pixelflow_jax.models.transformer import SINCOS_DIM, PixelFlow
 from pixelflow_jax.packing import PackLayout
+
+
+def attention_flops(model: PixelFlow, layout: PackLayout) -> int:
+    """Operations of self-attention's two products in one layer's forward pass: 4 N^2 D a sequence."""
+    dim = model.num_heads * model.head_dim
+    return sum(4 * group.count * group.length**2 * dim for group in layout.groups)
 
 
 def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0) -> int:
@@ -11,12 +25,81 @@ def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0)
     (PaLM, arXiv 2204.02311, appendix B). Training costs three times as much.
     """
     dim, tokens, sequences = model.num_heads * model.head_dim, layout.row_length, layout.num_sequences
-    per_token = 4 * dim * dim + 8 * dim * dim  # q, k, v, o; the MLP's two
-    attention = sum(2 * group.count * group.length**2 * dim for group in layout.groups)
-    layer = tokens * per_token + attention + sequences * 6 * dim * dim
+    layer = 2 * tokens * (4 + 8) * dim * dim  # q, k, v, o; the MLP's two
+    layer += attention_flops(model, layout) + 2 * sequences * 6 * dim * dim
     if model.context_dim:
         text = sequences * context_length
         cross = sum(2 * g.count * g.length * context_length * dim for g in layout.groups)
-        layer += tokens * 2 * dim * dim + text * 2 * model.context_dim * dim + cross
+        layer += 2 * (tokens * 2 * dim * dim + text * 2 * model.context_dim * dim + cross)
+    sides = sum(1 if group.height == group.width else 2 for group in layout.groups)
+    embeddings = (sequences + sides) * (SINCOS_DIM + dim) * dim  # of time and of size
     ends = 2 * tokens * 3 * model.patch_size**2 * dim + sequences * 2 * dim * dim
-    return 2 * (model.depth * layer + ends)
+    return model.depth * layer + 2 * (embeddings + ends)
+
+
+def traced_flops(function: Callable, *args: Any, lanes: int = 1) -> int:
+    """Operations of the matrix products that a function runs, counted from its trace.
+
+    Loops count by their length, Pallas kernels by their grid, and what a backward pass recomputes as
+    often as it does; what no result needs is left out, as the compiler does. Inside shard_map it is
+    one device's share. XLA's own cost_analysis counts loop bodies once and kernels not at all.
+
+    Args:
+      function, args: as for jax.make_jaxpr; arrays may be shapes.
+      lanes: of a matrix unit; a product's inner and outer width are rounded up to a multiple of it, as
+        the hardware does. 1 counts the arithmetic.
+
+    Raises:
+      ValueError: if a product stands in a loop of unknown length.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(jaxpr, lanes)
+
+
+def _count(jaxpr: core.Jaxpr, lanes: int) -> int:
+    return sum(_count_equation(equation, lanes) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn, lanes: int) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _product(equation, lanes)
+    inner = [_count(jaxpr, lanes) for jaxpr in _jaxprs(params)]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "while" and sum(inner):
+        raise ValueError("a matrix product stands in a while loop, whose length is not known")
+    if name == "cond":
+        return max(inner)
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * sum(inner)
+    return sum(inner)
+
+
+def _product(equation: core.JaxprEqn, lanes: int) -> int:
+    """2 x batch x rows x columns x inner."""
+    (left_inner, right_inner), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    left, right = (var.aval.shape for var in equation.invars)
+
+    def rounded(size):
+        return -(-size // lanes) * lanes
+
+    inner = rounded(math.prod(left[axis] for axis in left_inner))
+    batch = math.prod(left[axis] for axis in left_batch)
+    rows = math.prod(n for axis, n in enumerate(left) if axis not in (*left_inner, *left_batch))
+    columns = math.prod(n for axis, n in enumerate(right) if axis not in (*right_inner, *right_batch))
+    return 2 * batch * rows * rounded(columns) * inner
+
+
+def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """The programs among an equation's parameters."""
+    found = []
+    for value in jax.tree.leaves(
+        params, is_leaf=lambda x: isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+    ):
+        if isinstance(value, core.ClosedJaxpr):
+            found.append(value.jaxpr)
+        elif isinstance(value, core.Jaxpr):
+            found.append(value)
+    return found

@@ -106,6 +106,7 @@ class Attention(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     platform: str | None = None
+    backend: str = "auto"
 
     @nn.compact
     def __call__(
@@ -130,7 +131,8 @@ class Attention(nn.Module):
         def keys_and_values(y):
             return k_norm(dense_k(y)), dense_v(y)
 
-        if context is not None:  # else the text's rounding would depend on its padding
+        on_cpu = (self.platform or jax.default_backend()) == "cpu"
+        if context is not None and on_cpu:  # else the text's rounding would depend on its padding
             keys_and_values = by_chunks(keys_and_values)
         k, v = map(heads, keys_and_values(source))
         q = apply_rope(heads(q), *rope)
@@ -147,7 +149,7 @@ class Attention(nn.Module):
 
         def attend(*group):  # [rows, count, ...] -> [rows * count, ...] and back
             merged = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), group)
-            out = attention(*merged, platform=self.platform)
+            out = attention(*merged, backend=self.backend, platform=self.platform)
             return out.reshape(*group[0].shape[:3], inner)
 
         out = map(attend, queries, keys, values, masks, segments)
@@ -163,6 +165,7 @@ class Block(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     platform: str | None = None
+    backend: str = "auto"
     gather: Callable[[Any], Any] | None = None
     cross_gate: bool = False
 
@@ -184,7 +187,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (layout.to_tokens(m) for m in mod)
 
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
-        settings = dict(num_heads=self.num_heads, head_dim=self.head_dim, platform=self.platform)
+        settings = dict(num_heads=self.num_heads, head_dim=self.head_dim)
+        settings |= dict(platform=self.platform, backend=self.backend)
         h = Attention(**settings, **dtypes, name="self_attention")(h, layout, rope)
         x = x + (gate1 * h).astype(self.dtype)
 
@@ -217,7 +221,8 @@ class PixelFlow(nn.Module):
       text: sizes of a text encoder whose parameters are part of the model (conditioning.py), or None.
       remat: what the backward pass keeps; a name of REMAT_POLICIES.
       scan_unroll: layers an iteration of the scan over depth; more compiles longer, runs faster.
-      platform: what it is compiled for ("tpu", ...), for the choice of attention; None: JAX's default.
+      attention: the backend of attention, a name of `models/attention.py` or "auto".
+      platform: what it is compiled for (`hardware.platform_of`), for that choice; None: JAX's default.
       gather_layer: makes a layer's parameters whole where each device holds a part of them.
     """
 
@@ -232,6 +237,7 @@ class PixelFlow(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
     scan_unroll: int = 1
+    attention: str = "auto"
     platform: str | None = None
     gather_layer: Callable[[Any], Any] | None = None
     text: Any = None
@@ -289,6 +295,7 @@ class PixelFlow(nn.Module):
             self.head_dim,
             self.context_dim > 0,
             platform=self.platform,
+            backend=self.attention,
             gather=self.gather_layer,
             cross_gate=self.cross_gate,
             **dtypes,

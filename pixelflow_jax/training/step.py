@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import flow, images, sharding
 from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blocks
+from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.packing import MixedLayout, PackLayout
@@ -92,7 +93,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     shapes = jax.eval_shape(lambda: init_params(model, 0))
     specs = sharding.specs(shapes, mesh)
     rest = {name: spec for name, spec in specs.items() if name != sharding.SCANNED}
-    model = model.clone(platform=mesh.devices.flat[0].platform)
+    model = model.clone(platform=platform_of(mesh.devices.flat[0]))
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 

@@ -1,0 +1,49 @@
+"""What accelerator chips can do: published peaks, for choosing kernels and for projections."""
+
+import dataclasses
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip's published numbers (cloud.google.com/tpu/docs, the page of each generation).
+
+    Attributes:
+      flops: bfloat16 matrix operations a second, at peak.
+      hbm_bytes, hbm_bandwidth: memory, and bytes a second from it.
+      ici_bandwidth: bytes a second to the other chips of the slice, over all links, both ways.
+      dcn_bandwidth: bytes a second to other slices; a host's network, shared by its chips.
+    """
+
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dcn_bandwidth: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 6.25e9),
+}
+# How JAX calls them
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def platform_of(device: Any) -> str:
+    """What attention chooses its kernel by: "cpu", "gpu", or "tpu" with the generation, as "tpu v5e"."""
+    if device.platform != "tpu":
+        return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return f"tpu {DEVICE_KINDS.get(device.device_kind, 'unknown')}"
