@@ -1,4 +1,4 @@
-"""Attention kernels against the plain form, and which one is chosen. TPU's runs in interpret mode here."""
+"""Attention kernels against the plain form, and which one is chosen. TPU's is interpreted here."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def both(q, k, v, g, tolerance, **kwargs):
 @pytest.mark.parametrize("length", [128, 256, 640, 1024])
 @pytest.mark.parametrize("kind", ["plain", "segments"])
 def test_the_tpu_kernel_equals_the_plain_form(length, kind, dtype, tolerance):
-    """Catches a wrong scale, block size, layout or mask, forward and backward, at the released head_dim."""
+    """Catches a wrong scale, block size, layout or mask, both ways, at the released head_dim."""
     q, k, v, g = draw(length, length, dtype)
     kwargs = {}
     if kind == "segments":
@@ -99,7 +99,8 @@ def test_attention_does_no_more_work_than_it_must(backend, length):
 
     product = 2 * 3 * 2 * length**2 * 64
     assert traced_flops(forward, x, x, x) == 2 * product
-    assert 6 * product <= traced_flops(both_ways, x, x, x, x) <= 7 * product
+    rows = 2 * 3 * 2 * length * 64  # the kernel's sum of gradient times output, a row
+    assert 6 * product <= traced_flops(both_ways, x, x, x, x) <= 7 * product + rows
 
 
 def test_the_network_does_no_more_work_than_it_must():
