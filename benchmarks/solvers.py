@@ -67,7 +67,11 @@ class Trial:
         model = sampler.model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
         self.sampler64 = dataclasses.replace(sampler, model=model, step_control="fixed")
         self.flops = budget.stage_flops(sampler)
-        self.truth = self.image("dopri5", (150,))
+
+    @functools.cached_property
+    def truth(self) -> np.ndarray:
+        """The tight solution."""
+        return self.image("dopri5", (150,))
 
     def image(self, solver: str, steps: tuple[int, ...], kind: str = "uniform", only: int | None = None):
         """The final images (or the first `only` of them), float64."""

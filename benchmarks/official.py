@@ -1,0 +1,159 @@
+"""Train step and sampler on CPU, ours and the official implementation side by side in one run.
+
+    git clone https://github.com/ShoufaChen/PixelFlow /tmp/official
+    python -m venv /tmp/theirs && /tmp/theirs/bin/pip install torch diffusers einops
+    python benchmarks/official.py --checkout=/tmp/official --python=/tmp/theirs/bin/python
+
+Both run in float32 on the same cores, in turn; the median of each and of the ratios of the pairs is
+printed, as one JSON line a task. The official code's loader (corruption, packing) is not counted, ours
+is part of the step. Its flash-attention, which needs CUDA, is replaced by torch's SDPA for each run of
+sequences of equal length (official_worker.py), which is exact.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+
+SHAPE = dict(num_heads=6, head_dim=64, depth=6, patch_size=4, num_classes=1000, num_stages=4)
+SHAPE |= dict(resolution=128, batch_size=16, num_samples=8, num_steps=10, guidance_scale=2.4)
+
+
+class Official:
+    """The official implementation in a process of its own; `run(task)` gives seconds."""
+
+    def __init__(self, python: str, checkout: str, threads: int):
+        worker = os.path.join(os.path.dirname(os.path.abspath(__file__)), "official_worker.py")
+        command = [python, worker, "--checkout", checkout, "--shape", json.dumps(SHAPE)]
+        self.process = subprocess.Popen(
+            [*command, "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.versions = self._answer()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("the official implementation's process ended: see its message above")
+        return json.loads(line)
+
+    def run(self, task: str) -> float:
+        """Seconds of one run."""
+        self.process.stdin.write(task + "\n")
+        self.process.stdin.flush()
+        return self._answer()["seconds"]
+
+
+def our_config(overrides: list[str]):
+    """The run's config at SHAPE, for float32 on CPU."""
+    from pixelflow_jax.config import _override, default_config
+
+    config = default_config()
+    for name in ("num_heads", "head_dim", "depth", "patch_size", "num_classes"):
+        config.model[name] = SHAPE[name]
+    config.cascade.num_stages = SHAPE["num_stages"]
+    config.data.resolution, config.batch_size = SHAPE["resolution"], SHAPE["batch_size"]
+    config.sample.num_steps = (SHAPE["num_steps"],)
+    config.sample.guidance_scale = SHAPE["guidance_scale"]
+    for override in overrides:
+        _override(config, *override.split("=", 1))
+    return config
+
+
+def our_train(config) -> Callable[[], None]:
+    """Runs one step of `make_train_step`."""
+    import jax
+    import numpy as np
+
+    from pixelflow_jax import sharding
+    from pixelflow_jax.config import build_model
+    from pixelflow_jax.models.conditioning import init_params
+    from pixelflow_jax.training import step
+    from pixelflow_jax.training.optimizer import build_optimizer
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model, optimizer = build_model(config), build_optimizer(config)
+    state = jax.jit(lambda: step.init_state(init_params(model, 0), optimizer))()
+    train_step = step.make_train_step(config, model, optimizer, mesh)
+    rng = np.random.default_rng(0)
+    batch = {
+        name: jax.device_put(rng.integers(0, 255, x.shape).astype(x.dtype))
+        for name, x in step.abstract_batch(config, mesh).items()
+    }
+
+    def run():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def our_sampler(config) -> Callable[[], None]:
+    """Runs one call of `make_generate`."""
+    import jax
+    import numpy as np
+
+    from pixelflow_jax.models.conditioning import init_params
+    from pixelflow_jax.sampling.generate import build_sampler, make_generate
+    from pixelflow_jax.sampling.sampler import class_conditions
+    from pixelflow_jax.sampling.starts import FromSeed
+
+    sampler, start = build_sampler(config), FromSeed(0)
+    params = jax.jit(lambda: init_params(sampler.model, 0))()
+    generate = make_generate(sampler, start)
+    index = np.arange(SHAPE["num_samples"])
+    conditions = class_conditions(index.astype(np.int32), SHAPE["num_classes"])
+    return lambda: jax.block_until_ready(generate(params, start.inputs(index), *conditions))
+
+
+def compare(task: str, official: Official, ours: Callable, images: int, runs: int) -> None:
+    """Prints the medians of both and of their ratio, run in turn."""
+    begin = time.perf_counter()
+    ours()
+    compiled = time.perf_counter() - begin
+    official.run(task)
+    pairs = []
+    for _ in range(runs):
+        theirs = official.run(task)
+        begin = time.perf_counter()
+        ours()
+        pairs.append((theirs, time.perf_counter() - begin))
+    line = dict(task=task, images=images, runs=runs)
+    line["official_seconds"] = statistics.median(a for a, _ in pairs)
+    line["our_seconds"] = statistics.median(b for _, b in pairs)
+    line["official_images_per_s"] = images / line["official_seconds"]
+    line["our_images_per_s"] = images / line["our_seconds"]
+    line["ratio"] = statistics.median(a / b for a, b in pairs)
+    line["our_first_call_seconds"] = compiled
+    print(json.dumps(line | official.versions), flush=True)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkout", required=True, help="folder with the official repository")
+    parser.add_argument("--python", required=True, help="the interpreter that can run it")
+    parser.add_argument("--runs", type=int, default=9, help="pairs of train steps")
+    parser.add_argument("--sample_runs", type=int, default=3, help="pairs of sampler calls")
+    parser.add_argument("--only", choices=("train", "sample"))
+    parser.add_argument("--config", action="append", default=[], help="KEY=VALUE for our config")
+    args = parser.parse_args()
+    threads = len(os.sched_getaffinity(0))
+    official = Official(args.python, args.checkout, threads)
+    config = our_config(args.config)
+    if args.only != "sample":
+        compare("train", official, our_train(config), SHAPE["batch_size"], args.runs)
+    if args.only != "train":
+        compare("sample", official, our_sampler(config), SHAPE["num_samples"], args.sample_runs)
+
+
+if __name__ == "__main__":
+    main()
