@@ -37,10 +37,11 @@ class Official:
 
     def __init__(self, checkout: str, shape: dict):
         sys.path.insert(0, checkout)
-        stand_in = types.ModuleType("flash_attn")
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed
+
+        stand_in = types.ModuleType("flash_attn")  # after diffusers, which looks for the real one
         stand_in.flash_attn_varlen_func = equal_length_attention
         sys.modules["flash_attn"] = stand_in
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed
         from pixelflow.model import PixelFlowModel
         from pixelflow.pipeline_pixelflow import PixelFlowPipeline
         from pixelflow.scheduling_pixelflow import PixelFlowScheduler

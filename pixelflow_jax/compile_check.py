@@ -1,14 +1,18 @@
-"""Compiles the train step of a config for a TPU slice that is not there, and says what it costs.
+"""Compiles a config's train step or sampler for a TPU slice that is not there: does it fit, how fast?
 
     python -m pixelflow_jax.compile_check --config=configs/imagenet256_xl.py --topology=v5e:4x4
+    python -m pixelflow_jax.compile_check --config=... --topology=v5e:2x2 --task=sample
 
 Needs libtpu, but no TPU: install the extra `aot` into an environment of its own. Prints memory per
-device, compile time, and the collectives of a step: how many, how often, how many bytes. Memory is
-per device as JAX counts devices: a v4 chip shows two cores as one or two devices.
+device beside what the device has, the collectives of a step, floating-point operations counted from the
+trace, and a roofline: the least time that work takes on the chip's published peaks, marked as the
+projection it is. Ends with an error, and with advice, if it does not fit. Memory is per device as JAX
+counts devices: a v4 chip shows two cores as one or two devices.
 """
 
 import importlib.metadata
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -16,8 +20,9 @@ from typing import Any
 from pixelflow_jax import cli
 from pixelflow_jax.config import build_model, check_batch_size, load_config
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.hardware import CHIPS, DEVICE_KINDS, GIB
 
-GIB = 2**30
+TASKS = ("train", "sample")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,18 +31,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="config file")
     parser.add_argument("--topology", required=True, help="TPU slice, such as v5e:4x4 or v4:2x2x2")
     parser.add_argument("--num_slices", type=int, default=1, help="of that topology")
+    parser.add_argument("--task", choices=TASKS, default="train", help="what to compile")
+    parser.add_argument("--batch_per_chip", type=int, help="images a chip; default: config.batch_size")
     parser.add_argument("--json", help="also write the figures to this file")
     argv = sys.argv[1:] if argv is None else argv
     overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
     args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
     config = load_config(args.config, overrides)
-    figures = measure(config, args.topology, args.num_slices)
-    figures["config"] = args.config
+    devices = tpu_devices(args.topology, args.num_slices)
+    if args.batch_per_chip is not None:
+        config.batch_size = args.batch_per_chip * len(devices)
+    figures = {"config": args.config, "topology": args.topology, "num_slices": args.num_slices}
+    figures |= measure(config, devices, args.task)
     if args.json:
         from pixelflow_jax import files
 
         files.write_json(args.json, figures)
     print(report(figures))
+    if not figures["fits"]:
+        raise UserError(advice(config, figures["memory_per_device"]["peak"], figures["hbm_per_device"]))
 
 
 def tpu_devices(topology: str, num_slices: int = 1) -> list:
@@ -65,31 +77,105 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list:
     return list(found.devices)
 
 
+def train_program(config, devices: list):
+    """(the jitted train step, its abstract arguments, its mesh, FLOPs of the model in a step)."""
+    from pixelflow_jax import sharding
+    from pixelflow_jax.training.loop import workload
+    from pixelflow_jax.training.optimizer import build_optimizer
+    from pixelflow_jax.training.step import abstract_batch, abstract_state, make_train_step
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
+    check_batch_size(config, sharding.batch_shards(mesh))
+    model, optimizer = build_model(config), build_optimizer(config)
+    arguments = abstract_state(config, model, optimizer, mesh), abstract_batch(config, mesh)
+    step = make_train_step(config, model, optimizer, mesh)
+    return step, arguments, mesh, workload(config, mesh).flops
+
+
+def sample_program(config, devices: list):
+    """The same of the sampler, as `sample` runs it: every chip holds the parameters."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from pixelflow_jax.models.conditioning import init_params
+    from pixelflow_jax.sampling.budget import stage_flops
+    from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
+    from pixelflow_jax.sampling.solvers import evaluations_per_step
+    from pixelflow_jax.training.step import abstract_condition
+
+    sampler, mesh = build_sampler(config), image_mesh(devices, config.mesh.context)
+    size = config.batch_size
+    if size % mesh.shape["images"]:
+        raise UserError(f"{size} images do not split over {mesh.shape['images']} groups of chips")
+    placed, whole = (NamedSharding(mesh, spec) for spec in (P("images"), P()))
+
+    def shaped(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
+    params = jax.tree.map(lambda x: shaped(x, whole), shapes)
+    index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=placed)
+    condition = jax.tree.map(lambda x: shaped(x, placed), abstract_condition(config, size))
+    steps = np.array(sampler.grid.steps(sampler.cascade.num_stages))
+    flops = float(steps * evaluations_per_step(sampler.solver) @ stage_flops(sampler)) * size
+    arguments = params, {"index": index}, condition, condition
+    return make_generate(sampler, mesh=mesh), arguments, mesh, flops
+
+
 def compile_step(config, devices: list):
     """The compiled train step, its abstract state, its mesh, and the seconds to trace and compile it.
 
     `devices` may be real ones or descriptions of some that are not here.
     """
+    step, arguments, mesh, _ = train_program(config, devices)
+    _, compiled, seconds = _compile(config, step, arguments, devices)
+    return compiled, arguments[0], mesh, seconds
+
+
+def _compile(config, program, arguments, devices: list):
+    """(traced, compiled, (seconds to trace, seconds to compile))."""
     import jax
 
-    from pixelflow_jax import sharding
-    from pixelflow_jax.training.optimizer import build_optimizer
-    from pixelflow_jax.training.step import abstract_batch, abstract_state, make_train_step
-
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    check_batch_size(config, mesh.size)
-    model, optimizer = build_model(config), build_optimizer(config)
-    state = abstract_state(config, model, optimizer, mesh)
     begin = time.perf_counter()
-    lowered = make_train_step(config, model, optimizer, mesh).lower(state, abstract_batch(config, mesh))
-    traced = time.perf_counter()
+    traced = program.trace(*arguments)
+    lowered = traced.lower(lowering_platforms=(devices[0].platform,))
+    middle = time.perf_counter()
     try:
         compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:  # it does not fit the device's memory, mostly
-        raise UserError(
-            f"it does not compile for {devices[0].device_kind}: {str(error).splitlines()[0]}"
-        ) from None
-    return compiled, state, mesh, (traced - begin, time.perf_counter() - traced)
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        memory = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", text)
+        if not memory:
+            raise UserError(
+                f"it does not compile for {devices[0].device_kind}: {text.splitlines()[0]}"
+            ) from None
+        used, has = (
+            float(n) * (GIB if unit == "G" else 2**20)
+            for n, unit in zip(memory.groups()[::2], memory.groups()[1::2], strict=True)
+        )
+        raise UserError(advice(config, used, has)) from None
+    return traced, compiled, (middle - begin, time.perf_counter() - middle)
+
+
+def advice(config, used: float, has: float) -> str:
+    """What to do about a program that needs more memory than a device has."""
+    ways = []
+    if config.model.remat != "full":
+        ways.append("--config.model.remat=full recomputes activations in the backward pass")
+    if config.accumulation_steps * config.cascade.num_stages < config.batch_size:
+        ways.append("a larger --config.accumulation_steps, or a smaller batch, holds fewer at a time")
+    if config.mesh.fsdp != -1:
+        ways.append("--config.mesh.fsdp=-1 splits parameters, moments and averages over all chips")
+    if config.data.resolution >= 512:
+        ways.append("--config.mesh.context=N lets N chips share each image's tokens")
+    ways.append("more chips, or chips with more memory")
+    return (
+        f"it does not fit: {used / GIB:.2f} GiB of {has / GIB:.2f} GiB a device. Ways out: "
+        + "; ".join(ways)
+    )
 
 
 def memory_per_device(compiled) -> dict[str, int]:
@@ -106,50 +192,67 @@ def memory_per_device(compiled) -> dict[str, int]:
     }
 
 
-def measure(config, topology: str, num_slices: int = 1) -> dict[str, Any]:
-    """Compiles the real train step for a TPU slice and collects its figures (see `report`)."""
-    devices = tpu_devices(topology, num_slices)
+def measure(config, devices: list, task: str = "train") -> dict[str, Any]:
+    """Compiles the real program for a TPU slice and collects its figures (see `report`)."""
     import jax
 
-    from pixelflow_jax import hlo
+    from pixelflow_jax import hlo, roofline
     from pixelflow_jax.config import DTYPES
+    from pixelflow_jax.models.flops import program_flops
 
-    compiled, state, mesh, (traced, took) = compile_step(config, devices)
-    found = hlo.collectives(compiled.as_text())
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    item = DTYPES[config.dtype].dtype.itemsize
+    build = train_program if task == "train" else sample_program
+    program, arguments, mesh, model_flops = build(config, devices)
+    traced, compiled, seconds = _compile(config, program, arguments, devices)
+    text, memory = compiled.as_text(), memory_per_device(compiled)
+    chip = CHIPS[DEVICE_KINDS[devices[0].device_kind]]
+    found = hlo.collectives(text)
     totals = hlo.summary(found)
-    gathered = totals["all-gather"]["bytes"]
+    slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
+    traffic = {"hbm": hlo.hbm_bytes(text), **roofline.moved_bytes(found, slices)}
+    flops = {"model": model_flops / mesh.size, "traced": program_flops(traced.jaxpr.jaxpr)}
+    flops["lanes"] = program_flops(traced.jaxpr.jaxpr, lanes=128)
+    projection = roofline.project(chip, mesh.size, model_flops, flops["lanes"], traffic["hbm"], traffic)
+    rate = config.batch_size / mesh.size / projection["step_seconds"]
+    params = arguments[0].params if task == "train" else arguments[0]
+    count = sum(x.size for x in jax.tree.leaves(params))
+    moved = count * DTYPES[config.dtype].dtype.itemsize
     reduced = totals["all-reduce"]["bytes"] + totals["reduce-scatter"]["bytes"]
     return {
-        "topology": topology,
+        "task": task,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "libtpu")},
-        "trace_seconds": traced,
-        "compile_seconds": took,
-        "memory_per_device": memory_per_device(compiled),
+        "trace_seconds": seconds[0],
+        "compile_seconds": seconds[1],
+        "memory_per_device": memory,
+        "hbm_per_device": chip.hbm_bytes,
+        "fits": memory["peak"] <= chip.hbm_bytes,
         "parameters": count,
+        "flops_per_device": flops,
+        "bytes_per_device": traffic,
+        "projection": {**projection, "images_per_s_per_chip": rate},
         "collectives": totals,
-        "gathered_bytes": gathered,
-        "reduced_bytes": reduced,
-        "gathered_per_parameter_byte": gathered / (count * item),
-        "reduced_per_gradient_byte": reduced / (count * item),
+        "gathered_per_parameter_byte": totals["all-gather"]["bytes"] / moved,
+        "reduced_per_gradient_byte": reduced / moved,
         "permutes": sorted({one.source for one in found if one.kind == "collective-permute"}),
     }
 
 
 def report(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    memory = figures["memory_per_device"]
+    memory, flops = figures["memory_per_device"], figures["flops_per_device"]
+    guess, versions = figures["projection"], figures["versions"]
+    slices = f"{figures['num_slices']} x " if figures["num_slices"] > 1 else ""
     lines = [
-        f"{figures['config']} on {figures['topology']}: {figures['devices']} devices, mesh "
-        f"{figures['mesh']}, batch {figures['batch_size']}, {figures['parameters']:,} parameters",
-        f"compiled in {figures['compile_seconds']:.0f} s (jax {figures['versions']['jax']}, libtpu "
-        f"{figures['versions']['libtpu']})",
+        f"{figures['task']} {figures['config']} on {slices}{figures['topology']}: {figures['devices']} "
+        f"devices, mesh {figures['mesh']}, batch {figures['batch_size']}, "
+        f"{figures['parameters']:,} parameters",
+        f"traced in {figures['trace_seconds']:.0f} s, compiled in {figures['compile_seconds']:.0f} s "
+        f"(jax {versions['jax']}, libtpu {versions['libtpu']})",
         "memory per device: "
-        + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items()),
+        + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
+        + f", of {figures['hbm_per_device'] / GIB:.0f} GiB",
     ]
     for kind, numbers in figures["collectives"].items():
         lines.append(
@@ -161,7 +264,20 @@ def report(figures: dict[str, Any]) -> str:
         f"dtype, reduced {figures['reduced_per_gradient_byte']:.3f} x the gradients'"
     )
     lines += [f"  collective-permute from {source}" for source in figures["permutes"]]
-    return "\n".join(lines)
+    lines.append(
+        f"work per device: {flops['model'] / 1e12:.3f} TFLOP by the model's shapes, "
+        f"{flops['traced'] / 1e12:.3f} with what is recomputed, {flops['lanes'] / 1e12:.3f} in lanes of "
+        f"128; " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in figures["bytes_per_device"].items())
+    )
+    parts = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in guess["seconds"].items())
+    lines.append(
+        f"projection, not a measurement: {parts}; a step takes {1e3 * guess['step_seconds']:.1f} ms if "
+        f"all overlap (bound by {guess['bound']}; MFU {guess['mfu']:.0%}, "
+        f"{guess['images_per_s_per_chip']:.2f} images/s a chip), "
+        f"{1e3 * guess['step_seconds_one_after_the_other']:.1f} ms one after the other (MFU "
+        f"{guess['mfu_one_after_the_other']:.0%})"
+    )
+    return "\n".join([*lines, *(f"  {line}" for line in guess["assumptions"])])
 
 
 if __name__ == "__main__":

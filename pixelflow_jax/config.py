@@ -98,7 +98,8 @@ def default_config() -> ConfigDict:
                 half_lives=(),  # in images; an average each
                 warmup=False,  # a smaller decay in the first steps
             ),
-            mesh=dict(data=-1, fsdp=1),  # -1 = the rest of the devices
+            # -1 = the rest of the devices; context devices share the tokens of their images
+            mesh=dict(data=-1, fsdp=1, context=1),
             hosts=dict(  # seconds
                 start_timeout=300.0,  # until all processes must have come
                 heartbeat_timeout=60.0,  # of silence, after which one counts as gone
@@ -221,11 +222,25 @@ def check_config(config: ConfigDict) -> None:
             f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the rest "
             f"of the devices; got {sizes[0]} and {sizes[1]}"
         )
+    _check_context(config)
     _check_text(config)
     cascade = build_cascade(config)
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
     _check_buckets(config)
     check_batch_size(config)
+
+
+def _check_context(config: ConfigDict) -> None:
+    context = config.mesh.context
+    if context < 1:
+        raise UserError(f"config.mesh.context must be at least 1, got {context}")
+    coarsest = max_blocks(config)
+    if coarsest % context:
+        raise UserError(
+            f"config.mesh.context={context} must divide the tokens of the coarsest stage, {coarsest}"
+        )
+    if context > 1 and (config.data.mix_sizes or config.data.max_aspect_ratio > 1):
+        raise UserError("config.mesh.context above 1 needs images of one size: data.max_aspect_ratio=1")
 
 
 def _check_text(config: ConfigDict) -> None:

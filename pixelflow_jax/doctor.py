@@ -147,9 +147,10 @@ def check_batch(config) -> str:
     from pixelflow_jax import sharding
     from pixelflow_jax.config import check_batch_size
 
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_batch_size(config, mesh.size)
-    return f"{config.batch_size} over mesh {dict(mesh.shape)}, {config.batch_size // mesh.size} a device"
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, context=config.mesh.context)
+    shards = sharding.batch_shards(mesh)
+    check_batch_size(config, shards)
+    return f"{config.batch_size} over mesh {dict(mesh.shape)}, {config.batch_size // shards} a device"
 
 
 def check_data(config) -> str:

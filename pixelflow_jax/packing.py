@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+CONTEXT = "context"  # the mesh axis of devices that share sequences
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -34,9 +36,14 @@ class Group:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class PackLayout:
-    """Which sequences stand where in a packed row. Hashable, so it can be a static argument."""
+    """Which sequences stand where in a packed row. Hashable, so it can be a static argument.
+
+    With `shards` above 1, that many devices along the mesh's axis CONTEXT share a row: each holds an
+    equal part of every sequence, and `pack`, `unpack` and `to_tokens` are about that part.
+    """
 
     groups: tuple[Group, ...]
+    shards: int = 1
 
     @property
     def num_sequences(self) -> int:
@@ -45,13 +52,17 @@ class PackLayout:
 
     @property
     def row_length(self) -> int:
-        """Tokens in a row."""
+        """Tokens in a whole row."""
         return sum(group.count * group.length for group in self.groups)
+
+    def local_length(self, group: Group) -> int:
+        """Tokens of one sequence that a device holds."""
+        return group.length // self.shards
 
     def pack(self, parts: Sequence[Shaped[Array, "rows count length d"]]) -> Shaped[Array, "rows n d"]:
         """Joins one array per group, in the order of `groups`, into rows."""
         flat = [
-            part.reshape(part.shape[0], group.count * group.length, part.shape[-1])
+            part.reshape(part.shape[0], group.count * self.local_length(group), part.shape[-1])
             for group, part in zip(self.groups, parts, strict=True)
         ]
         return jnp.concatenate(flat, axis=1)
@@ -60,11 +71,30 @@ class PackLayout:
         """The inverse of `pack`: one [rows, count, length, ...] per group (static slices)."""
         parts, begin = [], 0
         for group in self.groups:
-            end = begin + group.count * group.length
+            length = self.local_length(group)
+            end = begin + group.count * length
             part = row[:, begin:end]
-            parts.append(part.reshape(row.shape[0], group.count, group.length, *row.shape[2:]))
+            parts.append(part.reshape(row.shape[0], group.count, length, *row.shape[2:]))
             begin = end
         return parts
+
+    def local(self, row: Shaped[Array, "*rows n d"]) -> Shaped[Array, "*rows n2 d"]:
+        """Of a whole row, the part that this device holds."""
+        if self.shards == 1:
+            return row
+        parts, begin, place = [], 0, jax.lax.axis_index(CONTEXT)
+        for group in self.groups:
+            end = begin + group.count * group.length
+            shape = (group.count, self.shards, self.local_length(group), row.shape[-1])
+            part = row[..., begin:end, :].reshape(*row.shape[:-2], *shape)
+            part = jax.lax.dynamic_index_in_dim(part, place, part.ndim - 3, keepdims=False)
+            parts.append(part.reshape(*row.shape[:-2], -1, row.shape[-1]))
+            begin = end
+        return jnp.concatenate(parts, axis=-2)
+
+    def whole(self, part: Shaped[Array, "rows count n ..."]) -> Shaped[Array, "rows count length ..."]:
+        """A group's sequences from the parts of all devices that share them."""
+        return part if self.shards == 1 else jax.lax.all_gather(part, CONTEXT, axis=2, tiled=True)
 
     def split_sequences(self, x: Shaped[Array, "rows s ..."]) -> list[Shaped[Array, "rows count ..."]]:
         """Cuts an array with one entry per sequence into one array per group."""
@@ -75,14 +105,18 @@ class PackLayout:
         """Repeats each sequence's vector for every token of that sequence."""
         return self.pack(
             [
-                jnp.broadcast_to(part[:, :, None], (*part.shape[:2], group.length, part.shape[-1]))
+                jnp.broadcast_to(
+                    part[:, :, None], (*part.shape[:2], self.local_length(group), part.shape[-1])
+                )
                 for group, part in zip(self.groups, self.split_sequences(x), strict=True)
             ]
         )
 
     def sequence_means(self, row: Float[Array, "rows n d"]) -> Float[Array, "rows s"]:
-        """Mean over each sequence's own tokens and features."""
-        return jnp.concatenate([part.mean(axis=(2, 3)) for part in self.unpack(row)], axis=1)
+        """Mean over each sequence's own tokens and features; with shards, this device's share of it."""
+        return jnp.concatenate(
+            [part.mean(axis=(2, 3)) / self.shards for part in self.unpack(row)], axis=1
+        )
 
     def positions(self) -> Int[np.ndarray, "n 2"]:
         """(row, column) of every token in its own grid, from 0."""
@@ -121,6 +155,10 @@ class MixedLayout:
     def unpack(self, row: Shaped[Array, "rows n ..."]) -> list[Shaped[Array, "rows count length ..."]]:
         """The inverse of `pack`."""
         return self.lanes.unpack(row)
+
+    def whole(self, part: Shaped[Array, "rows count n ..."]) -> Shaped[Array, "rows count n ..."]:
+        """As it is: lanes are not shared."""
+        return part
 
     def split_sequences(self, x: Shaped[Array, "rows s ..."]) -> list[Shaped[Array, "rows count ..."]]:
         """Cuts an array with one entry per sequence into one array per group."""

@@ -49,6 +49,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--negative_prompt", help="a text to steer away from (default: the empty text)")
     add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")
     add("--batch_size", type=int, default=25, help="images at a time, a process (default: %(default)s)")
+    add("--context", type=int, default=1, help="devices that share each image (for large images)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--ema", type=float, help="decay of the average to use; 0 = the raw parameters")
     add("--height", type=int, help="in pixels (default: as trained)")
@@ -82,7 +83,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot be right, whatever the checkpoint."""
-    for name in ("batch_size", "num_images", "nfe_budget"):
+    for name in ("batch_size", "context", "num_images", "nfe_budget"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.num_png is not None and args.num_png < 0:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 from tqdm import tqdm
@@ -38,7 +38,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.layouts import write_layout
 from pixelflow_jax.models.conditioning import encode_text
 from pixelflow_jax.sampling import starts
-from pixelflow_jax.sampling.generate import AXIS, fit_image, make_generate, save_strip
+from pixelflow_jax.sampling.generate import AXIS, fit_image, image_mesh, make_generate, save_strip
 from pixelflow_jax.sampling.output import OutputFolder, chunks
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.watchdog import Watchdog
@@ -107,8 +107,9 @@ def _make(
     args: argparse.Namespace, job: request.Job, folder: OutputFolder, watch: Callable[[str], None]
 ) -> int:
     """Makes this process's share of the images that are missing; returns how many."""
-    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
-    size = -(-args.batch_size // mesh.size) * mesh.size  # as many on every device
+    mesh = image_mesh(jax.local_devices(), args.context)
+    groups = mesh.shape[AXIS]
+    size = -(-args.batch_size // groups) * groups  # as many on every device
     params = jax.device_put(job.params, NamedSharding(mesh, P()))
     generate = make_generate(job.sampler, job.start, mesh)
     mine = chunks(folder.count, size, jax.process_index(), jax.process_count())

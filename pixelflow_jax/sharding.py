@@ -1,6 +1,7 @@
 """The mesh of devices, and how parameters and batches are split over it.
 
-Two axes: `data` copies the parameters, `fsdp` splits them; the batch is split over both. The train
+Three axes: `data` copies the parameters, `fsdp` splits them; the batch is split over both. Devices along
+`context` share their images: each holds a part of every sequence of tokens (packing.py). The train
 step runs under shard_map: each device works on its own packed row, gathers a layer's parameters
 just before it needs them, and gets its share of their gradient back by a reduce-scatter, which is
 the transpose of that gather. So the collectives are those written here and no others.
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.packing import CONTEXT
 
 AXES = ("data", "fsdp")
 BATCH = P(AXES)
@@ -24,22 +26,24 @@ GATHERED = "gathered_parameters"  # name of what the backward pass gathers again
 SCANNED = "blocks"  # parameters below this name have a leading layer axis, which is never split
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh with the axes `data` and `fsdp`; one of the sizes may be -1, for the rest.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None, context: int = 1) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `context`; one of the first two may be -1, for the rest.
 
     With several TPU slices, `data` goes over the slow network between them (so its size is a
-    multiple of their number) and `fsdp` stays inside a slice.
+    multiple of their number); `fsdp` and `context` stay inside a slice.
 
     Raises:
       UserError: if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, known = [data, fsdp], max(data, 1) * max(fsdp, 1)
+    known = max(data, 1) * max(fsdp, 1) * context
     rest, left_over = divmod(len(devices), known)
-    sizes = [rest if size == -1 else size for size in sizes]
+    sizes = [rest if size == -1 else size for size in (data, fsdp, context)]
     if left_over or np.prod(sizes) != len(devices):
         raise UserError(
-            f"config.mesh.data={data}, config.mesh.fsdp={fsdp} do not fit {len(devices)} devices: "
+            f"config.mesh.data={data}, config.mesh.fsdp={fsdp}"
+            + (f", config.mesh.context={context}" if context > 1 else "")
+            + f" do not fit {len(devices)} devices: "
             f"their product must be that number (-1 stands for the rest)"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -49,11 +53,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
             f"stays inside a slice"
         )
     if slices > 1:
-        inner = (sizes[0] // slices, sizes[1])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1), devices)
+        inner = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices)
-    return Mesh(grid, AXES)
+    return Mesh(grid, (*AXES, CONTEXT))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def param_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
@@ -107,11 +116,18 @@ def layer_gather(param_specs: Any, dtype: Any) -> Callable[[Any], Any]:
     return lambda params: gather(params, inner, dtype)
 
 
+def gather_rest(params: Any, param_specs: Any, dtype: Any) -> Any:
+    """`gather` for all parameters but those of the scanned blocks, which are left as they are."""
+    rest = [name for name in params if name != SCANNED]
+    whole = gather(*({name: tree[name] for name in rest} for tree in (params, param_specs)), dtype)
+    return {**params, **whole}
+
+
 def reduce_gradients(grads: Any, param_specs: Any) -> Any:
     """Inside shard_map: the sum over devices of what each of them holds of the gradients."""
 
     def one(grad, spec):
-        return jax.lax.psum(grad, "data" if "fsdp" in spec else AXES)
+        return jax.lax.psum(grad, ("data", CONTEXT) if "fsdp" in spec else (*AXES, CONTEXT))
 
     return jax.tree.map(one, grads, param_specs, is_leaf=lambda x: isinstance(x, P))
 

@@ -17,32 +17,34 @@ from jax.sharding import PartitionSpec as P
 from pixelflow_jax import hlo, sharding
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data.sources import load_source
-from pixelflow_jax.sampling.generate import build_sampler
+from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
-from pixelflow_jax.sampling.starts import image_keys
+from pixelflow_jax.sampling.starts import FromSeed, image_keys
 from pixelflow_jax.training.loop import device_batches
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import init_params, init_state, make_train_step
 
 from conftest import TINY
 
-MESHES = {  # name: (data, fsdp, accumulation_steps)
-    "one": (1, 1, 1),
-    "data": (8, 1, 1),
-    "fsdp": (1, 8, 1),
-    "mixed": (2, 4, 1),
-    "accumulated": (1, 1, 4),
-    "mixed_accumulated": (2, 2, 2),
+MESHES = {  # name: (data, fsdp, context, accumulation_steps)
+    "one": (1, 1, 1, 1),
+    "data": (8, 1, 1, 1),
+    "fsdp": (1, 8, 1, 1),
+    "mixed": (2, 4, 1, 1),
+    "context": (1, 1, 4, 1),
+    "all": (2, 2, 2, 1),
+    "accumulated": (1, 1, 1, 4),
+    "mixed_accumulated": (2, 2, 2, 2),
 }
 STEPS = 10
 
 
-def run(data: int, fsdp: int, accumulation: int, *overrides: str) -> dict:
+def run(data: int, fsdp: int, context: int, accumulation: int, *overrides: str) -> dict:
     """Losses of 10 steps, and the share of each large array that one device holds."""
     config = load_config(
         "configs/digits.py", [*TINY, "batch_size=32", f"accumulation_steps={accumulation}", *overrides]
     )
-    mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp * context], context)
     model, optimizer = build_model(config), build_optimizer(config)
 
     def init():
@@ -91,6 +93,21 @@ def sampling(solver: str) -> float:
     return float(np.abs(found[0] - found[1]).max())
 
 
+def shared_sampling() -> float:
+    """The largest difference between the end images of one device and of 2 x 4 that share tokens."""
+    config = load_config("configs/digits.py", [*TINY, "sample.num_steps=4"])
+    sampler, index, rng = build_sampler(config), np.arange(4), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+    mesh, start = sharding.make_mesh(1, 2, context=4), FromSeed(0)
+    placed = jax.device_put(params, sharding.shardings(params, mesh))
+    args = ({"index": index}, *class_conditions(index % 10, 10))
+    alone = make_generate(sampler, start)(params, *args)
+    shared = make_generate(sampler, start, mesh, sharding.specs(shapes, mesh))(placed, *args)
+    pairs = [(alone.pixels, shared.pixels), *zip(alone.stages, shared.stages, strict=True)]
+    return max(float(np.abs(np.int32(a) - np.int32(b)).max()) for a, b in pairs)
+
+
 def _flat(tree) -> list[tuple[str, jax.Array]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
@@ -98,8 +115,10 @@ def _flat(tree) -> list[tuple[str, jax.Array]]:
 
 if __name__ == "__main__":
     results = {name: run(*mesh) for name, mesh in MESHES.items()}
-    results["bfloat16"] = run(1, 1, 1, "dtype=bfloat16")
-    results["bfloat16_fsdp"] = run(1, 8, 1, "dtype=bfloat16")
-    results["remat_fsdp"] = run(1, 8, 1, "model.remat=full", "model.scan_unroll=1")
+    results["bfloat16"] = run(1, 1, 1, 1, "dtype=bfloat16")
+    results["bfloat16_fsdp"] = run(1, 8, 1, 1, "dtype=bfloat16")
+    results["remat_fsdp"] = run(1, 8, 1, 1, "model.remat=full", "model.scan_unroll=1")
+    results["remat_context"] = run(2, 2, 2, 1, "model.remat=dots", "model.scan_unroll=1")
+    results["shared_sampling"] = shared_sampling()
     results["sampling"] = {solver: sampling(solver) for solver in ("euler", "ab2", "dopri5")}
     json.dump(results, sys.stdout)

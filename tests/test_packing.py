@@ -1,5 +1,7 @@
 """Packing: round trips, and no leak between the images of a row."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +110,22 @@ def test_attention_backends_match_float64(backend, masked):
     out, pull = jax.vjp(lambda *args: attention(*args, key_mask, backend=backend), *as32)
     np.testing.assert_allclose(out, expected, atol=2e-6)
     grad_v = np.einsum("bhnm,bnhd->bmhd", weights, g)
-    np.testing.assert_allclose(pull(jnp.asarray(g, jnp.float32))[2], grad_v, atol=2e-5)
+    grads = pull(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(grads[2], grad_v, atol=2e-5)
+    to_weights = np.einsum("bnhd,bmhd->bhnm", g, v)
+    to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdims=True)) / np.sqrt(8)
+    np.testing.assert_allclose(grads[0], np.einsum("bhnm,bmhd->bnhd", to_scores, k), atol=2e-5)
+    np.testing.assert_allclose(grads[1], np.einsum("bhnm,bnhd->bmhd", to_scores, q), atol=2e-5)
+
+
+def test_blockwise_attention_under_vmap():
+    """Catches a batching rule that mixes images up: error-controlled steps run an image a lane."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 1, 256, 2, 8)), jnp.float32) for _ in range(3))
+    run = functools.partial(attention, backend="blockwise")
+    mapped = jax.vmap(run, in_axes=(0, None, 0))(q, k[0], v)
+    for i in range(3):
+        np.testing.assert_allclose(mapped[i], run(q[i], k[0], v[i]), atol=1e-6)
 
 
 def test_text_padding_changes_no_bit(noisy_params):

@@ -9,7 +9,7 @@ import pixelflow_jax
 ROOMS = (
     "errors cascade images packing hardware sharding files arrays hosts models text config flow data "
     "sampling training cli layouts conditions request convert evaluation train sample sweep evaluate "
-    "pack encode hlo compile_check doctor"
+    "pack encode hlo roofline compile_check doctor"
 ).split()
 PACKAGE = pathlib.Path(pixelflow_jax.__file__).parent
 

@@ -35,7 +35,9 @@ def results():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["data", "fsdp", "mixed", "accumulated", "mixed_accumulated"])
+@pytest.mark.parametrize(
+    "name", ["data", "fsdp", "mixed", "context", "all", "accumulated", "mixed_accumulated"]
+)
 def test_every_mesh_gives_the_losses_of_one_device(results, name):
     """Catches gradients summed twice or not at all, noise or stages that depend on the device."""
     np.testing.assert_allclose(results[name]["losses"], results["one"]["losses"], rtol=1e-5)
@@ -50,12 +52,19 @@ def test_eight_devices_make_the_images_of_one(results, solver):
 
 
 @pytest.mark.slow
+def test_devices_that_share_an_image_make_the_same(results):
+    """Catches a sampler that loses or swaps the tokens of devices along `context`."""
+    assert results["shared_sampling"] <= 1  # of 255: rounding
+
+
+@pytest.mark.slow
 def test_bfloat16_and_remat_under_fsdp(results):
     """Catches a gather in the wrong dtype, or a backward pass that does not gather again."""
     np.testing.assert_allclose(
         results["bfloat16_fsdp"]["losses"], results["bfloat16"]["losses"], rtol=1e-3
     )
-    np.testing.assert_allclose(results["remat_fsdp"]["losses"], results["one"]["losses"], rtol=1e-5)
+    for name in ("remat_fsdp", "remat_context"):
+        np.testing.assert_allclose(results[name]["losses"], results["one"]["losses"], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.hardware import platform_of
+from pixelflow_jax.models.blockwise import APART, blockwise_attention
 
 MASKED = -10000.0  # what the released text model adds to the scores of padding
-APART = -1e30  # the score of a key in another segment; finite, so that a query alone gets no NaN
-BLOCK = 256  # queries a block of the blockwise backend
 CHUNK = 16  # keys of the first chunk where keys are masked
 
 
@@ -41,22 +40,23 @@ def attention(
     """
     platform = platform or platform_of(jax.devices()[0])
     if backend == "auto":
-        backend = choose_backend(platform, q, k, segments is not None)
+        backend = choose_backend(platform, q, k)
     if backend == "splash":
         from pixelflow_jax.models.splash import splash_attention  # Pallas takes a second to import
 
         generation = platform.removeprefix("tpu").strip()
         return splash_attention(q, k, v, key_mask, segments, generation, not platform.startswith("tpu"))
+    if key_mask is not None and backend == "blockwise" or segments is not None and backend == "cudnn":
+        backend = "einsum"  # those have no such masks
     return BACKENDS[backend](q, k, v, key_mask, segments)
 
 
-def choose_backend(
-    platform: str, q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], segmented: bool = False
-) -> str:
+def choose_backend(platform: str, q: Float[Array, "b n h d"], k: Float[Array, "b m h d"]) -> str:
     """The backend for a platform and shapes.
 
     TPU: the kernel, from a length of 128 on. GPU: cuDNN for half precision, heads of up to 128.
-    CPU: blocks of queries where the scores of all would leave the cache. Elsewhere all at once.
+    CPU: head by head from a length of 128 on. Elsewhere all at once, as where keys are masked for a
+    backend that has no such mask.
     """
     n, m = q.shape[1], k.shape[1]
     if platform.startswith("tpu"):
@@ -64,8 +64,8 @@ def choose_backend(
     if platform == "gpu":
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-        return "cudnn" if half and fits and not segmented else "einsum"
-    return "blockwise" if n >= 4 * BLOCK and n % BLOCK == 0 else "einsum"
+        return "cudnn" if half and fits else "einsum"
+    return "blockwise" if platform == "cpu" and min(n, m) >= 128 else "einsum"
 
 
 def einsum_attention(q, k, v, key_mask=None, segments=None):
@@ -132,31 +132,14 @@ def _masked_attention(q, k, v, key_mask):
     return (out / jnp.swapaxes(total, 1, 2)[..., None]).astype(v.dtype)
 
 
-def blockwise_attention(q, k, v, key_mask=None, segments=None):
-    """One block of queries at a time; the backward pass recomputes the scores of its block."""
-
-    def blocks(x):  # [b, n, ...] -> [n / BLOCK, b, BLOCK, ...]
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def one_block(part):
-        q, ids = part
-        return einsum_attention(q, k, v, key_mask, ids and (ids[0], segments[1]))
-
-    out = jax.lax.map(one_block, (blocks(q), segments and (blocks(segments[0]),)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
-
-
 def cudnn_attention(q, k, v, key_mask=None, segments=None):
-    """NVIDIA's fused kernel."""
-    if segments is not None:
-        raise ValueError("the cudnn backend takes no segments")
+    """NVIDIA's fused kernel; without segments."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
 BACKENDS = {
     "einsum": einsum_attention,  # all scores at once
-    "blockwise": blockwise_attention,  # one block of queries at a time, so that scores stay in cache
+    "blockwise": blockwise_attention,  # CPU's: one head and one block of queries at a time
     "cudnn": cudnn_attention,
 }

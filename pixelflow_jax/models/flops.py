@@ -52,7 +52,11 @@ def traced_flops(function: Callable, *args: Any, lanes: int = 1) -> int:
     Raises:
       ValueError: if a product stands in a loop of unknown length.
     """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return program_flops(jax.make_jaxpr(function)(*args).jaxpr, lanes)
+
+
+def program_flops(jaxpr: core.Jaxpr, lanes: int = 1) -> int:
+    """`traced_flops` of a program that is traced already."""
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(jaxpr, lanes)
 

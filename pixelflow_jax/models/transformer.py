@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.models.attention import attention, by_chunks
+from pixelflow_jax.models.blockwise import SAVED
 from pixelflow_jax.models.rope import apply_rope, rope_lookup, rope_table
 from pixelflow_jax.packing import MixedLayout, PackLayout
 from pixelflow_jax.sharding import GATHERED
@@ -24,7 +25,10 @@ from pixelflow_jax.sharding import GATHERED
 SINCOS_DIM = 256
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),  # every activation
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream only
 }
 Dtype = Any
@@ -140,7 +144,7 @@ class Attention(nn.Module):
         masks = segments = [None] * len(queries)
         if context is None:
             k = apply_rope(k, *rope)
-            keys, values = layout.unpack(k), layout.unpack(v)
+            keys, values = ([layout.whole(y) for y in layout.unpack(x)] for x in (k, v))
             if isinstance(layout, MixedLayout):  # images and padding each see their own kind
                 segments = [(ids, ids) for ids in layout.unpack(layout.mask.astype(jnp.int32))]
         else:
@@ -277,7 +281,7 @@ class PixelFlow(nn.Module):
             longest = max(group.length for group in layout.lanes.groups)
             rope = rope_lookup(layout.positions, self.head_dim, longest)
         else:
-            rope = rope_table(layout.positions(), self.head_dim)
+            rope = map(layout.local, rope_table(layout.positions(), self.head_dim))
         rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
 
         block = Block

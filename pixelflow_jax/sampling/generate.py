@@ -1,5 +1,6 @@
 """From a config to the function that makes uint8 images, and to PNG files."""
 
+import dataclasses
 import io
 import math
 from collections.abc import Callable
@@ -15,9 +16,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from pixelflow_jax import files, images
+from pixelflow_jax import files, images, sharding
 from pixelflow_jax.config import build_cascade, build_model
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text
+from pixelflow_jax.packing import CONTEXT
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler
@@ -46,6 +50,17 @@ def build_sampler(
     )
 
 
+def image_mesh(devices: list, context: int = 1) -> Mesh:
+    """A mesh that images are spread over; `context` devices share each.
+
+    Raises:
+      UserError: if `context` does not divide the devices.
+    """
+    if context < 1 or len(devices) % context:
+        raise UserError(f"context={context} does not divide {len(devices)} devices")
+    return Mesh(np.array(devices).reshape(-1, context), (AXIS, CONTEXT))
+
+
 class Generated(NamedTuple):
     """What the sampler made.
 
@@ -63,17 +78,27 @@ class Generated(NamedTuple):
 
 
 def make_generate(
-    sampler: Sampler, start: Any = None, mesh: Mesh | None = None
+    sampler: Sampler, start: Any = None, mesh: Mesh | None = None, param_specs: Any = None
 ) -> Callable[..., Generated]:
     """The jitted function (params, inputs, condition, null condition) -> Generated.
 
     `inputs` are `start.inputs(index)` of the images (starts.py; default: seed 0). Conditions are those
     of conditioning.py, token ids among them, such as `class_conditions(labels, 10)`. The whole cascade
-    is one program. With a `mesh`, its devices each make a part of the batch on their own.
+    is one program. With a `mesh`, its devices each make a part of the batch on their own; those along
+    the axis `context`, if it has one, share the tokens of the same images. `param_specs`, as of
+    `sharding.specs`, say how the parameters are split; by default each device holds all.
     """
-    start = start or FromSeed(0)
+    start, model = start or FromSeed(0), sampler.model
+    if mesh is not None:
+        model = model.clone(platform=platform_of(mesh.devices.flat[0]))
+        if param_specs is not None:
+            layers = param_specs[sharding.SCANNED]
+            model = model.clone(gather_layer=sharding.layer_gather(layers, model.dtype))
+        sampler = dataclasses.replace(sampler, model=model, shards=mesh.shape.get(CONTEXT, 1))
 
     def generate(params, inputs, condition, null_condition) -> Generated:
+        if param_specs is not None:
+            params = sharding.gather_rest(params, param_specs, model.dtype)
         conditions = [encode_text(sampler.model, params, c) for c in (condition, null_condition)]
         noise = start.noise(sampler, inputs)
         run = sampler.run(params, noise, *conditions, start.stage, start.tau)
@@ -83,8 +108,8 @@ def make_generate(
 
     if mesh is None:
         return jax.jit(generate)
-    batch = P(AXIS)
-    specs = (P(), batch, batch, batch)
+    batch = P(tuple(name for name in mesh.axis_names if name != CONTEXT))
+    specs = (P() if param_specs is None else param_specs, batch, batch, batch)
     return jax.jit(jax.shard_map(generate, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False))
 
 

@@ -55,6 +55,7 @@ class Sampler:
       step_control: "fixed" takes the grid's steps; "per_image" and "per_batch" choose steps by the
         solver's error estimate, of each image alone or of all together; "auto": see `resolve_control`.
       rtol, atol: tolerances of that.
+      shards: devices along the mesh axis `context` that share each image's tokens; all hold the image.
 
     Raises:
       UserError: for sizes, solvers, grids or schedules that do not fit the cascade.
@@ -70,6 +71,7 @@ class Sampler:
     rtol: float = 1e-3
     atol: float = 1e-6
     step_control: str = "auto"
+    shards: int = 1
 
     def __post_init__(self):
         self.cascade.check_size(self.height, self.width, self.model.patch_size)
@@ -77,6 +79,12 @@ class Sampler:
         for name in ("rtol", "atol"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        height, width, _ = self.stage_size(0)
+        coarsest = height * width // self.model.patch_size**2
+        if coarsest % self.shards:
+            raise UserError(
+                f"{self.shards} devices cannot share the {coarsest} tokens of the coarsest stage"
+            )
         self.grid.steps(self.cascade.num_stages)
         self.guidance.weights(self.cascade.num_stages)
 
@@ -213,20 +221,22 @@ class Sampler:
         def velocity(x, tau):
             p = self.model.patch_size
             batch, height, width, _ = x.shape
-            layout = PackLayout((Group(len(pair), height // p, width // p),))
+            layout = PackLayout((Group(len(pair), height // p, width // p),), self.shards)
             tokens = images.patchify(x, p)
             timesteps = jnp.full((batch, len(pair)), grid.timestep(tau), x.dtype)
             out = self.model.apply(
                 {"params": params},
-                jnp.tile(tokens, (1, len(pair), 1)),
+                layout.local(jnp.tile(tokens, (1, len(pair), 1))),
                 timesteps,
                 layout,
                 **inputs,
             )
-            out = out.astype(x.dtype)
+            (out,) = map(layout.whole, layout.unpack(out.astype(x.dtype)))
             if both:
-                uncond, cond = jnp.split(out, 2, axis=1)
+                uncond, cond = out[:, 0], out[:, 1]
                 out = uncond + weight * (cond - uncond)
+            else:
+                out = out[:, 0]
             return images.unpatchify(out, height, width, p)
 
         return velocity

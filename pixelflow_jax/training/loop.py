@@ -19,6 +19,7 @@ from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import Source, captions_at, load_source
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
@@ -57,8 +58,8 @@ def train(
       Preempted: after a signal, when the state is saved.
     """
     workdir = epath.Path(workdir)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    check_batch_size(config, mesh.size)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
+    check_batch_size(config, sharding.batch_shards(mesh))
     source = load_source(config)
     resuming = claim_workdir(workdir, config)
     started = time.perf_counter()
@@ -181,15 +182,17 @@ def make_sample_grid(
     """
     sampler = build_sampler(config)
     count = config.sample.num_images
-    index = np.arange(-(-count // mesh.size) * mesh.size)  # as many on every device
+    shards = sharding.batch_shards(mesh)
+    index = np.arange(-(-count // shards) * shards)  # as many on every device
     conditions = grid_conditions(config, source, index)
     split, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
 
+    specs = sharding.specs(jax.eval_shape(lambda: init_params(sampler.model, 0)), mesh)
+
     @functools.partial(jax.jit, out_shardings=whole)
     def generate(params, index, conditions):
-        return make_generate(sampler, FromSeed(config.seed))(
-            params, {"index": index}, *conditions
-        ).pixels
+        make = make_generate(sampler, FromSeed(config.seed), mesh, specs)
+        return make(params, {"index": index}, *conditions).pixels
 
     names = [*config.ema.decays, *config.ema.half_lives]
 

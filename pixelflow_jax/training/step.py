@@ -1,5 +1,6 @@
 """The train state and the compiled train step."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -16,7 +17,7 @@ from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blo
 from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import MixedLayout, PackLayout
+from pixelflow_jax.packing import CONTEXT, MixedLayout, PackLayout
 
 PICTURE = ("image", "size")  # of a batch, what is not the condition
 
@@ -46,21 +47,28 @@ def abstract_state(
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch."""
-    size, length = config.batch_size, config.text.max_length
+    size = config.batch_size
     unit, side = block_unit(config), config.data.resolution
     image = (max_blocks(config), unit, unit) if config.data.mix_sizes else (side, side)
     where = NamedSharding(mesh, sharding.BATCH)
+    shapes = {"image": ((size, *image, 3), jnp.uint8), "broken": ((size,), jnp.int32)}
+    if config.data.mix_sizes:
+        shapes["size"] = ((size, 2), jnp.int32)
+    shapes |= {name: (x.shape, x.dtype) for name, x in abstract_condition(config, size).items()}
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=where) for name, shape in shapes.items()}
+
+
+def abstract_condition(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what `size` images are conditioned on."""
+    length, width = config.text.max_length, config.model.context_dim
     if config.text.encoder == "joint":
         shapes = {"text_ids": ((size, length), jnp.int32), "text_mask": ((size, length), bool)}
-    elif config.model.context_dim:
-        states = (size, length, config.model.context_dim), build_model(config).dtype
+    elif width:
+        states = (size, length, width), build_model(config).dtype
         shapes = {"context": states, "context_mask": ((size, length), bool)}
     else:
         shapes = {"labels": ((size,), jnp.int32)}
-    if config.data.mix_sizes:
-        shapes["size"] = ((size, 2), jnp.int32)
-    shapes |= {"image": ((size, *image, 3), jnp.uint8), "broken": ((size,), jnp.int32)}
-    return {name: jax.ShapeDtypeStruct(*shape, sharding=where) for name, shape in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
 def packed_loss(
@@ -85,21 +93,22 @@ def apply_gradients(
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
     """(params, batch, step key) -> (mean loss of each stage [S], gradients).
 
-    Under shard_map: a device packs its B / mesh.size images into rows, one for each accumulation
-    step. Image i of the batch has the key fold(step key, i) and the stage i mod S, whatever the mesh.
+    Under shard_map: a device packs its share of the B images into rows, one for each accumulation
+    step; devices along the axis `context` have the same images, and each a part of their tokens. Image
+    i of the batch has the key fold(step key, i) and the stage i mod S, whatever the mesh.
     """
     cascade, parts = build_cascade(config), config.accumulation_steps
     total, num_stages = config.batch_size, cascade.num_stages
+    shards = mesh.shape[CONTEXT]
     shapes = jax.eval_shape(lambda: init_params(model, 0))
     specs = sharding.specs(shapes, mesh)
-    rest = {name: spec for name, spec in specs.items() if name != sharding.SCANNED}
     model = model.clone(platform=platform_of(mesh.devices.flat[0]))
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 
     def row_loss(params, batch, keys):
         """(loss summed over a device's images, its sum for each stage), as shares of the batch mean."""
-        whole = sharding.gather({name: params[name] for name in rest}, rest, model.dtype)
+        params = sharding.gather_rest(params, specs, model.dtype)
         batch = {name: x[None] for name, x in batch.items()}  # a row
         packed, layout = flow.corrupt(
             cascade,
@@ -111,7 +120,12 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
             config.data.label_dropout,
             batch.get("size"),
         )
-        per_image = packed_loss(model, {**params, **whole}, packed, layout)
+        if shards > 1:
+            layout = dataclasses.replace(layout, shards=shards)
+            packed = packed._replace(
+                tokens=layout.local(packed.tokens), target=layout.local(packed.target)
+            )
+        per_image = packed_loss(model, params, packed, layout)
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total
 
@@ -129,7 +143,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
             zeros = jnp.zeros(num_stages), jax.tree.map(jnp.zeros_like, params)
             split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys))
             (stages, grads), _ = jax.lax.scan(add, zeros, split)
-        return jax.lax.psum(stages, sharding.AXES), sharding.reduce_gradients(grads, specs)
+        return jax.lax.psum(stages, mesh.axis_names), sharding.reduce_gradients(grads, specs)
 
     mapped = jax.shard_map(
         local,

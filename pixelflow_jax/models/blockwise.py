@@ -1,0 +1,135 @@
+"""Attention for CPU: one head and one block of queries at a time, with a backward pass of its own.
+
+XLA multiplies two matrices on CPU twice as fast as it does stacks of thin ones, and a block's scores
+stay in cache. The backward pass recomputes a block's scores from the saved log of the softmax's sum:
+five products (scores, dP, dV, dQ, dK), and no more memory than the forward pass (FlashAttention-2,
+arXiv 2307.08691, algorithm 2).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+APART = -1e30  # the score of a key in another segment; finite, so that a query alone gets no NaN
+BLOCK = 256  # queries a block at most
+SAVED = "attention"  # name of what the backward pass needs, for remat policies
+
+
+def blockwise_attention(q, k, v, key_mask=None, segments=None):
+    """As `attention`; without key masks."""
+    del key_mask
+    b, n, h, d = q.shape
+
+    def heads(x):  # [b, n, h, d] -> [b h, n, d]
+        return jnp.swapaxes(x, 1, 2).reshape(b * h, x.shape[1], d)
+
+    ids = segments and tuple(jnp.repeat(x, h, axis=0) for x in segments)
+    q = q * jnp.asarray(d**-0.5, q.dtype)
+    out = _attend(*map(heads, (q, k, v)), ids)
+    return jnp.swapaxes(out.reshape(b, h, n, d), 1, 2)
+
+
+def block_size(length: int) -> int:
+    """Queries a block: the largest divisor of a length up to BLOCK; all, if that is a small one."""
+    best = max(size for size in range(1, min(length, BLOCK) + 1) if length % size == 0)
+    return best if best >= 64 else length
+
+
+@jax.custom_vjp
+def _attend(q: Float[Array, "g n d"], k: Float[Array, "g m d"], v: Float[Array, "g m d"], ids):
+    return _forward(q, k, v, ids)[0]
+
+
+def _fwd(q, k, v, ids):
+    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, ids))
+    return out, (q, k, v, ids, out, lse)
+
+
+def _bwd(saved, grad):
+    q, k, v, ids, out, lse = saved
+    return *_backward(q, k, v, ids, out, lse, grad), None
+
+
+_attend.defvjp(_fwd, _bwd)
+
+
+def _folded(function):
+    """Under vmap, the new axis becomes more heads, so that the products stay those of two matrices."""
+    folded = jax.custom_batching.custom_vmap(function)
+
+    @folded.def_vmap
+    def rule(size, batched, *args):
+        def fold(x, has_axis):
+            x = x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        outs = folded(*jax.tree.map(fold, args, tuple(batched)))
+        outs = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outs)
+        return outs, jax.tree.map(lambda _: True, outs)
+
+    return folded
+
+
+def _blocks(x: Float[Array, "n ..."]) -> Float[Array, "blocks size ..."]:
+    return x.reshape(-1, block_size(len(x)), *x.shape[1:])
+
+
+def _scores(q: Float[Array, "n d"], k: Float[Array, "m d"], ids) -> Float[Array, "n m"]:
+    scores = jnp.dot(q, k.T, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    if ids is not None:
+        scores = jnp.where(ids[0][:, None] == ids[1], scores, APART)
+    return scores
+
+
+@_folded
+def _forward(q, k, v, ids):
+    """(out [g, n, d], log of the sum of exponentials [g, n])."""
+
+    def one_head(args):
+        q, k, v, ids = args
+
+        def one_block(part):
+            q, mine = part
+            scores = _scores(q, k, ids and (mine, ids[1]))
+            top = scores.max(axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            out = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=scores.dtype) / total
+            return out.astype(v.dtype), (top + jnp.log(total))[:, 0]
+
+        out, lse = jax.lax.map(one_block, (_blocks(q), ids and _blocks(ids[0])))
+        return out.reshape(q.shape), lse.reshape(-1)
+
+    return jax.lax.map(one_head, (q, k, v, ids))
+
+
+@_folded
+def _backward(q, k, v, ids, out, lse, grad):
+    """Gradients to q, k and v."""
+
+    def one_head(args):
+        q, k, v, ids, out, lse, grad = args
+        dtype = lse.dtype
+        shift = (out.astype(dtype) * grad.astype(dtype)).sum(axis=-1)
+
+        def one_block(total, part):  # total: the gradients to k and v so far, transposed
+            q, q_t, mine, lse, grad, grad_t, shift = part
+            weights = jnp.exp(_scores(q, k, ids and (mine, ids[1])) - lse[:, None])
+            to_weights = jnp.dot(grad, v.T, preferred_element_type=dtype)
+            to_scores = (weights * (to_weights - shift[:, None])).astype(q.dtype)
+            weights = weights.astype(q.dtype)
+            dk_t = total[0] + jnp.dot(q_t, to_scores, preferred_element_type=dtype)
+            dv_t = total[1] + jnp.dot(grad_t, weights, preferred_element_type=dtype)
+            return (dk_t, dv_t), jnp.dot(to_scores, k, preferred_element_type=dtype)
+
+        # [d, size] x [size, m] takes less than half the time of [m, size] x [size, d]
+        transposed = (jnp.swapaxes(_blocks(x), 1, 2) for x in (q, grad))
+        q_t, grad_t = jax.lax.optimization_barrier(tuple(transposed))
+        zeros = tuple(jnp.zeros(x.shape[::-1], dtype) for x in (k, v))
+        parts = (_blocks(q), q_t, ids and _blocks(ids[0]), _blocks(lse))
+        parts += (_blocks(grad), grad_t, _blocks(shift))
+        (dk_t, dv_t), dq = jax.lax.scan(one_block, zeros, parts)
+        return dq.reshape(q.shape).astype(q.dtype), dk_t.T.astype(k.dtype), dv_t.T.astype(v.dtype)
+
+    return jax.lax.map(one_head, (q, k, v, ids, out, lse, grad))
