@@ -9,6 +9,7 @@ Time runs from noise (0) to data (1). Stage 0 is the coarsest; each stage double
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -86,9 +87,29 @@ class Cascade:
         factor = 2 ** (self.num_stages - 1 - stage)
         return height // factor, width // factor
 
-    def check_size(self, height: int, width: int, patch_size: int) -> None:
+    def patches(self, patch_size: int | Sequence[int]) -> tuple[int, ...]:
+        """The patch size of each stage, from one for all or one each, all multiples of the smallest.
+
+        Raises:
+          UserError: otherwise.
+        """
+        if isinstance(patch_size, int):
+            return (patch_size,) * self.num_stages
+        sizes = tuple(patch_size)
+        if len(sizes) != self.num_stages:
+            raise UserError(f"patch_size {sizes} needs one number, or {self.num_stages}: one a stage")
+        if min(sizes) < 1 or any(size % min(sizes) for size in sizes):
+            raise UserError(f"patch_size {sizes}: all must be multiples of the smallest")
+        return sizes
+
+    def unit(self, patch_size: int | Sequence[int]) -> int:
+        """What an image's height and width must be multiples of, in pixels."""
+        last = self.num_stages - 1
+        return max(p * 2 ** (last - stage) for stage, p in enumerate(self.patches(patch_size)))
+
+    def check_size(self, height: int, width: int, patch_size: int | Sequence[int]) -> None:
         """Raises UserError unless every stage's image is a whole number of patches."""
-        unit = patch_size * 2 ** (self.num_stages - 1)
+        unit = self.unit(patch_size)
         for name, value in (("height", height), ("width", width)):
             if value < unit or value % unit:
                 below, above = max(value // unit, 1) * unit, (max(value, 0) // unit + 1) * unit

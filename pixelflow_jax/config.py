@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
@@ -46,7 +46,8 @@ def default_config() -> ConfigDict:
                 num_heads=16,
                 head_dim=72,
                 depth=28,
-                patch_size=4,
+                # pixels a side; or one a stage, such as (4, 4, 4, 8)
+                patch_size=FieldReference(4, field_type=object),
                 num_classes=1000,  # 0 = no class labels
                 context_dim=0,  # width of the text states; 0 = no text
                 cross_gate=False,  # of text models: start as the class model of init_from
@@ -191,7 +192,7 @@ def check_config(config: ConfigDict) -> None:
     for key, seconds in config.hosts.items():
         if seconds <= 0:
             raise UserError(f"config.hosts.{key} must be positive, got {seconds}")
-    for key in ("num_heads", "head_dim", "depth", "patch_size"):
+    for key in ("num_heads", "head_dim", "depth"):
         if config.model[key] < 1:
             raise UserError(f"config.model.{key} must be at least 1, got {config.model[key]}")
     if config.model.head_dim % 4:
@@ -222,23 +223,29 @@ def check_config(config: ConfigDict) -> None:
             f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the rest "
             f"of the devices; got {sizes[0]} and {sizes[1]}"
         )
-    _check_context(config)
     _check_text(config)
-    cascade = build_cascade(config)
+    cascade, patch_size = build_cascade(config), config.model.patch_size
+    if min(cascade.patches(patch_size)) < 1:
+        raise UserError(f"config.model.patch_size must be at least 1, got {patch_size}")
+    if config.data.mix_sizes and len({*cascade.patches(patch_size)}) > 1:
+        raise UserError("config.data.mix_sizes needs one patch_size for all stages")
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
     _check_buckets(config)
+    _check_context(config, cascade)
     check_batch_size(config)
 
 
-def _check_context(config: ConfigDict) -> None:
-    context = config.mesh.context
+def _check_context(config: ConfigDict, cascade: Cascade) -> None:
+    context, side = config.mesh.context, config.data.resolution
     if context < 1:
         raise UserError(f"config.mesh.context must be at least 1, got {context}")
-    coarsest = max_blocks(config)
-    if coarsest % context:
-        raise UserError(
-            f"config.mesh.context={context} must divide the tokens of the coarsest stage, {coarsest}"
-        )
+    for stage, patch in enumerate(cascade.patches(config.model.patch_size)):
+        tokens = (cascade.size(stage, side, side)[0] // patch) ** 2
+        if tokens % context:
+            raise UserError(
+                f"config.mesh.context={context} must divide the tokens of every stage; stage {stage} "
+                f"has {tokens}"
+            )
     if context > 1 and (config.data.mix_sizes or config.data.max_aspect_ratio > 1):
         raise UserError("config.mesh.context above 1 needs images of one size: data.max_aspect_ratio=1")
 
@@ -271,7 +278,7 @@ def _check_buckets(config: ConfigDict) -> None:
 
 def block_unit(config: ConfigDict) -> int:
     """Pixels a side of what one token of the coarsest stage shows: sizes are multiples of it."""
-    return config.model.patch_size * 2 ** (config.cascade.num_stages - 1)
+    return build_cascade(config).unit(config.model.patch_size)
 
 
 def max_blocks(config: ConfigDict) -> int:
@@ -340,7 +347,10 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         config = config[parent]
-    config[leaf] = _parse(key, text, config[leaf])
+    old = config[leaf]
+    if key == "model.patch_size" and "," in text:
+        old = (1,)
+    config[leaf] = _parse(key, text, old)
 
 
 def _parse(key: str, text: str, old: Any) -> Any:

@@ -70,6 +70,9 @@ def _block_rules(text: bool) -> list[Rule]:
 
 
 def _outer_rules(patch_size: int, classes: bool) -> list[Rule]:
+    if not isinstance(patch_size, int):
+        raise UserError(f"the official network has one patch size for all stages, not {patch_size}")
+
     """Everything outside the blocks. Their patches are (channel, row, column), ours channel last."""
 
     def load_patch(x):  # [D, 3, p, p] -> [p * p * 3, D]

@@ -10,6 +10,8 @@ A batch that mixes sizes holds images as blocks of patch_size * 2^(S-1) pixels a
 token of the coarsest stage shows: all of the above stays within a block.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,28 +22,33 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from pixelflow_jax import images
 from pixelflow_jax.cascade import NUM_TRAIN_TIMES, Cascade
 from pixelflow_jax.models.conditioning import Condition
-from pixelflow_jax.packing import Group, MixedLayout, PackLayout
+from pixelflow_jax.packing import Group, MixedLayout, PackLayout, Rows, join_runs, map_runs
 
 
 class FlowBatch(NamedTuple):
     """Packed inputs and targets of the network; sequences of the same stage stand together."""
 
-    tokens: Float[Array, "rows n p"]
-    target: Float[Array, "rows n p"]
+    tokens: Rows
+    target: Rows
     timesteps: Float[Array, "rows s"]
     condition: Condition  # leaves [rows, s, ...]
 
 
 def train_layout(
-    cascade: Cascade, counts: tuple[int, ...], height: int, width: int, patch_size: int
+    cascade: Cascade,
+    counts: tuple[int, ...],
+    height: int,
+    width: int,
+    patch_size: int | Sequence[int],
 ) -> PackLayout:
     """Layout of a training row with counts[s] images at stage s; height and width in pixels."""
     cascade.check_size(height, width, patch_size)
+    patches = cascade.patches(patch_size)
     sizes = [cascade.size(stage, height, width) for stage in range(cascade.num_stages)]
     return PackLayout(
         tuple(
-            Group(count, h // patch_size, w // patch_size)
-            for count, (h, w) in zip(counts, sizes, strict=True)
+            Group(count, h // p, w // p, p // min(patches))
+            for count, (h, w), p in zip(counts, sizes, patches, strict=True)
         )
     )
 
@@ -77,7 +84,7 @@ def corrupt_stage(
 
 def corrupt(
     cascade: Cascade,
-    patch_size: int,
+    patch_size: int | Sequence[int],
     x1: Float[Array, "rows b h w c"] | Float[Array, "rows b k unit unit c"],
     condition: Condition,
     keys: Key[Array, "rows b"],
@@ -116,16 +123,21 @@ def corrupt(
         x_tau, velocity, timestep = corrupt_stage(cascade, stage, x1[:, mine], noise, time_index)
         count = per_row // num_stages
         for parts, x in ((tokens, x_tau), (target, velocity)):
-            patches = images.patchify(x, patch_size)
+            patches = images.patchify(x, cascade.patches(patch_size)[stage])
             parts.append(patches.reshape(len(x), count, -1, patches.shape[-1]))
         timesteps.append(timestep.reshape(len(x1), count))
         kept = {name: x[:, mine] for name, x in condition.items()}
         if "labels" in kept:
             kept["labels"] = jnp.where(drop, num_classes, kept["labels"])
         conditions.append(kept)
+
+    def packed(parts):
+        parts = iter(parts)
+        return map_runs(lambda run: run.pack(list(itertools.islice(parts, run.num_groups))), layout)
+
     batch = FlowBatch(
-        layout.pack(tokens),
-        layout.pack(target),
+        packed(tokens),
+        packed(target),
         jnp.concatenate(timesteps, axis=1),
         jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *conditions),
     )
@@ -200,12 +212,16 @@ def _as_blocks(
 
 def loss_per_image(
     layout: PackLayout | MixedLayout,
-    velocity: Float[Array, "rows n p"],
-    target: Float[Array, "rows n p"],
+    velocity: Rows,
+    target: Rows,
 ) -> Float[Array, "rows s"]:
     """Mean squared error over each image's own tokens and channels, in at least float32.
 
     The mean over images is the loss: a 64-token image weighs as much as a 4096-token one.
     """
-    error = velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32)) - target
-    return layout.sequence_means(jnp.square(error))
+
+    def one(run, velocity, target):
+        error = velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32)) - target
+        return run.sequence_means(jnp.square(error))
+
+    return join_runs(map_runs(one, layout, velocity, target))

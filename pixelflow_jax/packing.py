@@ -9,7 +9,8 @@ static length; what an image does not fill is padding, told apart by segment ids
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 CONTEXT = "context"  # the mesh axis of devices that share sequences
+# A packed row; or a list of them, one for each of a layout's `runs`, where tokens have several sizes
+Rows = Array | list[Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """`count` sequences whose tokens stand on a `height` x `width` grid."""
+    """`count` sequences whose tokens stand on a `height` x `width` grid.
+
+    `scale` is the side of a token in patches of the smallest size, where stages have several.
+    """
 
     count: int
     height: int
     width: int
+    scale: int = 1
 
     @property
     def length(self) -> int:
@@ -46,6 +53,11 @@ class PackLayout:
     shards: int = 1
 
     @property
+    def num_groups(self) -> int:
+        """Groups in a row."""
+        return len(self.groups)
+
+    @property
     def num_sequences(self) -> int:
         """Sequences in a row."""
         return sum(group.count for group in self.groups)
@@ -54,6 +66,11 @@ class PackLayout:
     def row_length(self) -> int:
         """Tokens in a whole row."""
         return sum(group.count * group.length for group in self.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a row that a device holds."""
+        return self.row_length // self.shards
 
     def local_length(self, group: Group) -> int:
         """Tokens of one sequence that a device holds."""
@@ -77,6 +94,11 @@ class PackLayout:
             parts.append(part.reshape(row.shape[0], group.count, length, *row.shape[2:]))
             begin = end
         return parts
+
+    def runs(self) -> list["PackLayout"]:
+        """Layouts of the neighbouring groups whose tokens have the same size; mostly one, of all."""
+        kinds = itertools.groupby(self.groups, key=lambda group: group.scale)
+        return [PackLayout(tuple(groups), self.shards) for _, groups in kinds]
 
     def local(self, row: Shaped[Array, "*rows n d"]) -> Shaped[Array, "*rows n2 d"]:
         """Of a whole row, the part that this device holds."""
@@ -156,6 +178,20 @@ class MixedLayout:
         """The inverse of `pack`."""
         return self.lanes.unpack(row)
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of lanes in a row."""
+        return len(self.lanes.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        """Places of a row."""
+        return self.lanes.row_length
+
+    def runs(self) -> list["MixedLayout"]:
+        """All lanes: their tokens have one size."""
+        return [self]
+
     def whole(self, part: Shaped[Array, "rows count n ..."]) -> Shaped[Array, "rows count n ..."]:
         """As it is: lanes are not shared."""
         return part
@@ -173,3 +209,15 @@ class MixedLayout:
         total = self.lanes.sequence_means(jnp.where(self.mask[..., None], row, 0))
         share = self.lanes.sequence_means(self.mask[..., None].astype(row.dtype))
         return total / share
+
+
+def map_runs(function: Callable[..., Array], layout: PackLayout | MixedLayout, *rows: Rows) -> Rows:
+    """`function(run, row, ...)` for each run of a layout; a list where there are several."""
+    split = [x if isinstance(x, (list, tuple)) else [x] for x in rows]
+    out = [function(*args) for args in zip(layout.runs(), *split, strict=True)]
+    return out[0] if len(out) == 1 else out
+
+
+def join_runs(rows: Rows, axis: int = 1) -> Array:
+    """One array from those of all runs."""
+    return jnp.concatenate(rows, axis=axis) if isinstance(rows, (list, tuple)) else rows

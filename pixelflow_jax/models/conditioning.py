@@ -16,13 +16,15 @@ TEXT = "text_encoder"  # where the parameters hold an encoder that is trained wi
 
 def init_params(model: PixelFlow, seed: int) -> dict:
     """Fresh parameters. They do not depend on the sizes of the layout they are traced with."""
-    layout = PackLayout((Group(1, 1, 1),))
-    tokens = jnp.zeros((1, 1, 3 * model.patch_size**2))
-    labels = jnp.zeros((1, 1), jnp.int32) if model.num_classes else None
-    context = jnp.zeros((1, 1, 1, model.context_dim)) if model.context_dim else None
-    mask = jnp.ones((1, 1, 1), bool) if model.context_dim else None
+    patches = {model.patch_size} if isinstance(model.patch_size, int) else {*model.patch_size}
+    patches = sorted(patches)
+    layout, count = PackLayout(tuple(Group(1, 1, 1, p // patches[0]) for p in patches)), len(patches)
+    tokens = [jnp.zeros((1, 1, 3 * p**2)) for p in patches]
+    labels = jnp.zeros((1, count), jnp.int32) if model.num_classes else None
+    context = jnp.zeros((1, count, 1, model.context_dim)) if model.context_dim else None
+    mask = jnp.ones((1, count, 1), bool) if model.context_dim else None
     key = jax.random.key(seed)
-    params = model.init(key, tokens, jnp.zeros((1, 1)), layout, labels, context, mask)["params"]
+    params = model.init(key, tokens, jnp.zeros((1, count)), layout, labels, context, mask)["params"]
     if model.text is not None:
         ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
         encoder = T5Encoder(model.text)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pixelflow_jax.models.attention import attention, by_chunks
 from pixelflow_jax.models.blockwise import SAVED
 from pixelflow_jax.models.rope import apply_rope, rope_lookup, rope_table
-from pixelflow_jax.packing import MixedLayout, PackLayout
+from pixelflow_jax.packing import MixedLayout, PackLayout, Rows, join_runs, map_runs
 from pixelflow_jax.sharding import GATHERED
 
 SINCOS_DIM = 256
@@ -217,7 +217,9 @@ class PixelFlow(nn.Module):
 
     Attributes:
       num_heads, head_dim, depth: size; the width is num_heads * head_dim.
-      patch_size: pixels a side of a token.
+      patch_size: pixels a side of a token; or one a stage (a cheaper last stage, beyond the paper), with
+        an embedding and an output layer for each size. What the network is told of an image's size is
+        in patches of the smallest.
       num_classes: classes of a class-conditional model (label num_classes is the null class), or 0.
       context_dim: width of the text states a text model attends to, or 0.
       cross_gate: a learned gate on the cross-attention, 0 at first, which the released model has not.
@@ -233,7 +235,7 @@ class PixelFlow(nn.Module):
     num_heads: int
     head_dim: int
     depth: int
-    patch_size: int
+    patch_size: int | tuple[int, ...]
     num_classes: int = 0
     context_dim: int = 0
     cross_gate: bool = False
@@ -249,17 +251,18 @@ class PixelFlow(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Float[Array, "rows n p"],
+        tokens: Rows,
         timesteps: Float[Array, "rows s"],
         layout: PackLayout | MixedLayout,
         labels: Int[Array, "rows s"] | None = None,
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
-    ) -> Float[Array, "rows n p"]:
-        """Velocity for packed tokens.
+    ) -> Rows:
+        """Velocity for packed tokens, in their form.
 
         Args:
-          tokens: patches of patch_size^2 * 3 values, as `images.patchify` orders them.
+          tokens: [rows, n, patch_size^2 * 3], patches as `images.patchify` orders them; where groups
+            have several patch sizes, a list of such rows, one for each of `layout.runs()`.
           timesteps: T in [0, 999] for every sequence.
           layout: which sequences stand where in a row.
           labels: class of every sequence, 0..num_classes; class models only.
@@ -267,8 +270,12 @@ class PixelFlow(nn.Module):
         """
         dim = self.num_heads * self.head_dim
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = nn.Dense(dim, kernel_init=xavier, name="patch_embed", **dtypes)(tokens)
 
+        def embed(run, tokens):
+            name = self._name("patch_embed", run)
+            return nn.Dense(dim, kernel_init=xavier, name=name, **dtypes)(tokens)
+
+        x = join_runs(map_runs(embed, layout, tokens))
         conditioning = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)
         conditioning += self._size_embedding(layout, dim)
         if self.num_classes:
@@ -312,14 +319,30 @@ class PixelFlow(nn.Module):
         )
         shift, scale = (layout.to_tokens(m) for m in jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1))
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
-        return nn.Dense(tokens.shape[-1], kernel_init=zeros, name="head", **dtypes)(x)
+
+        def head(run, x, tokens):
+            name = self._name("head", run)
+            return nn.Dense(tokens.shape[-1], kernel_init=zeros, name=name, **dtypes)(x)
+
+        ends = np.cumsum([run.num_tokens for run in layout.runs()])[:-1]
+        return map_runs(head, layout, jnp.split(x, ends, axis=1), tokens)
+
+    @property
+    def base_patch(self) -> int:
+        """The smallest patch size."""
+        return self.patch_size if isinstance(self.patch_size, int) else min(self.patch_size)
+
+    def _name(self, name: str, run: PackLayout | MixedLayout) -> str:
+        """The name of a layer for a run's patch size: the plain one for the smallest."""
+        scale = 1 if isinstance(run, MixedLayout) else run.groups[0].scale
+        return name if scale == 1 else f"{name}_{scale * self.base_patch}"
 
     def _size_embedding(self, layout: PackLayout | MixedLayout, dim: int) -> Float[Array, "*rows s d"]:
         """Resolution embedding: mean over a grid's height and width (equal for squares)."""
         embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")
         if isinstance(layout, MixedLayout):
             return embed(layout.sizes.astype(wide(self.dtype))).mean(axis=-2)
-        sizes = np.array([[group.height, group.width] for group in layout.groups], np.float32)
+        sizes = np.array([[g.height * g.scale, g.width * g.scale] for g in layout.groups], np.float32)
         if (sizes[:, 0] == sizes[:, 1]).all():
             sizes = sizes[:, :1]
         return jnp.repeat(

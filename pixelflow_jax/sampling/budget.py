@@ -20,7 +20,6 @@ from jaxtyping import Array, Float
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import Condition, encode_text
 from pixelflow_jax.models.flops import forward_flops
-from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.sampler import Sampler
 from pixelflow_jax.sampling.solvers import evaluations_per_step, solve_fixed
@@ -114,11 +113,10 @@ def _solve(sampler: Sampler, stage: int):
 
 def stage_flops(sampler: Sampler) -> Float[np.ndarray, " s"]:
     """FLOPs of one evaluation of each stage for one image, guidance included."""
-    p, cost = sampler.model.patch_size, []
+    cost = []
     for stage, weight in enumerate(sampler.guidance.weights(sampler.cascade.num_stages)):
-        height, width, _ = sampler.stage_size(stage)
-        halves = 1 if weight == 1 else 2
-        cost.append(forward_flops(sampler.model, PackLayout((Group(halves, height // p, width // p),))))
+        layout = sampler.layout(stage, 1 if weight == 1 else 2)
+        cost.append(forward_flops(sampler.model, dataclasses.replace(layout, shards=1)))
     return np.array(cost, float)
 
 

@@ -79,12 +79,10 @@ class Sampler:
         for name in ("rtol", "atol"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        height, width, _ = self.stage_size(0)
-        coarsest = height * width // self.model.patch_size**2
-        if coarsest % self.shards:
-            raise UserError(
-                f"{self.shards} devices cannot share the {coarsest} tokens of the coarsest stage"
-            )
+        for stage in range(self.cascade.num_stages):
+            tokens = self.layout(stage, 1).row_length
+            if tokens % self.shards:
+                raise UserError(f"{self.shards} devices cannot share {tokens} tokens (stage {stage})")
         self.grid.steps(self.cascade.num_stages)
         self.guidance.weights(self.cascade.num_stages)
 
@@ -96,6 +94,13 @@ class Sampler:
     def stage_size(self, stage: int) -> tuple[int, int, int]:
         """(height, width, 3) of a stage's images."""
         return *self.cascade.size(stage, self.height, self.width), 3
+
+    def layout(self, stage: int, count: int) -> PackLayout:
+        """The layout of a row of `count` images at a stage."""
+        height, width, _ = self.stage_size(stage)
+        patches = self.cascade.patches(self.model.patch_size)
+        p = patches[stage]
+        return PackLayout((Group(count, height // p, width // p, p // min(patches)),), self.shards)
 
     def draw_noise(self, keys: Key[Array, " b"]) -> Noise:
         """Noise for each image from its own key, so that it does not depend on the batch."""
@@ -219,9 +224,9 @@ class Sampler:
         inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *pair)
 
         def velocity(x, tau):
-            p = self.model.patch_size
             batch, height, width, _ = x.shape
-            layout = PackLayout((Group(len(pair), height // p, width // p),), self.shards)
+            stage = self.cascade.num_stages - (self.height // height).bit_length()
+            p, layout = self.cascade.patches(self.model.patch_size)[stage], self.layout(stage, len(pair))
             tokens = images.patchify(x, p)
             timesteps = jnp.full((batch, len(pair)), grid.timestep(tau), x.dtype)
             out = self.model.apply(

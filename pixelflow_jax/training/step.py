@@ -17,7 +17,7 @@ from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blo
 from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import CONTEXT, MixedLayout, PackLayout
+from pixelflow_jax.packing import CONTEXT, MixedLayout, PackLayout, map_runs
 
 PICTURE = ("image", "size")  # of a batch, what is not the condition
 
@@ -122,9 +122,8 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         )
         if shards > 1:
             layout = dataclasses.replace(layout, shards=shards)
-            packed = packed._replace(
-                tokens=layout.local(packed.tokens), target=layout.local(packed.target)
-            )
+            parts = (map_runs(PackLayout.local, layout, x) for x in (packed.tokens, packed.target))
+            packed = packed._replace(**dict(zip(("tokens", "target"), parts, strict=True)))
         per_image = packed_loss(model, params, packed, layout)
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total

@@ -1,0 +1,121 @@
+"""A patch size per stage: a cheaper last stage, beyond the paper."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixelflow_jax import flow
+from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.config import build_model, config_from_dict, load_config
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.flops import forward_flops, traced_flops
+from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.packing import Group, PackLayout
+from pixelflow_jax.sampling.generate import build_sampler, make_generate
+from pixelflow_jax.sampling.sampler import class_conditions
+from pixelflow_jax.training.loop import train
+
+from conftest import TINY
+
+MIXED = [*TINY, "model.patch_size=2,4"]
+
+
+def losses(model, params, x1):
+    """Of one row of images, at every stage."""
+    keys = jax.random.split(jax.random.key(1), len(x1))[None]
+    labels = {"labels": jnp.zeros((1, len(x1)), jnp.int32)}
+    batch, layout = flow.corrupt(Cascade(2), model.patch_size, x1[None], labels, keys, 5, 0.0)
+    apply = jax.jit(
+        lambda p, tokens: model.apply({"params": p}, tokens, batch.timesteps, layout, **labels)
+    )
+    return flow.loss_per_image(layout, apply(params, batch.tokens), batch.target), layout
+
+
+def test_equal_sizes_are_the_network_of_one(noisy_params):
+    """Catches a tuple that takes another path: all equal must be the official network, bit for bit."""
+    one, two = (PixelFlow(2, 8, 2, p, 5) for p in (2, (2, 2)))
+    params = noisy_params(one)
+    assert jax.tree.map(jnp.shape, init_params(two, 0)) == jax.tree.map(jnp.shape, params)
+    x1 = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    assert (losses(one, params, x1)[0] == losses(two, params, x1)[0]).all()
+
+
+def test_a_row_of_two_sizes_gives_each_image_its_own_loss(noisy_params):
+    """Catches tokens of one size that go through the other's layers, or losses of the wrong tokens."""
+    model = PixelFlow(2, 8, 2, (2, 4), 5)
+    params = noisy_params(model)
+    assert params["patch_embed_4"]["kernel"].shape == (48, 16)
+    assert params["head"]["kernel"].shape == (16, 12)
+    x1 = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    together, layout = losses(model, params, x1)
+    assert [(g.length, g.scale) for g in layout.groups] == [(16, 1), (16, 2)]
+    for name, others, own in (
+        ("patch_embed", slice(2, 4), slice(0, 2)),
+        ("head_4", slice(0, 2), slice(2, 4)),
+    ):
+        changed = {**params, name: jax.tree.map(lambda x: x + 0.1, params[name])}
+        found, _ = losses(model, changed, x1)
+        assert (found[0, others] == together[0, others]).all()
+        assert (found[0, own] != together[0, own]).all()
+
+
+def test_the_size_embedding_counts_the_smallest_patches(noisy_params):
+    """Catches a network that is told half the resolution where its patches are twice as large."""
+    model, layout = PixelFlow(2, 8, 2, (2, 4), 5), PackLayout((Group(1, 4, 4, 2),))
+    params, zero = noisy_params(model), jnp.zeros((1, 1), jnp.int32)
+
+    def size_embedding(layout, p):
+        found = []
+
+        def keep(next_fn, args, kwargs, context):
+            out = next_fn(*args, **kwargs)
+            if context.module.name == "size_embed":
+                found.append(out)
+            return out
+
+        with nn.intercept_methods(keep):
+            tokens = jnp.zeros((1, layout.row_length, 3 * p * p))
+            model.apply({"params": params}, tokens, jnp.zeros((1, 1)), layout, zero)
+        return found[0]
+
+    same = PackLayout((Group(1, 8, 8),))
+    np.testing.assert_array_equal(size_embedding(layout, 4), size_embedding(same, 2))
+
+
+def test_it_trains_samples_and_costs_what_it_says(tmp_path):
+    """Catches a step, a sampler or a count of operations that knows one patch size only."""
+    config = load_config("configs/digits.py", MIXED)
+    assert config_from_dict(config.to_dict()).model.patch_size == (2, 4)
+    train(config, str(tmp_path / "run"))
+    sampler = build_sampler(config)
+    params = init_params(sampler.model, 0)
+    out = make_generate(sampler)(params, {"index": np.arange(3)}, *class_conditions(np.arange(3), 10))
+    assert out.pixels.shape == (3, 16, 16, 3) and out.finite.all()
+    layout = sampler.layout(1, 2)
+    model = build_model(config)
+    tokens = jnp.zeros((1, layout.row_length, 48))
+
+    def forward(params, tokens):
+        return model.apply(
+            {"params": params}, tokens, jnp.zeros((1, 2)), layout, jnp.zeros((1, 2), jnp.int32)
+        )
+
+    assert 1 <= traced_flops(forward, params, tokens) / forward_flops(model, layout) < 1.01
+
+
+@pytest.mark.parametrize(
+    "sizes, reason",
+    [
+        ("2,2,2", "one a stage"),
+        ("2,3", "multiples of the smallest"),
+        ("0", "at least 1"),
+        ("2,64", "multiple of"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes, reason):
+    """Catches a traceback, or a network with patches that do not fill the image."""
+    with pytest.raises(UserError, match=reason):
+        load_config("configs/digits.py", [f"model.patch_size={sizes}"])
