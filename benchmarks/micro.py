@@ -29,7 +29,8 @@ import json, sys, time, torch
 torch.set_num_threads(int(sys.argv[1]))
 for line in sys.stdin:
     length, backward = map(int, line.split())
-    q, k, v = (torch.randn(1, {HEADS}, length, {HEAD_DIM}, requires_grad=bool(backward)) for _ in range(3))
+    shape = (1, {HEADS}, length, {HEAD_DIM})
+    q, k, v = (torch.randn(shape, requires_grad=bool(backward)) for _ in range(3))
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
