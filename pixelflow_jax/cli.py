@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pixelflow_jax import hosts
 from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError
 
-
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
@@ -63,9 +62,9 @@ def run(main: Callable[[], None]) -> None:
 def _keep_freed_memory() -> None:
     """On CPU, keeps memory that XLA frees after a step for the next one.
 
-    glibc hands large arrays back to the kernel at once, and gets them again as zeroed pages: a quarter of
-    the processor time of a small training. Hosts of accelerators are left alone: their loaders' threads
-    want heaps of their own.
+    glibc hands large arrays back to the kernel at once, and gets them again as zeroed pages: a quarter
+    of the processor time of a small training. Hosts of accelerators are left alone: their loaders'
+    threads want heaps of their own.
     """
     plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin")
     if any(importlib.util.find_spec(name) for name in plugins):
