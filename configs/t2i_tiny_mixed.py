@@ -2,6 +2,9 @@
 
 python -m pixelflow_jax.train --config=configs/t2i_tiny_mixed.py --workdir=runs/t2i_tiny_mixed \\
     --config.init_from=runs/t2i_tiny
+
+Expected at 24x24 (benchmarks/text_steering.py): place right in 97.6%, size in 90.4%, both colours in
+100%; the digit in 26.9% only, for which 1,500 steps are too few.
 """
 
 from pixelflow_jax.configs.t2i_tiny import get_config as square
