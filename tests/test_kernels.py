@@ -39,7 +39,7 @@ def both(q, k, v, g, tolerance, **kwargs):
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize(
-    "length", [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 640)), 1024]
+    "length", [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 640, 1024))]
 )
 @pytest.mark.parametrize("kind", ["plain", "segments"])
 def test_the_tpu_kernel_equals_the_plain_form(length, kind, dtype, tolerance):

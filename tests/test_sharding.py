@@ -107,7 +107,7 @@ def test_param_specs():
 def test_meshes_that_do_not_fit():
     """Catches a run that leaves devices idle without a word."""
     devices = jax.devices()[:1]
-    assert dict(make_mesh(-1, 1, devices).shape) == {"data": 1, "fsdp": 1}
+    assert dict(make_mesh(-1, 1, devices).shape) == {"data": 1, "fsdp": 1, "context": 1}
     for sizes in ((2, 1), (1, 2), (-1, 2), (3, -1)):
         with pytest.raises(UserError, match="do not fit 1 devices"):
             make_mesh(*sizes, devices)

@@ -95,6 +95,7 @@ def test_between_seeds():
     assert np.std(made.start[2]) == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 def test_inversion_and_back(calm_params):
     """Catches a residual or a direction of time that is wrong: the bound is 2/255 mean error."""
     settings = dict(solver="dopri5", rtol=1e-5, atol=1e-5, guidance=Guidance(2.0, "constant"))

@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.models.attention import attention, by_chunks
 from pixelflow_jax.models.blockwise import SAVED
-from pixelflow_jax.models.modulation import modulate
 from pixelflow_jax.models.rope import apply_rope, rope_lookup, rope_table
 from pixelflow_jax.packing import MixedLayout, PackLayout, Rows, join_runs, map_runs
 from pixelflow_jax.sharding import GATHERED
@@ -189,13 +188,13 @@ class Block(nn.Module):
         dim, dtypes = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
         mod = nn.Dense(6 * dim, kernel_init=zeros, name="modulation", **dtypes)(nn.silu(conditioning))
         mod = jnp.split(mod.astype(wide(self.dtype)), 6, axis=-1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = mod
+        shift1, scale1, gate1, shift2, scale2, gate2 = (layout.to_tokens(m) for m in mod)
 
-        h = modulate(layout, layer_norm(x), 1 + scale1, shift1, self.dtype)
+        h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
         settings = dict(num_heads=self.num_heads, head_dim=self.head_dim)
         settings |= dict(platform=self.platform, backend=self.backend)
         h = Attention(**settings, **dtypes, name="self_attention")(h, layout, rope)
-        x = x + modulate(layout, h, gate1, None, self.dtype)
+        x = x + (gate1 * h).astype(self.dtype)
 
         if self.cross_attention:
             h = RMSNorm(self.param_dtype, name="cross_norm")(x)
@@ -207,10 +206,10 @@ class Block(nn.Module):
             x = x + h
 
         h = RMSNorm(self.param_dtype, name="mlp_norm")(x)
-        h = modulate(layout, h, 1 + scale2, shift2, self.dtype)
+        h = (h.astype(wide(self.dtype)) * (1 + scale2) + shift2).astype(self.dtype)
         h = nn.Dense(4 * dim, kernel_init=xavier, name="mlp_1", **dtypes)(h)
         h = nn.Dense(dim, kernel_init=xavier, name="mlp_2", **dtypes)(nn.gelu(h, approximate=True))
-        return x + modulate(layout, h, gate2, None, self.dtype), None
+        return x + (gate2 * h).astype(self.dtype), None
 
 
 class PixelFlow(nn.Module):
@@ -318,8 +317,8 @@ class PixelFlow(nn.Module):
         mod = nn.Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(
             nn.silu(conditioning)
         )
-        shift, scale = jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1)
-        x = modulate(layout, layer_norm(x), 1 + scale, shift, self.dtype)
+        shift, scale = (layout.to_tokens(m) for m in jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1))
+        x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
         def head(run, x, tokens):
             name = self._name("head", run)
