@@ -121,8 +121,9 @@ def _moved(line: str, shapes: dict[str, str], computations) -> int:
     operands = _operands(line, opcode)
     read = [_main_bytes(shapes.get(name, "")) for name in operands]
     written = _main_bytes(_result(line))
-    if opcode in ("dynamic-slice", "slice", "gather"):
-        read = [written]
+    if opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+        result = _top_level(_result(line))[1] if opcode.endswith("-start") else _result(line)
+        read, written = [array_bytes(result) if read[0] else 0], _main_bytes(result)
     elif opcode == "dynamic-update-slice":
         read, written = [0], 2 * min(read[:2])
     elif opcode == "copy-start":  # (where to, where from, ...)

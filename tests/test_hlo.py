@@ -38,6 +38,7 @@ ENTRY %main (p: (s32[], f32[8,8], f32[4,8,8])) -> f32[8,8] {
   %p = (s32[], f32[8,8], f32[4,8,8]) parameter(0)
   %loop = (s32[], f32[8,8], f32[4,8,8]) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"4"}}
   %got = f32[8,8]{1,0} get-tuple-element(%loop), index=1
+  %part = ((f32[8,8]{1,0}), f32[2,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%got), slice={[0:2], [0:8]}
   ROOT %sum = f32[8,8]{1,0} all-reduce(%got), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%condition
 }
 """  # noqa: E501
@@ -49,7 +50,8 @@ def test_bytes_of_main_memory():
     layer = 2 * array + item  # the slice read and written, and its index
     near = array  # the copy reads; it writes on the chip
     dot = 2 * array  # reads x, writes; the other operand is on the chip
-    assert hlo.hbm_bytes(PROGRAM) == 4 * (layer + near + dot) + 2 * array
+    part = 2 * 8 * 4  # read; it is written on the chip
+    assert hlo.hbm_bytes(PROGRAM) == 4 * (layer + near + dot) + part + 2 * array
 
 
 def test_groups_of_a_collective():
