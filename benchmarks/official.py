@@ -51,18 +51,16 @@ class Official:
 
 def our_config(overrides: list[str]):
     """The run's config at SHAPE, for float32 on CPU."""
-    from pixelflow_jax.config import _override, default_config
+    from pixelflow_jax.config import load_config
 
-    config = default_config()
-    for name in ("num_heads", "head_dim", "depth", "patch_size", "num_classes"):
-        config.model[name] = SHAPE[name]
-    config.cascade.num_stages = SHAPE["num_stages"]
-    config.data.resolution, config.batch_size = SHAPE["resolution"], SHAPE["batch_size"]
-    config.sample.num_steps = (SHAPE["num_steps"],)
-    config.sample.guidance_scale = SHAPE["guidance_scale"]
-    for override in overrides:
-        _override(config, *override.split("=", 1))
-    return config
+    names = ("num_heads", "head_dim", "depth", "patch_size", "num_classes")
+    keys = {f"model.{name}": name for name in names}
+    keys |= {"cascade.num_stages": "num_stages", "data.resolution": "resolution"}
+    keys |= {"batch_size": "batch_size", "sample.num_steps": "num_steps"}
+    keys |= {"sample.guidance_scale": "guidance_scale"}
+    shape = [f"{key}={SHAPE[name]}" for key, name in keys.items()]
+    own = ["dtype=float32", "model.remat=none", "mesh.fsdp=1"]
+    return load_config("imagenet256_xl", [*shape, *own, *overrides])
 
 
 def our_train(config) -> Callable[[], None]:

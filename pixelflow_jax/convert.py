@@ -70,10 +70,9 @@ def _block_rules(text: bool) -> list[Rule]:
 
 
 def _outer_rules(patch_size: int, classes: bool) -> list[Rule]:
+    """Everything outside the blocks. Their patches are (channel, row, column), ours channel last."""
     if not isinstance(patch_size, int):
         raise UserError(f"the official network has one patch size for all stages, not {patch_size}")
-
-    """Everything outside the blocks. Their patches are (channel, row, column), ours channel last."""
 
     def load_patch(x):  # [D, 3, p, p] -> [p * p * 3, D]
         return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])

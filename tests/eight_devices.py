@@ -71,13 +71,18 @@ def run(data: int, fsdp: int, context: int, accumulation: int, *overrides: str) 
     }
 
 
+def random_params(sampler) -> dict:
+    """Parameters that are nowhere zero."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
+    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+
+
 def sampling(solver: str) -> float:
     """The largest difference between images made by eight devices and by one, in [-1, 1]."""
     config = load_config("configs/digits.py", [*TINY, f"sample.solver={solver}", "sample.num_steps=4"])
     sampler, index = build_sampler(config), np.arange(16)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
-    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+    params = random_params(sampler)
 
     def ends(params, index):
         conditions = class_conditions(index % 10, 10)
@@ -96,14 +101,13 @@ def sampling(solver: str) -> float:
 def shared_sampling() -> float:
     """The largest difference between the end images of one device and of 2 x 4 that share tokens."""
     config = load_config("configs/digits.py", [*TINY, "sample.num_steps=4"])
-    sampler, index, rng = build_sampler(config), np.arange(4), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
-    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+    sampler, index = build_sampler(config), np.arange(4)
+    params = random_params(sampler)
     mesh, start = sharding.make_mesh(1, 2, context=4), FromSeed(0)
     placed = jax.device_put(params, sharding.shardings(params, mesh))
     args = ({"index": index}, *class_conditions(index % 10, 10))
     alone = make_generate(sampler, start)(params, *args)
-    shared = make_generate(sampler, start, mesh, sharding.specs(shapes, mesh))(placed, *args)
+    shared = make_generate(sampler, start, mesh, sharding.specs(params, mesh))(placed, *args)
     pairs = [(alone.pixels, shared.pixels), *zip(alone.stages, shared.stages, strict=True)]
     return max(float(np.abs(np.int32(a) - np.int32(b)).max()) for a, b in pairs)
 

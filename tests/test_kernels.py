@@ -20,21 +20,21 @@ def draw(n, m, dtype, head_dim=72):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def close(ours, theirs, tolerance):
+def assert_close(ours, theirs, tolerance):
     """To a share of the largest entry, as rounding in bfloat16 is."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert np.isfinite(ours).all()
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-def both(q, k, v, g, tolerance, **kwargs):
+def assert_equals_einsum(q, k, v, g, tolerance, **kwargs):
     """Compares the kernel with einsum in float32, forward and backward."""
     out, pull = jax.vjp(lambda *args: attention(*args, **kwargs, backend="splash"), q, k, v)
     wide = [x.astype(F32) for x in (q, k, v)]
     expected, pull_wide = jax.vjp(lambda *args: attention(*args, **kwargs, backend="einsum"), *wide)
-    close(out, expected, tolerance)
+    assert_close(out, expected, tolerance)
     for ours, theirs in zip(pull(g), pull_wide(g.astype(F32)), strict=True):
-        close(ours, theirs, tolerance)
+        assert_close(ours, theirs, tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
@@ -51,20 +51,20 @@ def test_the_tpu_kernel_equals_the_plain_form(length, kind, dtype, tolerance):
             np.repeat([0, 1, 2], [length // 3, length // 2, length - length // 3 - length // 2])
         )
         kwargs["segments"] = (jnp.stack([ids, ids[::-1]]),) * 2
-    both(q, k, v, g, tolerance, **kwargs)
+    assert_equals_einsum(q, k, v, g, tolerance, **kwargs)
 
 
 @pytest.mark.parametrize("n, m", [(144, 144), (256, 77)])
 def test_the_tpu_kernel_takes_any_length(n, m):
     """Catches padding that is attended to: grids such as 12 x 12, and texts of 77 tokens."""
-    both(*draw(n, m, F32), 1e-5)
+    assert_equals_einsum(*draw(n, m, F32), 1e-5)
 
 
 def test_the_tpu_kernel_masks_text():
     """Catches cross-attention to padding, or a mask that is turned round."""
     q, k, v, g = draw(256, 128, F32)
     mask = jnp.arange(128)[None] < jnp.array([[5], [128]])
-    both(q, k, v, g, 1e-5, key_mask=mask)
+    assert_equals_einsum(q, k, v, g, 1e-5, key_mask=mask)
     changed = jnp.where(mask[..., None, None], k, 9.0)
     outs = [attention(q, keys, v, mask, backend="splash") for keys in (k, changed)]
     assert (outs[0] == outs[1]).all()

@@ -41,9 +41,8 @@ def apply_rope(
     """Rotates each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin), in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     wide = x.astype(dtype)
-    even = (
-        np.arange(x.shape[-1]) % 2 == 0
-    )  # rolls, as pairs in an axis of their own fill TPU tiles badly
+    even = np.arange(x.shape[-1]) % 2 == 0
+    # Rolls: pairs in an axis of their own would fill a TPU's tiles badly
     turned = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
     cos, sin = (jnp.asarray(table, dtype)[..., None, :] for table in (cos, sin))
     return (wide * cos + turned * sin).astype(x.dtype)

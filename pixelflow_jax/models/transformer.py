@@ -328,9 +328,14 @@ class PixelFlow(nn.Module):
         return map_runs(head, layout, jnp.split(x, ends, axis=1), tokens)
 
     @property
+    def patch_sizes(self) -> list[int]:
+        """The distinct patch sizes, from the smallest on."""
+        return sorted({self.patch_size} if isinstance(self.patch_size, int) else {*self.patch_size})
+
+    @property
     def base_patch(self) -> int:
         """The smallest patch size."""
-        return self.patch_size if isinstance(self.patch_size, int) else min(self.patch_size)
+        return self.patch_sizes[0]
 
     def _name(self, name: str, run: PackLayout | MixedLayout) -> str:
         """The name of a layer for a run's patch size: the plain one for the smallest."""

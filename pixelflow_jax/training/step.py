@@ -1,6 +1,7 @@
 """The train state and the compiled train step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -122,8 +123,8 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         )
         if shards > 1:
             layout = dataclasses.replace(layout, shards=shards)
-            parts = (map_runs(PackLayout.local, layout, x) for x in (packed.tokens, packed.target))
-            packed = packed._replace(**dict(zip(("tokens", "target"), parts, strict=True)))
+            local = functools.partial(map_runs, PackLayout.local, layout)
+            packed = packed._replace(tokens=local(packed.tokens), target=local(packed.target))
         per_image = packed_loss(model, params, packed, layout)
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total
