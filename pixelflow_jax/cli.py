@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from pixelflow_jax import hosts
@@ -31,6 +32,8 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command: bad input is one line on stderr and exit code 2, without a traceback."""
     for name in ("absl", "asyncio"):  # Orbax logs tracebacks there of what we report in a sentence
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # A failed save leaves its other writes unawaited, and Python says so at the exit, after our sentence.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _unraisable
     _keep_freed_memory()
     try:
