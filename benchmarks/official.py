@@ -60,6 +60,7 @@ def our_config(overrides: list[str]):
     keys |= {"sample.guidance_scale": "guidance_scale"}
     shape = [f"{key}={SHAPE[name]}" for key, name in keys.items()]
     own = ["dtype=float32", "model.remat=none", "mesh.fsdp=1"]
+    own.append(f"model.scan_unroll={SHAPE['depth']}")  # as the configs for CPU have it
     return load_config("imagenet256_xl", [*shape, *own, *overrides])
 
 
@@ -144,6 +145,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("train", "sample"))
     parser.add_argument("--config", action="append", default=[], help="KEY=VALUE for our config")
     args = parser.parse_args()
+    from pixelflow_jax import cli
+
+    cli.keep_freed_memory()  # as the commands do
     threads = len(os.sched_getaffinity(0))
     official = Official(args.python, args.checkout, threads)
     config = our_config(args.config)

@@ -32,10 +32,10 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command: bad input is one line on stderr and exit code 2, without a traceback."""
     for name in ("absl", "asyncio"):  # Orbax logs tracebacks there of what we report in a sentence
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # A failed save leaves its other writes unawaited, and Python says so at the exit, after our sentence.
+    # A failed save leaves its other writes unawaited, and Python would say so after our sentence.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _unraisable
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         main()
         return
@@ -62,7 +62,7 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """On CPU, keeps memory that XLA frees after a step for the next one.
 
     glibc hands large arrays back to the kernel at once, and gets them again as zeroed pages: a quarter
@@ -76,7 +76,7 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    for option, value in ((M_ARENA_MAX, 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_MAX, 0)):
+    for option, value in ((M_ARENA_MAX, 1), (M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0)):
         mallopt(option, value)
 
 
