@@ -15,11 +15,11 @@ from pixelflow_jax.data.captioned_digits import vocabulary
 
 def get_config():
     config = default_config()
-    config.num_train_steps = 5000
+    config.num_train_steps = 4500
     config.batch_size = 32
     config.log_every = 100
-    config.checkpoint_every = 2500
-    config.sample_every = 2500
+    config.checkpoint_every = 2250
+    config.sample_every = 2250
 
     config.model.num_heads = 6
     config.model.head_dim = 32

@@ -12,9 +12,9 @@ from pixelflow_jax.configs.t2i_tiny import get_config as square
 
 def get_config():
     config = square()
-    config.num_train_steps = 1500
+    config.num_train_steps = 4000
     config.data.resolution = 24
     config.data.max_aspect_ratio = 2.0
     config.data.bucket_unit = 8
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     return config

@@ -8,6 +8,7 @@ import pytest
 from pixelflow_jax.models.attention import attention, choose_backend
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops, traced_flops
+from pixelflow_jax.models.rope import apply_rope, rope_table
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.packing import Group, PackLayout
 
@@ -103,6 +104,17 @@ def test_attention_does_no_more_work_than_it_must(backend, length):
     assert traced_flops(forward, x, x, x) == 2 * product
     rows = 2 * 3 * 2 * length * 64  # the kernel's sum of gradient times output, a row
     assert 6 * product <= traced_flops(both_ways, x, x, x, x) <= 7 * product + rows
+
+
+def test_the_gradient_of_the_rotation_is_the_rotation_back():
+    """Catches a wrong sign or pair in the transpose that is written by hand."""
+    cos, sin = (jnp.asarray(x, F32) for x in rope_table(np.indices((3, 5)).reshape(2, -1).T, 8))
+    x, grad = jax.random.normal(jax.random.key(0), (2, 1, 15, 2, 8))
+    turned, pull = jax.vjp(lambda x: apply_rope(x, cos, sin), x)
+    first = x[..., ::2] * cos[:, None, ::2] - x[..., 1::2] * sin[:, None, ::2]
+    assert_close(turned[..., ::2], first, 1e-6)
+    np.testing.assert_allclose((pull(grad)[0] * x).sum(), (grad * turned).sum(), rtol=1e-5)
+    assert_close(pull(turned)[0], x, 1e-6)
 
 
 def test_the_network_does_no_more_work_than_it_must():

@@ -1,5 +1,6 @@
 """2D rotary position embedding: half of head_dim turns with the column, half with the row."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -35,14 +36,26 @@ def rope_lookup(
     return tuple(look_up(jnp.asarray(table)) for table in diagonal)
 
 
+@jax.custom_vjp
 def apply_rope(
     x: Float[Array, "rows n heads d"], cos: Float[Array, "*rows n d"], sin: Float[Array, "*rows n d"]
 ) -> Float[Array, "rows n heads d"]:
-    """Rotates each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin), in at least float32."""
+    """Rotates each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin), in at least float32.
+
+    cos and sin are constants: two equal entries a pair, as `rope_table` makes them.
+    """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    wide = x.astype(dtype)
     even = np.arange(x.shape[-1]) % 2 == 0
-    # Rolls: pairs in an axis of their own would fill a TPU's tiles badly
-    turned = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+    # Rolls, in x's dtype: pairs in an axis of their own would fill a TPU's tiles badly
+    turned = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
     cos, sin = (jnp.asarray(table, dtype)[..., None, :] for table in (cos, sin))
-    return (wide * cos + turned * sin).astype(x.dtype)
+    return (x.astype(dtype) * cos + turned.astype(dtype) * sin).astype(x.dtype)
+
+
+def _rotate_back(tables, grad):
+    cos, sin = tables
+    return apply_rope(grad, cos, -sin), None, None
+
+
+# The transpose of a rotation is the rotation back: nothing but the tables is kept for it.
+apply_rope.defvjp(lambda x, cos, sin: (apply_rope(x, cos, sin), (cos, sin)), _rotate_back)
