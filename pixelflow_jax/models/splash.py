@@ -12,9 +12,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LANES = 128  # lengths are multiples of it
-# Queries and keys a block at most, by generation. VMEM holds a block of scores in float32, twice in
-# the backward pass: v4 has 16 MiB a core, the later ones have more.
+# Queries and keys a block at most, forward, by generation. VMEM holds a block of scores in float32: v4
+# has 16 MiB a core, the later ones have more.
 BLOCKS = {"v4": (512, 512), "v5e": (1024, 1024), "v5p": (1024, 1024), "v6e": (1024, 1024)}
+# The backward kernel writes the gradient to q once for each block of keys, to be summed: few and large
+# ones. More does not fit on v4 and v5p, nor on v5e with 16,384 tokens.
+BACKWARD = (512, 2048)
+COMPUTE = 512  # keys a product
 PADDING = -1  # the segment of what fills a length up
 
 
@@ -55,13 +59,14 @@ def _kernel(heads: int, n: int, m: int, generation: str, interpret: bool):
     """The kernel for `n` queries and `m` keys."""
     most_q, most_kv = BLOCKS.get(generation, (512, 512))
     block_q, block_kv = _block(n, most_q), _block(m, most_kv)
+    back_q, back_kv = _block(n, BACKWARD[0]), _block(m, BACKWARD[1])
     sizes = kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
-        block_kv_compute=_block(block_kv, 512),
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=_block(block_kv, 512),
+        block_kv_compute=_block(block_kv, COMPUTE),
+        block_q_dkv=back_q,
+        block_kv_dkv=back_kv,
+        block_kv_dkv_compute=_block(back_kv, COMPUTE),
         use_fused_bwd_kernel=True,
     )
     mask = masks.MultiHeadMask([masks.FullMask((n, m))] * heads)
