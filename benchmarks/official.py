@@ -18,6 +18,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from pixelflow_jax import cli
+
 SHAPE = dict(num_heads=6, head_dim=64, depth=6, patch_size=4, num_classes=1000, num_stages=4)
 SHAPE |= dict(resolution=128, batch_size=16, num_samples=8, num_steps=10, guidance_scale=2.4)
 
@@ -145,8 +147,6 @@ def main() -> None:
     parser.add_argument("--only", choices=("train", "sample"))
     parser.add_argument("--config", action="append", default=[], help="KEY=VALUE for our config")
     args = parser.parse_args()
-    from pixelflow_jax import cli
-
     cli.keep_freed_memory()  # as the commands do
     threads = len(os.sched_getaffinity(0))
     official = Official(args.python, args.checkout, threads)
