@@ -3,7 +3,7 @@
 python -m pixelflow_jax.train --config=configs/imagenet256_xl.py --workdir=gs://BUCKET/imagenet256_xl
 
 Data: TFDS's imagenet2012, prepared as ArrayRecord (or --config.data.source=folder, see
-docs/training.md). Hardware: a TPU slice; one step at batch 256 takes 6.4 GiB a chip of v5e:4x4
+docs/training.md). Hardware: a TPU slice; one step at batch 256 takes 5.9 GiB a chip of v5e:4x4
 (compile_check). Published (Dopri5, stage-wise guidance 2.4): FID 1.98. To sample the released
 weights, convert them first.
 """
