@@ -4,9 +4,9 @@ python -m pixelflow_jax.train --config=configs/t2i_tiny.py --workdir=runs/t2i_ti
 python -m pixelflow_jax.sample --checkpoint=runs/t2i_tiny --out=two \\
     --prompt="a large red two on a white background, at the top"
 
-4,500 steps of 0.13 s on 2 quiet cores, 0.24 s on slow ones. Expected (benchmarks/text_steering.py, 1000
-prompts of digit, colour and background never seen together, guidance 2): digit right in 90.3%, the rest
-in 99.8% and more.
+4,500 steps, 523 s on 2 cores with nothing else running, twice that in a slow hour. Expected
+(benchmarks/text_steering.py, 1000 prompts of digit, colour and background never seen together,
+guidance 2): digit right in 90.4%, the rest in 99.7% and more.
 """
 
 from pixelflow_jax.config import default_config

@@ -1,21 +1,47 @@
 """PixelFlow, the pixel-space image generator (arXiv 2504.07963), for JAX and TPU.
 
+    import pixelflow_jax as pf
+    images = pf.load("runs/digits").sample(labels=[3, 7])
+
 The names below are imported when first used, so that `import pixelflow_jax` is quick.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what _HOMES says, for editors and type checkers
+    from pixelflow_jax.cascade import Cascade as Cascade
+    from pixelflow_jax.config import load_config as load_config
+    from pixelflow_jax.errors import UserError as UserError
+    from pixelflow_jax.models.transformer import PixelFlow as PixelFlow
+    from pixelflow_jax.packing import PackLayout as PackLayout
+    from pixelflow_jax.pipeline import Pipeline as Pipeline
+    from pixelflow_jax.pipeline import load as load
+    from pixelflow_jax.sampling.generate import build_sampler as build_sampler
+    from pixelflow_jax.sampling.grids import TimeGrid as TimeGrid
+    from pixelflow_jax.sampling.guidance import Guidance as Guidance
+    from pixelflow_jax.sampling.sampler import Sampler as Sampler
+    from pixelflow_jax.sampling.solvers import SOLVERS as SOLVERS
+    from pixelflow_jax.training.checkpoints import load_params as load_params
+    from pixelflow_jax.training.loop import prepare as prepare
+    from pixelflow_jax.training.loop import train as fit  # noqa: F401
 
 _HOMES = {
     "Cascade": "cascade",
     "Guidance": "sampling.guidance",
     "PackLayout": "packing",
+    "Pipeline": "pipeline",
     "PixelFlow": "models.transformer",
+    "SOLVERS": "sampling.solvers",
     "Sampler": "sampling.sampler",
     "TimeGrid": "sampling.grids",
     "UserError": "errors",
     "build_sampler": "sampling.generate",
+    "fit": "training.loop:train",
+    "load": "pipeline",
     "load_config": "config",
     "load_params": "training.checkpoints",
+    "prepare": "training.loop",
 }
 __all__ = sorted(_HOMES)
 
@@ -23,7 +49,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module, _, there = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), there or name)
 
 
 def __dir__() -> list[str]:

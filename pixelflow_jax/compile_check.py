@@ -6,8 +6,7 @@
 Needs libtpu, but no TPU: install the extra `aot` into an environment of its own. Prints memory per
 device beside what the device has, the collectives of a step, floating-point operations counted from the
 trace, and a roofline: the least time that work takes on the chip's published peaks, marked as the
-projection it is. Ends with an error, and with advice, if it does not fit. Memory is per device as JAX
-counts devices: a v4 chip shows two cores as one or two devices.
+projection it is. Ends with an error, and with advice, if it does not fit.
 """
 
 import importlib.metadata
@@ -65,14 +64,15 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")  # chips that may be here are left alone
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores as one device, as JAX runs them
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=topology,
-            **({"num_slices": num_slices} if num_slices > 1 else {}),
-        )
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:  # libtpu's own kinds
         reason = str(error).strip().splitlines()[0]
+        if "lockfile" in reason:
+            raise UserError("another process on this machine uses libtpu; wait until it ends") from None
         raise UserError(f"--topology={topology}: {reason}; write it as v5e:4x4") from None
     return list(found.devices)
 
@@ -147,7 +147,9 @@ def _compile(config, program, arguments, devices: list):
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
-        memory = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", text)
+        memory = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", text) or re.search(
+            r"\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)([GM])\)", text
+        )
         if not memory:
             raise UserError(
                 f"it does not compile for {devices[0].device_kind}: {text.splitlines()[0]}"
@@ -215,6 +217,7 @@ def measure(config, devices: list, task: str = "train") -> dict[str, Any]:
     rate = config.batch_size / mesh.size / projection["step_seconds"]
     params = arguments[0].params if task == "train" else arguments[0]
     count = sum(x.size for x in jax.tree.leaves(params))
+    whole = sum(x.size for x in jax.tree.leaves(params) if x.sharding.is_fully_replicated)
     moved = count * DTYPES[config.dtype].dtype.itemsize
     reduced = totals["all-reduce"]["bytes"] + totals["reduce-scatter"]["bytes"]
     return {
@@ -229,6 +232,7 @@ def measure(config, devices: list, task: str = "train") -> dict[str, Any]:
         "hbm_per_device": chip.hbm_bytes,
         "fits": memory["peak"] <= chip.hbm_bytes,
         "parameters": count,
+        "whole_share": whole / count,
         "flops_per_device": flops,
         "bytes_per_device": traffic,
         "projection": {**projection, "images_per_s_per_chip": rate},
@@ -254,6 +258,12 @@ def report(figures: dict[str, Any]) -> str:
         + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
         + f", of {figures['hbm_per_device'] / GIB:.0f} GiB",
     ]
+    fsdp = figures["mesh"].get("fsdp", 1)
+    if fsdp > 1 and figures["whole_share"] > 0.1:
+        lines.append(
+            f"warning: {figures['whole_share']:.0%} of the parameters are whole on every device, as no "
+            f"axis of theirs divides by {fsdp}; a smaller --config.mesh.fsdp, such as 16, splits them"
+        )
     for kind, numbers in figures["collectives"].items():
         lines.append(
             f"  {kind:<20} {numbers['ops']:>4} in the program, {numbers['runs']:>6} runs a step, "

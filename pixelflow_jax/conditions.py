@@ -50,6 +50,17 @@ class Conditions:
         pairs = (self.table, self.rows), (self.null_table, self.null_rows)
         return tuple({name: x[rows[index]] for name, x in table.items()} for table, rows in pairs)
 
+    def described_of(self, index: int) -> dict[str, Any]:
+        """`described`, for one image."""
+        one = dict(self.described)
+        if "prompts" in one:
+            one["prompts"] = [one["prompts"][self.rows[index]]]
+        else:
+            one["labels"] = [int(self.table["labels"][index])]
+            if one["negative_labels"]:
+                one["negative_labels"] = [int(self.null_table["labels"][index])]
+        return one
+
 
 def read_conditions(args: argparse.Namespace, config: ConfigDict, start: Any) -> Conditions:
     """What the flags ask for. Raises UserError if that does not fit the model."""
@@ -85,8 +96,10 @@ def _of_labels(args, config: ConfigDict, start: Any) -> Conditions:
     else:
         pattern = np.arange(1 if isinstance(start, starts.BetweenSeeds) else classes)
     count = _count(args, start, len(args.labels) if args.labels else config.sample.num_images)
-    labels = np.resize(pattern.astype(np.int32), count)
-    null = np.resize(np.array(args.negative_labels or [classes], np.int32), count)
+    number = args.first_image + np.arange(count)
+    labels = pattern.astype(np.int32)[number % len(pattern)]
+    negative = np.array(args.negative_labels or [classes], np.int32)
+    null = negative[number % len(negative)]
     described = {"labels": args.labels, "negative_labels": args.negative_labels}
     each = np.arange(count)
     return Conditions({"labels": labels}, {"labels": null}, each, each, {"labels": labels}, described)
@@ -109,7 +122,7 @@ def _of_prompts(args, config: ConfigDict, start: Any) -> Conditions:
     count = _count(args, start, len(prompts))
     if args.layout is not None:
         check_layout(args.layout, entries, count)
-    rows = (np.arange(count) % len(prompts)).astype(np.int32)
+    rows = ((args.first_image + np.arange(count)) % len(prompts)).astype(np.int32)
     tables = encode(args, [*prompts, negative], config)
     table, null_table = (
         {k: x[part] for k, x in tables.items()} for part in (slice(-1), slice(-1, None))

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import re
+import sys
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from pixelflow_jax.images import UINT8_RULE
 from pixelflow_jax.layouts import LAYOUTS
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
 from pixelflow_jax.sampling.budget import plan_steps
-from pixelflow_jax.sampling.generate import build_sampler, fit_image, read_image
+from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings, read_image
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 from pixelflow_jax.training.checkpoints import load_params
 
@@ -40,6 +41,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add = result.add_argument
     add("--checkpoint", required=True, help="workdir of a run, or a folder that convert wrote")
     add("--out", required=True, help="folder to write")
+    add("--from_png", help="a picture of `sample` or the demo, to make again; other flags change it")
     add("--labels", type=numbers, help="classes, such as 0,1,2; in turn (default: all of them)")
     add("--negative_labels", type=numbers, help="classes to steer away from (default: the null class)")
     add("--prompt", action="append", help="what to show (text models); may be given several times")
@@ -48,6 +50,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--text_encoder", help="T5 folder or hub id (default: as trained)")
     add("--negative_prompt", help="a text to steer away from (default: the empty text)")
     add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")
+    add("--first_image", type=int, default=0, help="its number (default: %(default)s); continues a set")
     add("--batch_size", type=int, default=25, help="images at a time, a process (default: %(default)s)")
     add("--context", type=int, default=1, help="devices that share each image (for large images)")
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -88,12 +91,16 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.num_png is not None and args.num_png < 0:
         raise UserError(f"--num_png must not be negative, got {args.num_png}")
+    if args.first_image < 0 or args.first_image + (args.num_images or 1) > 2**31:
+        raise UserError(f"--first_image must lie in 0..2^31-1, got {args.first_image}")
     for seed in (args.seed, *(args.interpolate or ())):
         if not 0 <= seed < 2**32:
             raise UserError(f"a seed must lie in 0..2^32-1, got {seed}")
     given = [name for name in STARTS if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} exclude each other")
+    if given and args.first_image:
+        raise UserError(f"--first_image and --{given[0]} exclude each other")
     if args.init_image is None and (args.from_stage is not None or args.strength != 1):
         raise UserError("--from_stage and --strength go with --init_image")
     if args.interpolate is not None and len(args.interpolate) != 2:
@@ -134,10 +141,40 @@ class Job:
     conditions: Conditions
     settings: dict[str, Any]
 
+    def settings_of(self, index: int) -> dict[str, Any]:
+        """The settings of one image: what its PNG file carries, for --from_png.
 
-def prepare(args: argparse.Namespace) -> Job:
-    """Loads the checkpoint and builds what the flags ask for. Raises UserError if that cannot be."""
-    params, config, meta = load_params(args.checkpoint, args.ema)
+        No paths: who shares a picture does not want to tell them.
+        """
+        one = {"first_image": self.settings["first_image"] + index, "num_images": 1}
+        one = {**self.settings, **self.conditions.described_of(index), **one}
+        one["start"] = ", ".join(one["start"]) if one["start"] else None
+        return _plain({name: x for name, x in one.items() if name not in ("checkpoint", "text_encoder")})
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory: parameters, its config, and what else it says of itself."""
+
+    params: dict
+    config: ConfigDict
+    meta: dict[str, Any]
+    sha256: str
+
+
+def load(checkpoint: epath.PathLike, ema: float | None = None) -> Loaded:
+    """Reads a checkpoint for sampling (see `load_params`)."""
+    params, config, meta = load_params(checkpoint, ema)
+    return Loaded(params, config, meta, params_hash(params))
+
+
+def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
+    """Builds what the flags ask for. Raises UserError if that cannot be.
+
+    `loaded` is the checkpoint that they name, where it is in memory already.
+    """
+    loaded = loaded or load(args.checkpoint, args.ema)
+    params, config, meta = loaded.params, loaded.config.copy_and_resolve_references(), loaded.meta
     sampler = sampler_of(args, config)
     start, described = _start(args, sampler)
     conditions = read_conditions(args, config, start)
@@ -147,13 +184,14 @@ def prepare(args: argparse.Namespace) -> Job:
         sampler = sampler_of(args, config)
     settings = {
         "checkpoint": str(epath.Path(args.checkpoint).absolute()),
-        "checkpoint_sha256": params_hash(params),
+        "checkpoint_sha256": loaded.sha256,
         "step": meta["step"],
         "ema": meta["ema"],
         "height": sampler.height,
         "width": sampler.width,
         "dtype": args.dtype or config.dtype,
         "seed": args.seed,
+        "first_image": args.first_image,
         **{name: config.sample[name] for name in FROM_CONFIG},
         "step_control": sampler.control,
         "nfe_budget": args.nfe_budget,
@@ -164,7 +202,41 @@ def prepare(args: argparse.Namespace) -> Job:
         "uint8_rule": UINT8_RULE,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+    if (
+        args.from_png is not None
+        and png_settings(args.from_png).get("checkpoint_sha256") != loaded.sha256
+    ):
+        print(f"warning: {args.from_png} was made with other weights", file=sys.stderr)
     return Job(params, sampler, start, conditions, _plain(settings))
+
+
+# Of a picture's settings, those that are flags and decide what it shows
+_FROM_PNG = ("ema", "height", "width", "dtype", "seed", "first_image", "num_images", *FROM_CONFIG)
+_FROM_PNG += ("labels", "negative_labels", "prompts", "negative_prompt")
+
+
+def parse(doc: str, argv: list[str]) -> argparse.Namespace:
+    """Parses the flags of `sample`; --from_png stands for those of the picture, which others replace."""
+    args = parser(doc).parse_args(argv)
+    if args.from_png is None:
+        return args
+    kept = png_settings(args.from_png)
+    if kept.get("start") is not None:
+        raise UserError(f"--from_png={args.from_png} began from {kept['start']}, not from a seed alone")
+    flags = []
+    for name in _FROM_PNG:
+        value, name = kept.get(name), "prompt" if name == "prompts" else name
+        replaced = any(arg.partition("=")[0] == f"--{name}" for arg in argv)
+        if value is None or replaced or (name == "prompt" and args.prompts_file is not None):
+            continue
+        value = value[:1] if name == "prompt" and isinstance(value, list) else value
+        flags.append(f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    try:
+        return parser(doc).parse_args([*flags, *argv])
+    except UserError as error:
+        raise UserError(
+            f"--from_png={args.from_png} carries settings that do not fit: {error}"
+        ) from None
 
 
 def sampler_of(args: argparse.Namespace, config: ConfigDict) -> Sampler:
@@ -215,7 +287,7 @@ def _start(args: argparse.Namespace, sampler: Sampler) -> tuple[Any, dict[str, A
             "sha256": _file_hash(args.from_noise),
         }
     if args.init_image is None:
-        return starts.FromSeed(args.seed), None
+        return starts.FromSeed(args.seed, first=args.first_image), None
     stage = sampler.cascade.num_stages - 1 if args.from_stage is None else args.from_stage
     found = image_files(args.init_image, "init_image")
     before = sampler.stage_size(stage - 1)[:2] if stage > 0 else None

@@ -10,6 +10,8 @@ image in each stage), 000000.png ..., grid.png and settings.json. Image i depend
 and its label, not on the batch, the devices or the hosts. All devices and hosts take part. A folder that
 holds files is refused, except one whose settings.json equals the request: that one is completed.
 
+Each PNG file carries its settings; `--from_png=FILE` makes it again.
+
 Other starts than noise from --seed:
 
     --init_image=cat.png --from_stage=2 --strength=0.7     variations of an image
@@ -46,7 +48,7 @@ from pixelflow_jax.training.watchdog import Watchdog
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = request.parser(__doc__).parse_args(argv)
+    args = request.parse(__doc__, sys.argv[1:] if argv is None else argv)
     request.check_flags(args)
     timeouts = default_config().hosts
     cluster = hosts.gather(timeouts.start_timeout, flags=vars(args))
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
         hosts.barrier("all images are made")
     if cli.is_first_process():
         watch("putting samples.npz together")
-        folder.finish()
+        folder.finish(job.settings_of)
         if args.layout is not None:
             entries = read_prompts(args)
             write_layout(args.layout, folder.path / "samples.npz", entries, folder.path / args.layout)

@@ -56,7 +56,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None, contex
         inner = (sizes[0] // slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
     else:
-        grid = mesh_utils.create_device_mesh(sizes, devices)
+        try:
+            grid = mesh_utils.create_device_mesh(sizes, devices)
+        except NotImplementedError:  # an axis of the mesh has to take a part of one of the torus
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, (*AXES, CONTEXT))
 
 

@@ -1,9 +1,11 @@
 """From a config to the function that makes uint8 images, and to PNG files."""
 
 import dataclasses
+import functools
 import io
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pixelflow_jax import files, images, sharding
 from pixelflow_jax.config import build_cascade, build_model
@@ -28,6 +31,7 @@ from pixelflow_jax.sampling.sampler import Sampler
 from pixelflow_jax.sampling.starts import FromSeed
 
 GAP, GREY = 2, 64  # between the images of a grid
+SETTINGS = "pixelflow_jax"  # the name of the text in a PNG that says how it was made
 AXIS = "images"  # of the mesh that a process spreads its images over
 
 
@@ -113,6 +117,45 @@ def make_generate(
     return jax.jit(jax.shard_map(generate, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False))
 
 
+class StageEnd(NamedTuple):
+    """What `make_stages` gives for each stage: see `Generated`."""
+
+    pixels: UInt8[Array, "b hs ws 3"]
+    finite: Bool[Array, " b"]
+    nfe: Int[Array, " b"]
+
+
+def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[StageEnd]]:
+    """As `make_generate` on one device, as a program a stage, so that each end can be seen at once.
+
+    The last one's pixels are those of `make_generate`, bit for bit.
+    """
+    start, first = start or FromSeed(0), (start.stage if start else 0)
+
+    @jax.jit
+    def begin(params, inputs, *conditions):
+        texts = [encode_text(sampler.model, params, c) for c in conditions]
+        return start.noise(sampler, inputs), texts
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def advance(stage, params, x, block, conditions):
+        if stage > first:
+            x = sampler.step_up(stage, x, block)
+        grid = sampler.stage_grid(stage).after(start.tau if stage == first else 0.0)
+        x, nfe = sampler.solve_stage(params, stage, x, grid, *conditions)
+        return x, StageEnd(images.to_uint8(x), jnp.isfinite(x).all((1, 2, 3)), nfe)
+
+    def run(params, inputs, condition, null_condition):
+        noise, conditions = begin(params, inputs, condition, null_condition)
+        x = noise.start
+        for stage in range(first, sampler.cascade.num_stages):
+            block = noise.blocks[stage - 1] if stage > first else None
+            x, end = advance(stage, params, x, block, conditions)
+            yield end
+
+    return run
+
+
 def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     """An image file's pixels. Raises OSError if it cannot be read as one."""
     try:
@@ -136,11 +179,37 @@ def fit_image(
     return np.asarray(images.from_uint8(pixels))
 
 
-def save_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes one image."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
-    files.write_bytes(path, buffer.getvalue())
+def png_bytes(image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any] | None = None) -> bytes:
+    """A PNG file's contents; `settings` stand in it as text, as JSON under the name of SETTINGS."""
+    buffer, info = io.BytesIO(), PngInfo()
+    if settings is not None:
+        info.add_itxt(SETTINGS, json.dumps(settings))
+    Image.fromarray(np.asarray(image)).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def save_png(
+    path: epath.PathLike, image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any] | None = None
+) -> None:
+    """Writes one image; see `png_bytes`."""
+    files.write_bytes(path, png_bytes(image, settings))
+
+
+def png_settings(path: epath.PathLike) -> dict[str, Any]:
+    """The settings in a PNG file of `save_png`. Raises UserError if there are none."""
+    try:
+        with Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=["PNG"]) as image:
+            image.load()
+            found = json.loads(image.text[SETTINGS])
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except KeyError:
+        raise UserError(f"{path} carries no settings: it is not a picture of `sample`") from None
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture with settings: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} carries settings of another form")
+    return found
 
 
 def save_strip(path: epath.PathLike, stages: list[UInt8[np.ndarray, "h w 3"]]) -> None:

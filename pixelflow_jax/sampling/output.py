@@ -6,7 +6,7 @@ together from them, in which equal requests give equal bytes, and the shards go.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,11 @@ class OutputFolder:
                 {name: (part.shape, part.dtype, [part]) for name, part in chosen.items()},
             )
 
-    def finish(self) -> None:
-        """Puts samples.npz, the PNG files and the grid together, and removes the shards."""
+    def finish(self, settings_of: Callable[[int], dict[str, Any]]) -> None:
+        """Puts samples.npz, the PNG files and the grid together, and removes the shards.
+
+        `settings_of` an image is what its PNG file carries.
+        """
         if not self.is_complete():
             self._assemble()
         if self._shards.exists():
@@ -97,21 +100,23 @@ class OutputFolder:
         first, seen = [], 0
         for pixels in arrays.rows(self.path / "samples.npz", "arr_0", 64):
             for i, image in enumerate(pixels[: max(0, self.num_png - seen)], seen):
-                self._write_png(self.path / f"{i:06d}.png", image)
+                self._write_png(self.path / f"{i:06d}.png", image, settings_of(i))
             first += list(pixels[: max(0, 100 - seen)])
             seen += len(pixels)
             if seen >= max(self.num_png, 100):
                 break
         save_grid(self.path / "grid.png", np.stack(first))
 
-    def _write_png(self, path: epath.Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    def _write_png(
+        self, path: epath.Path, image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any]
+    ) -> None:
         """Writes a PNG file unless it is there and right."""
         try:
             if np.array_equal(read_image(path), image):
                 return
         except OSError:  # missing, or damaged
             pass
-        save_png(path, image)
+        save_png(path, image, settings)
 
     def _found(self) -> list[tuple[int, int, epath.Path]]:
         """(begin, end, file) of every shard, those of an earlier run with other chunks too."""

@@ -25,6 +25,8 @@ from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_control, solve_fixed
 
+MAX_TOKENS = 1 << 17  # that the network sees at a time: enough to fill a chip, few enough to fit
+
 
 class Noise(NamedTuple):
     """All randomness of a sample: the start, and one block noise for each step up a stage."""
@@ -140,10 +142,9 @@ class Sampler:
         """
         x, ends, nfe = noise.start, [], []
         for stage in range(first_stage, self.cascade.num_stages):
-            tau = first_tau
             if stage > first_stage:
-                x, tau = self.step_up(stage, x, noise.blocks[stage - 1]), 0.0
-            grid = self.stage_grid(stage).after(tau)
+                x = self.step_up(stage, x, noise.blocks[stage - 1])
+            grid = self.stage_grid(stage).after(first_tau if stage == first_stage else 0.0)
             x, count = self.solve_stage(params, stage, x, grid, condition, null_condition)
             ends.append(x)
             nfe.append(count)
@@ -215,15 +216,24 @@ class Sampler:
             for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
         ]
 
+    def _images_at_a_time(self, x: Float[Array, "b h w c"], halves: int) -> int:
+        """The largest divisor of the batch whose tokens do not pass MAX_TOKENS, or 1."""
+        row = halves * x.shape[1] * x.shape[2] // self.model.base_patch**2 // self.shards
+        fitting = range(min(len(x), MAX_TOKENS // row), 1, -1)
+        return next((n for n in fitting if len(x) % n == 0), 1)
+
     def field(
         self, params, grid: StageGrid, weight: float, condition: Condition, null_condition: Condition
     ) -> Field:
-        """The guided velocity at (x [B, h, w, c], tau). A row holds one image, or its two halves."""
+        """The guided velocity at (x [B, h, w, c], tau). A row holds one image, or its two halves.
+
+        Of a large batch, the network sees parts of at most MAX_TOKENS (one image at least) in turn.
+        """
         both = weight != 1
         pair = (null_condition, condition) if both else (condition,)
         inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *pair)
 
-        def velocity(x, tau):
+        def network(x, inputs, tau):
             batch, height, width, _ = x.shape
             stage = self.cascade.num_stages - (self.height // height).bit_length()
             p, layout = self.cascade.patches(self.model.patch_size)[stage], self.layout(stage, len(pair))
@@ -243,6 +253,13 @@ class Sampler:
             else:
                 out = out[:, 0]
             return images.unpatchify(out, height, width, p)
+
+        def velocity(x, tau):
+            size = self._images_at_a_time(x, len(pair))
+            if size == len(x):
+                return network(x, inputs, tau)
+            parts = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, inputs))
+            return jax.lax.map(lambda part: network(*part, tau), parts).reshape(x.shape)
 
         return velocity
 

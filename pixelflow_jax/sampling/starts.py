@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from pixelflow_jax import flow, images
 from pixelflow_jax.errors import UserError
@@ -18,26 +18,35 @@ from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 
 
-def image_keys(seed: int, index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """One key an image, from the seed and the image's number alone."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+def image_keys(seed: int | UInt32[Array, " b"], index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """One key an image, from the seed (of all, or of each) and the image's number alone."""
+    seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), index.shape)
+    return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seeds, index)
 
 
 @dataclasses.dataclass(frozen=True)
 class FromSeed:
-    """White noise at the first stage: an ordinary sample. Image i depends on the seed and on i."""
+    """White noise at the first stage: an ordinary sample. Image i depends on the seed and on i.
+
+    The numbers of the images begin with `first`.
+    """
 
     seed: int
     stage: int = 0
     tau: float = 0.0
+    first: int = 0
 
     def inputs(self, index: Int[np.ndarray, " b"]) -> dict[str, Any]:
-        """What each image of `index` needs, with the image as first axis."""
-        return {"index": np.asarray(index)}
+        """What each image of `index` needs, with the image as first axis.
+
+        The seed is among it, so that another seed runs the same compiled program.
+        """
+        index = np.asarray(index) + self.first
+        return {"index": index, "seed": np.full(index.shape, self.seed, np.uint32)}
 
     def noise(self, sampler: Sampler, inputs: dict[str, Any]) -> Noise:
         """The noise of these images; `start` is x at (stage, tau)."""
-        return sampler.draw_noise(image_keys(self.seed, inputs["index"]))
+        return sampler.draw_noise(image_keys(inputs.get("seed", self.seed), inputs["index"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +68,7 @@ class FromImages(FromSeed):
     def noise(self, sampler, inputs):
         drawn = super().noise(sampler, inputs)
         size = sampler.stage_size(self.stage)
-        keys = image_keys(self.seed, inputs["index"])
+        keys = image_keys(inputs["seed"], inputs["index"])
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, self.stage), size))
         return Noise(self._noised(sampler, inputs["images"], draw(keys)), drawn.blocks)
 

@@ -28,8 +28,8 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
-from pixelflow_jax.training.start import claim_workdir, start_or_resume
-from pixelflow_jax.training.step import PICTURE, TrainState, make_train_step
+from pixelflow_jax.training.start import claim_workdir, new_state, start_or_resume
+from pixelflow_jax.training.step import PICTURE, TrainState, abstract_state, make_train_step
 
 
 def train(
@@ -116,6 +116,30 @@ def train(
         checkpoints.check_background_save(manager, wait=True)
     seconds = time.perf_counter() - started
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
+
+
+def prepare(
+    config: ConfigDict, devices: list | None = None
+) -> tuple[TrainState, Callable[..., tuple[TrainState, dict]], Iterator[dict[str, jax.Array]]]:
+    """(state, step, batches) of a new run, for a loop of one's own; nothing is written.
+
+        state, step, batches = prepare(load_config("digits"))
+        for _ in range(100):
+            state, numbers = step(state, next(batches))     # {"loss": ..., ...}
+
+    The numbers are those of `train` with the same config. A step gives its state's memory to the next.
+
+    Raises:
+      UserError: if the batch does not fit the devices, or the data cannot be had.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
+    check_batch_size(config, sharding.batch_shards(mesh))
+    source, model, optimizer = load_source(config), build_model(config), build_optimizer(config)
+    template = abstract_state(config, model, optimizer, mesh)
+    state = new_state(config, model, optimizer, jax.tree.map(lambda x: x.sharding, template))
+    batches = device_batches(config, source, mesh, 0)
+    step = make_train_step(config, model, optimizer, mesh)
+    return state, step, map(frozen_encoder(config, mesh), batches)
 
 
 @contextlib.contextmanager

@@ -34,10 +34,6 @@ def start_or_resume(
     Shapes first, then shardings, then each device makes or reads its own part: no host ever holds a
     whole state (of `load_initial`'s parameters alone it does).
     """
-
-    def init():
-        return init_state(init_params(model, config.seed), optimizer)
-
     template = abstract_state(config, model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, template)
     restored = checkpoints.restore_newest(manager, template)
@@ -45,7 +41,7 @@ def start_or_resume(
         state, meta = restored
         return state, {"pending": [], **meta}
     if load_initial is None:
-        return jax.jit(init, out_shardings=shardings)(), {"pending": []}
+        return new_state(config, model, optimizer, shardings), {"pending": []}
     params = load_initial()
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(lambda: init_params(model, config.seed))())
@@ -57,6 +53,15 @@ def start_or_resume(
     )
     begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
     return begin(params), {"pending": []}
+
+
+def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
+    """The state before the first step, each device's part made where it stays."""
+
+    def init():
+        return init_state(init_params(model, config.seed), optimizer)
+
+    return jax.jit(init, out_shardings=shardings)()
 
 
 def check_shapes(params: dict, expected: dict, path: str) -> None:

@@ -1,0 +1,295 @@
+"""A page in the browser that samples from a checkpoint.
+
+    pip install 'pixelflow_jax[demo]'
+    python -m pixelflow_jax.demo --checkpoint=runs/digits
+
+Shows every stage as it ends, keeps a history of the visit, and gives PNG files that carry their
+settings: `python -m pixelflow_jax.sample --checkpoint=DIR --from_png=FILE --out=DIR2` makes the same
+pixels. One request runs at a time, the others wait. Only this machine can open the page, unless --host
+says otherwise; who can open it can use the processor, and nothing else: there is no upload, and no path
+is taken from the browser.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pixelflow_jax import cli
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.pipeline import Pipeline, Samples
+from pixelflow_jax.sampling.generate import save_png
+from pixelflow_jax.sampling.guidance import SCHEDULES
+from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS
+
+KEPT = 24  # pictures of the history
+WAITING = 16  # requests in the queue; more are refused
+SHOWN = 192  # pixels that a small stage is enlarged to
+MAX_PROMPT = 1000  # characters
+MAX_GUIDANCE = 20.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="workdir of a run, or what convert wrote")
+    parser.add_argument("--ema", type=float, help="decay of the average to use; 0 = raw parameters")
+    parser.add_argument("--text_encoder", help="T5 folder or hub id (default: as trained)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s; 0 = any free one")
+    parser.add_argument("--max_steps", type=int, default=100, help="a stage (default: %(default)s)")
+    parser.add_argument("--max_images", type=int, default=4, help="a request (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name, least, most in (("port", 0, 65535), ("max_steps", 1, 1000), ("max_images", 1, 64)):
+        if not least <= getattr(args, name) <= most:
+            raise UserError(f"--{name} must lie in {least}..{most}, got {getattr(args, name)}")
+    gradio = _gradio()
+    demo = Demo(Pipeline(args.checkpoint, args.ema), args)
+    try:
+        _, url, _ = demo.page(gradio).launch(
+            server_name=args.host,
+            server_port=args.port or _free_port(args.host),
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            max_file_size=1,  # byte: nobody uploads anything
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            footer_links=[],
+        )
+        print(f"Step {demo.pipeline.step} of {args.checkpoint}: {url} (Ctrl-C ends it)", flush=True)
+        while True:
+            time.sleep(3600)
+    except OSError as error:
+        raise UserError(f"--host={args.host} --port={args.port}: cannot listen there: {error}") from None
+    finally:
+        shutil.rmtree(demo.folder, ignore_errors=True)
+
+
+def _gradio():
+    """Gradio, without its calls to the network. Raises UserError if it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        raise UserError("the demo needs Gradio: pip install 'pixelflow_jax[demo]'") from None
+    return gradio
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind((host, 0))
+        return one.getsockname()[1]
+
+
+class Demo:
+    """The page's state that all visitors share: the checkpoint and a folder of pictures."""
+
+    def __init__(self, pipeline: Pipeline, limits: argparse.Namespace):
+        self.pipeline, self.limits = pipeline, limits
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="pixelflow-demo-"))
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "served")
+        config = pipeline.config
+        self.text, self.classes = config.model.context_dim > 0, config.model.num_classes
+        self.num_stages = config.cascade.num_stages
+
+    def settings(self, what, negative, solver, schedule, guidance, seed, size, count, *steps) -> dict:
+        """What a visitor asked for, as `Pipeline.stream` takes it. Raises UserError if out of bounds.
+
+        The page's controls have the same bounds, but a request can be made without the page.
+        """
+        bounds = [("guidance", guidance, 0, MAX_GUIDANCE), ("seed", seed, 0, 2**32 - 1)]
+        bounds += [("the number of images", count, 1, self.limits.max_images)]
+        bounds += [("the number of steps", n, 1, self.limits.max_steps) for n in steps]
+        for name, value, least, most in bounds:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not least <= value <= most:
+                raise UserError(f"{name} must lie between {least} and {most}")
+        if size not in self.sizes() or solver not in SOLVERS or schedule not in SCHEDULES:
+            raise UserError("choose the size, the solver and the schedule from their lists")
+        width, height = map(int, size.split("x"))
+        asked = dict(solver=solver, guidance_schedule=schedule, guidance_scale=float(guidance))
+        asked |= dict(seed=int(seed), height=height, width=width, num_images=int(count))
+        asked |= dict(num_steps=[int(n) for n in steps])
+        if self.text:
+            prompts = {"prompt": what, "negative_prompt": negative}
+            for text in prompts.values():
+                if not isinstance(text or "", str) or len(text or "") > MAX_PROMPT:
+                    raise UserError(f"a prompt has at most {MAX_PROMPT} characters")
+            return asked | prompts | {"text_encoder": self.limits.text_encoder}
+        labels = [str(number) for number in range(self.classes)]
+        if what not in labels or negative not in ["none", *labels]:
+            raise UserError(f"a class is a number from 0 to {self.classes - 1}")
+        return asked | dict(
+            labels=[int(what)], negative_labels=None if negative == "none" else [int(negative)]
+        )
+
+    def sizes(self) -> list[str]:
+        """Sizes to choose from, as WIDTHxHEIGHT, the trained one first: up to twice its pixels."""
+        from pixelflow_jax.config import build_cascade
+
+        cascade, config = build_cascade(self.pipeline.config), self.pipeline.config
+        side = config.data.resolution
+        found = [(side, side)]
+        for width in (side // 2, 3 * side // 4, side, 3 * side // 2, 2 * side):
+            for height in (side // 2, 3 * side // 4, side, 3 * side // 2, 2 * side):
+                fits = side**2 // 2 <= width * height <= 2 * side**2
+                try:
+                    cascade.check_size(height, width, config.model.patch_size)
+                except UserError:
+                    fits = False
+                if fits and (width, height) not in found:
+                    found.append((width, height))
+        return [f"{width}x{height}" for width, height in found]
+
+    def stages(self, asked: dict[str, Any]) -> Iterator[tuple[list, str, Samples]]:
+        """(pictures with captions, a line of status, what was made) at the end of every stage."""
+        shown, begin = [], time.perf_counter()
+        for number, made in enumerate(self.pipeline.stream(**asked), 1):
+            seconds = time.perf_counter() - begin
+            height, width = made.pixels.shape[1:3]
+            caption = f"stage {number} of {self.num_stages}: {width}x{height}"
+            shown += [(enlarge(image), caption) for image in made.pixels]
+            total = made.nfe.sum(axis=1)
+            yield shown, f"{caption}, {total.max()} evaluations, {seconds:.1f} s", made
+
+    def keep(self, made: Samples) -> list[str]:
+        """Writes finished images as PNG files with their settings; returns their paths."""
+        visit = self.folder / uuid.uuid4().hex
+        visit.mkdir()
+        paths = []
+        for image, settings in zip(made.pixels, made.settings, strict=True):
+            paths.append(str(visit / f"seed{settings['seed']}_{settings['first_image']}.png"))
+            save_png(paths[-1], image, settings)
+        return paths
+
+    def page(self, gr) -> Any:
+        """The page, of Gradio's blocks."""
+        bar = gr.Progress()
+
+        def generate(history, *values, progress=bar):
+            try:
+                asked = self.settings(*values)
+                progress((0, self.num_stages), desc="stage 1 (a new choice is compiled first)")
+                for shown, status, made in self.stages(asked):
+                    number = made.nfe.shape[1]
+                    progress((number, self.num_stages), desc=f"stage {number} is there")
+                    yield shown, status, None, history, history
+            except UserError as error:
+                raise gr.Error(str(error), print_exception=False) from None
+            paths = self.keep(made)
+            new = [(path, describe(made.settings[i])) for i, path in enumerate(paths)]
+            history = [*new, *history][:KEPT]
+            yield shown, status, paths, history, history
+
+        with gr.Blocks(title="pixelflow_jax", analytics_enabled=False) as page:
+            gr.Markdown(
+                f"## pixelflow_jax\nStep {self.pipeline.step} of a run; from noise to pixels in "
+                f"{self.num_stages} stages."
+            )
+            with gr.Row():
+                with gr.Column():
+                    controls = self._controls(gr)
+                    button = gr.Button("Generate", variant="primary", elem_id="generate")
+                with gr.Column():
+                    stages = gr.Gallery(
+                        label="Stages", elem_id="stages", columns=4, format="png", interactive=False
+                    )
+                    status = gr.Textbox(label="Status", elem_id="status", interactive=False)
+                    files = gr.Files(
+                        label="PNG files with their settings", elem_id="files", interactive=False
+                    )
+            past = gr.Gallery(
+                label="History of this visit", elem_id="history", columns=6, interactive=False
+            )
+            history = gr.State([])
+            outputs = [stages, status, files, past, history]
+            button.click(generate, [history, *controls], outputs, api_visibility="private")
+        return page.queue(max_size=WAITING, default_concurrency_limit=1)
+
+    def _controls(self, gr) -> list:
+        """In the order of `settings`."""
+        config, limits = self.pipeline.config, self.limits
+        if self.text:
+            what = gr.Textbox(label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
+            negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT, elem_id="negative")
+        else:
+            labels = [str(number) for number in range(self.classes)]
+            what = gr.Dropdown(labels, value="0", label="Class", elem_id="class")
+            negative = gr.Dropdown(["none", *labels], value="none", label="Class to steer away from")
+        adaptive = ", ".join(name for name in SOLVERS if ORDERS[name] > 2)
+        solver = gr.Dropdown(
+            list(SOLVERS),
+            value=config.sample.solver,
+            label="Solver",
+            elem_id="solver",
+            info=f"{adaptive} choose their own steps",
+        )
+        steps = np.resize(np.array(config.sample.num_steps), self.num_stages).tolist()
+        with gr.Row():
+            sliders = [
+                gr.Slider(
+                    1,
+                    limits.max_steps,
+                    value=min(n, limits.max_steps),
+                    step=1,
+                    label=f"Steps, stage {i}",
+                )
+                for i, n in enumerate(steps, 1)
+            ]
+        with gr.Row():
+            guidance = gr.Slider(
+                0,
+                MAX_GUIDANCE,
+                value=config.sample.guidance_scale,
+                step=0.1,
+                label="Guidance",
+                elem_id="guidance",
+            )
+            schedule = gr.Dropdown(
+                self._schedules(),
+                value=config.sample.guidance_schedule,
+                label="Its schedule over the stages",
+            )
+        with gr.Row():
+            seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", elem_id="seed")
+            size = gr.Dropdown(
+                self.sizes(), value=self.sizes()[0], label="Width x height", elem_id="size"
+            )
+            count = gr.Slider(1, limits.max_images, value=1, step=1, label="Images")
+        return [what, negative, solver, schedule, guidance, seed, size, count, *sliders]
+
+    def _schedules(self) -> list[str]:
+        return [name for name in SCHEDULES if name != "reference" or self.num_stages <= 4]
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """A picture's settings in a line."""
+    what = settings["prompts"][0] if "prompts" in settings else f"class {settings['labels'][0]}"
+    steps = ",".join(map(str, settings["num_steps"]))
+    how = settings["solver"] if settings["step_control"] != "fixed" else f"{settings['solver']} {steps}"
+    return (
+        f"{what}; {how}; guidance {settings['guidance_scale']} {settings['guidance_schedule']}; "
+        f"seed {settings['seed']}; {settings['width']}x{settings['height']}"
+    )
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """A small picture with each pixel as a square, to be seen."""
+    scale = max(1, SHOWN // max(image.shape[:2]))
+    return image.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))

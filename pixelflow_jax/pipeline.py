@@ -1,0 +1,159 @@
+"""A checkpoint in memory, for notebooks and the demo: what `sample` does, without folders.
+
+    import pixelflow_jax as pf
+    model = pf.load("runs/digits")
+    images = model.sample(labels=[3, 7], num_steps=20, guidance_scale=1.5, seed=1)
+
+Settings are the flags of `python -m pixelflow_jax.sample`, with Python values; images are those that the
+command makes, bit for bit.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
+
+from pixelflow_jax import request
+from pixelflow_jax.errors import UserError
+from pixelflow_jax.sampling.generate import make_generate, make_stages
+
+# Flags of the command that are about files, hosts and devices
+_NOT_HERE = {"help", "checkpoint", "out", "ema", "layout", "context", "save_stages", "num_png", "invert"}
+
+
+class Samples(NamedTuple):
+    """Images of a request.
+
+    Attributes:
+      pixels: the images.
+      nfe: network evaluations of each image in each stage that was run.
+      settings: of each image, as its PNG file carries them.
+    """
+
+    pixels: UInt8[np.ndarray, "n h w 3"]
+    nfe: Int[np.ndarray, "n stages"]
+    settings: list[dict[str, Any]]
+
+
+class Pipeline:
+    """A checkpoint that makes images.
+
+    Attributes:
+      config: of the run, as it was trained.
+      step: the training step of the parameters.
+    """
+
+    def __init__(self, checkpoint: epath.PathLike, ema: float | None = None):
+        """Reads a workdir, one step's folder, or a folder that `convert` wrote.
+
+        Args:
+          checkpoint: the folder.
+          ema: which average, by its decay or half-life; 0 takes the raw parameters, None the first.
+
+        Raises:
+          UserError: if that is no checkpoint, or has no such average.
+        """
+        self._loaded = request.load(checkpoint, ema)
+        self._checkpoint = str(checkpoint)
+        self._compiled: dict[Any, Any] = {}
+
+    @property
+    def config(self) -> ConfigDict:
+        return self._loaded.config
+
+    @property
+    def step(self) -> int:
+        return self._loaded.meta["step"]
+
+    def sample(self, **settings: Any) -> UInt8[np.ndarray, "n h w 3"]:
+        """Images, [N, height, width, 3], uint8; `settings` are the flags of `sample`.
+
+        Such as labels=[3, 7] or prompt="a red two" (or a list), num_images, seed, solver, num_steps (one
+        number or one a stage), guidance_scale, height, width, init_image, batch_size.
+
+        Raises:
+          UserError: for settings that are unknown or do not fit the model.
+        """
+        return self.run(**settings).pixels
+
+    def run(self, **settings: Any) -> Samples:
+        """As `sample`, with what else is known of the images."""
+        job, size = self._job(settings)
+        generate = self._program(make_generate, job)
+        parts = []
+        for chosen, padded in self._batches(job, size):
+            out = generate(job.params, job.start.inputs(padded), *job.conditions.of(padded))
+            out = jax.tree.map(np.asarray, out)
+            _check_finite(out.finite, padded)
+            parts.append((out.pixels[: len(chosen)], out.nfe[: len(chosen)]))
+        pixels, nfe = map(np.concatenate, zip(*parts, strict=True))
+        return Samples(pixels, nfe, [job.settings_of(i) for i in range(len(pixels))])
+
+    def stream(self, **settings: Any) -> Iterator[Samples]:
+        """The images at the end of every stage, as soon as they are there; the last are `run`'s.
+
+        All images are one batch.
+        """
+        job, _ = self._job(settings)
+        run = self._program(make_stages, job)
+        index, nfe = np.arange(len(job.conditions)), []
+        described = [job.settings_of(int(i)) for i in index]
+        for end in run(job.params, job.start.inputs(index), *job.conditions.of(index)):
+            _check_finite(end.finite, index)
+            nfe.append(np.asarray(end.nfe))
+            yield Samples(np.asarray(end.pixels), np.stack(nfe, axis=1), described)
+
+    def _job(self, settings: dict[str, Any]) -> tuple[request.Job, int]:
+        argv = [f"--checkpoint={self._checkpoint}", "--out=", *_flags(settings)]
+        args = request.parse("", argv)
+        request.check_flags(args)
+        return request.prepare(args, self._loaded), args.batch_size
+
+    def _program(self, make, job: request.Job):
+        """The compiled program of a job; jobs that differ in seed and conditions alone share it."""
+        key = make, job.sampler, type(job.start), job.start.stage, job.start.tau
+        if type(job.start).__name__ != "FromSeed":  # holds arrays, or seeds that are compiled in
+            return make(job.sampler, job.start)
+        if key not in self._compiled:
+            self._compiled[key] = make(job.sampler, job.start)
+        return self._compiled[key]
+
+    @staticmethod
+    def _batches(job: request.Job, size: int):
+        """(numbers of images, the same padded to a whole batch) of all images."""
+        for begin in range(0, len(job.conditions), size):
+            chosen = np.arange(begin, min(begin + size, len(job.conditions)))
+            yield chosen, np.resize(chosen, size)
+
+
+@functools.wraps(Pipeline.__init__, assigned=("__doc__",))
+def load(checkpoint: epath.PathLike, ema: float | None = None) -> Pipeline:
+    return Pipeline(checkpoint, ema)
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    """Python values as flags of the command. Raises UserError for a name that is none of them."""
+    known = {action.dest for action in request.parser("")._actions} - _NOT_HERE
+    flags = []
+    for name, value in settings.items():
+        if name not in known:
+            raise UserError(f"{name} is not a setting; they are {', '.join(sorted(known))}")
+        if value is None:
+            continue
+        each = [value] if name != "prompt" or isinstance(value, str) else value
+        texts = (",".join(map(str, np.asarray(v).tolist())) if np.ndim(v) else str(v) for v in each)
+        flags += [f"--{name}={text}" for text in texts]
+    return flags
+
+
+def _check_finite(finite: np.ndarray, index: np.ndarray) -> None:
+    if not finite.all():
+        raise UserError(
+            f"image {index[np.argmin(finite)]} is not finite: try dtype='float32', another solver or "
+            f"more steps; if nothing helps, the weights are broken"
+        )
