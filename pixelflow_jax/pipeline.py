@@ -67,6 +67,11 @@ class Pipeline:
         return self._loaded.config
 
     @property
+    def params(self) -> dict:
+        """The network's parameters, as `Sampler.run` takes them."""
+        return self._loaded.params
+
+    @property
     def step(self) -> int:
         return self._loaded.meta["step"]
 

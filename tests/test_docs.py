@@ -1,0 +1,185 @@
+"""What the documentation says is true: its commands run, its links and pictures are there."""
+
+import argparse
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+from fuzz import COMMANDS, WORK, Reached, reached
+
+from pixelflow_jax.errors import UserError
+
+from conftest import TINY
+
+HERE = pathlib.Path(__file__).parents[1]
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+PLACEHOLDER = re.compile(
+    r"\b[A-Z][A-Z_0-9]{2,}\b|/tmp/|runs/|gs://|\.png|\.pth|\.npz|\.jsonl|prompts|imagenet"
+)
+
+
+def blocks(page: pathlib.Path, language: str = "bash") -> list[str]:
+    """The fenced blocks of a page; those that are indented instead count as bash."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+    """Every `python ...` command on a page, in blocks and in running text, as argv."""
+    text = page.read_text().replace("\\\n", " ")
+    found = re.findall(r"^(?:    )?((?:PYTHONPATH=\S+ )?python .*)$", text, re.M)
+    joined = re.sub(r"\n(?=[^\n`|-])", " ", text)
+    found += re.findall(
+        r"`((?:PYTHONPATH=\S+ )?python (?:-m pixelflow_jax|benchmarks|tests|docs)[^`]*)`", joined
+    )
+    found += [part for line in re.findall(r"&& (python -m pixelflow_jax.*)$", text, re.M)
+              for part in line.split(" && ")]  # fmt: skip
+    parsed = [shlex.split(line.split(" && ")[0], comments=True) for line in found]
+    return [[word for word in words if not word.startswith("PYTHONPATH=")] for words in parsed]
+
+
+def test_commands_are_found():
+    """Catches an extraction that has gone blind."""
+    assert sum(len(commands(page)) for page in PAGES) > 60
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_their_flags(page, monkeypatch, tmp_path):
+    """Catches a command on a page whose flags or config keys are not (or no longer) there.
+
+    The project's commands go as far as their work, or to a file that stands for the reader's own.
+    """
+    for room, name in WORK:
+        monkeypatch.setattr(room, name, reached)
+    monkeypatch.chdir(tmp_path)
+    os.symlink(HERE / "configs", tmp_path / "configs")
+    for argv in commands(page):
+        if argv[1] == "-m" and argv[2].startswith("pixelflow_jax."):
+            name = argv[2].removeprefix("pixelflow_jax.")
+            words = [word for word in argv[3:] if word != "..."]
+            if "..." in argv or any(word.endswith("=...") for word in words) or not words:
+                continue  # an abridged one
+            try:
+                COMMANDS[name][0](words)
+            except Reached:
+                continue
+            except UserError as error:
+                assert PLACEHOLDER.search(str(error)), f"{page.name}: {' '.join(argv)}: {error}"
+        elif argv[1].startswith(("benchmarks/", "tests/", "docs/")):
+            check_script(HERE / argv[1], argv[2:])
+
+
+def check_script(path: pathlib.Path, words: list[str]) -> None:
+    """Raises AssertionError unless a script's parser takes these words."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse(self, *args, **kwargs):
+        raise Parsed(self.parse_known_args(words))
+
+    class Parser(argparse.ArgumentParser):
+        parse_args = parse
+
+        def error(self, message):
+            raise AssertionError(f"{path.name} {' '.join(words)}: {message}")
+
+    plain, sys.path[:0] = argparse.ArgumentParser, [str(path.parent)]
+    argparse.ArgumentParser = Parser
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except Parsed as parsed:
+        assert not parsed.args[0][1], f"{path.name} does not know {parsed.args[0][1]}"
+    finally:
+        argparse.ArgumentParser = plain
+        sys.path.remove(str(path.parent))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_scripts_are_there(page):
+    """Catches a link to a file or picture, or a script, that is not there."""
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for script in re.findall(r"\b(?:launch|benchmarks|tests|docs|configs|notebooks)/[\w/]+\.\w+", text):
+        assert (HERE / script).exists() or "NAME" in script or "/X." in script, f"{page.name}: {script}"
+
+
+def test_table_of_official_names():
+    """Catches names in docs/checkpoints.md that `convert` does not know."""
+    from pixelflow_jax.convert import _block_rules, _outer_rules
+
+    rules = [*_block_rules(True), *_outer_rules(4, True)]
+    official = " ".join(rule.official for rule in rules)
+    ours = {part for rule in rules for part in rule.ours}
+    table = (HERE / "docs" / "checkpoints.md").read_text().split("| official |")[1].split("FID's")[0]
+    for row in table.splitlines()[2:]:
+        cells = row.split(" | ")
+        if len(cells) < 2:
+            continue
+        for name in re.findall(r"`([\w.]+)`", cells[0]):
+            name = name.removeprefix("transformer_blocks.N.").strip(".")
+            assert name in official, f"{name} is no official name"
+        for name in re.findall(r"`([\w/.]+)`", cells[1]):
+            for part in name.replace("...", "").strip("/").split("/"):
+                assert part in ours | {"blocks"}, f"{part} is none of our names"
+
+
+@pytest.mark.slow
+def test_first_hour(tmp_path):
+    """Catches a first hour that does not work, in its order, as it stands there.
+
+    The network is smaller, runs are shorter, packages are those that are here, and compile_check and the
+    demo (tests of their own) are only asked for help.
+    """
+    small = " ".join(f"--config.{o}" for o in TINY if not o.startswith(("num_train", "model.depth")))
+    script = ["set -euo pipefail", "python() { command " + shlex.quote(sys.executable) + ' "$@"; }']
+    page = HERE / "docs" / "first_hour.md"
+    for line in "".join(blocks(page)).splitlines():
+        line = line.replace("/.aot/bin/python", "python")
+        if "pip install" in line or "demo " in line or "compile_check" in line:
+            continue
+        if "pixelflow_jax.train" in line:
+            steps = "" if "num_train_steps" in line else "--config.num_train_steps=8"
+            line = line.replace("=300", "=4").replace("=400", "=8") + f" {small} {steps}"
+        script.append(line.replace("--num_images=200", "--num_images=100"))
+    (code,) = blocks(page, "python")
+    (tmp_path / "notebook.py").write_text(code)
+    script.append("python notebook.py")
+    os.symlink(HERE / "configs", tmp_path / "configs")
+    ended = subprocess.run(
+        ["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for made in (
+        "all/grid.png",
+        "again/000000.png",
+        "metrics.json",
+        "sweep/sweep.md",
+        "converted/grid.png",
+    ):
+        assert (tmp_path / "out" / made).exists(), made
+    same, other = (
+        (tmp_path / "out" / name / "000000.png").read_bytes()
+        == (tmp_path / "out" / "threes" / "000004.png").read_bytes()
+        for name in ("again", "guided")
+    )
+    assert same and not other
+
+
+@pytest.mark.slow
+def test_python_page(tmp_path, monkeypatch):
+    """Catches code on the Python page that does not run."""
+    import pixelflow_jax as pf
+
+    monkeypatch.chdir(HERE)
+    pf.fit(pf.load_config("configs/digits.py", TINY), tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(HERE / "docs" / "api.md", "python")
+    exec(compile(code, "api.md", "exec"), {})
