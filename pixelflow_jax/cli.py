@@ -10,13 +10,20 @@ import warnings
 from collections.abc import Callable
 
 from pixelflow_jax import hosts
-from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError
+from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError, sentence
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 class Parser(argparse.ArgumentParser):
     """Takes a bad flag as all other bad input: one sentence, no page of usage."""
+
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        for action in self._actions:  # argparse turns --flag=-- into an empty list
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"{action.option_strings[0]}: expected a value")
+        return found
 
     def error(self, message: str):
         raise UserError(f"{message.removeprefix('argument ')} (--help tells all flags)")
@@ -40,7 +47,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         return
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         code = 2
     except Lost as error:
         print(f"error: {error}", file=sys.stderr)

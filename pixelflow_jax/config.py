@@ -24,6 +24,7 @@ FREE = {
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
     "text.cache",
 }
+LARGEST = 4096  # heads, width of one, layers: what is larger is a slip, or a damaged file
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -180,6 +181,14 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that cannot work, with the key and what would be right."""
+    for key, value in _flat("config", config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, (int, float)) and not abs(number) <= 2**32 for number in numbers):
+            raise UserError(f"{key}={value} is not a number that can be")
+    if not (0 <= config.model.num_classes <= 10**7 and 0 <= config.model.context_dim <= 10**5):
+        raise UserError(
+            "config.model.num_classes must lie in 0..10^7, config.model.context_dim in 0..10^5"
+        )
     at_least_1 = "num_train_steps batch_size accumulation_steps log_every checkpoint_every"
     at_least_1 += " profile.first_step keep_checkpoints data.num_threads data.prefetch"
     for key in at_least_1.split():
@@ -193,8 +202,8 @@ def check_config(config: ConfigDict) -> None:
         if seconds <= 0:
             raise UserError(f"config.hosts.{key} must be positive, got {seconds}")
     for key in ("num_heads", "head_dim", "depth"):
-        if config.model[key] < 1:
-            raise UserError(f"config.model.{key} must be at least 1, got {config.model[key]}")
+        if not 1 <= config.model[key] <= LARGEST:
+            raise UserError(f"config.model.{key} must lie in 1..{LARGEST}, got {config.model[key]}")
     if config.model.head_dim % 4:
         raise UserError(
             f"config.model.head_dim must be a multiple of 4 (2D rotary embedding), got "

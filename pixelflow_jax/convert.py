@@ -200,7 +200,8 @@ def official_config(values: dict[str, Any]) -> ConfigDict:
     if config.model.context_dim:
         config.sample.guidance_schedule = "constant"
         config.text.encoder, config.text.max_length = "google/flan-t5-xl", 512
-    config.batch_size = config.batch_size // config.cascade.num_stages * config.cascade.num_stages
+    stages = max(config.cascade.num_stages, 1)
+    config.batch_size = max(config.batch_size // stages, 1) * stages
     check_config(config)
     return config
 

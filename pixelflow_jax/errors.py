@@ -9,6 +9,13 @@ class UserError(ValueError):
     """
 
 
+def sentence(error: BaseException, limit: int = 600) -> str:
+    """What an error says, on one line that a terminal can show; a long text loses its middle."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
 class Lost(Exception):
     """The run cannot go on without a process that is missing, gone or hangs; nothing is broken.
 

@@ -36,7 +36,8 @@ from pixelflow_jax import compile_check as compile_check_room
 from pixelflow_jax import demo as demo_room
 from pixelflow_jax import train as train_room
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, sentence
+from pixelflow_jax.layouts import read_prompts_file
 from pixelflow_jax.training.checkpoints import save_params
 
 from conftest import TINY
@@ -309,7 +310,7 @@ def prompts(rng: random.Random, here: pathlib.Path) -> None:
     (here / name).write_bytes(damage(rng, "\n".join(lines).encode()))
     run = here.parent / "given" / "run"
     prompts.argv = ["-m", "pixelflow_jax.sample", f"{RUN}={run}", f"{OUT}=out", f"--prompts_file={name}"]
-    request.read_prompts_file(name) if rng.random() < 0.9 else run_main(sample.main, prompts.argv[2:])
+    read_prompts_file(name) if rng.random() < 0.9 else run_main(sample.main, prompts.argv[2:])
 
 
 SURFACES: dict[str, Case] = {name: command(name) for name in COMMANDS}
@@ -355,7 +356,8 @@ def one_case(case: Case, name: str, number: int, seed: int, folder: pathlib.Path
     except Reached:
         outcome = "accepted", ""
     except UserError as error:
-        outcome = ("refused", "") if "\n" not in str(error).strip() else ("many lines", str(error))
+        clear = len(str(error)) > 10 and sentence(error).isprintable()
+        outcome = ("refused", "") if clear else ("unclear", repr(error))
     except OSError as error:
         outcome = "refused", str(error)
     except SystemExit as end:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import files
 from pixelflow_jax.config import build_model, config_from_dict
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
 from pixelflow_jax.training.optimizer import ParamsEmaState
@@ -172,7 +172,7 @@ def _trees(state: TrainState) -> dict[str, Any]:
     return trees | ({"ema": averages} if averages else {})
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     """The first line of an error, without tensorstore's list of places and of what it was given.
 
     A long one loses its middle: the reason stands at the end.
@@ -181,7 +181,7 @@ def _in_short(error: Exception) -> str:
     short = re.sub(
         r" See full TensorStore details.*| \[(source locations|\w*spec|os_error\w*)=.*", "", first
     )
-    return short if len(short) <= 400 else f"{short[:150]} ... {short[-245:]}"
+    return sentence(short, 400)
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
@@ -239,7 +239,9 @@ def load_params(
             meta = _read_meta(manager, step)
             config = config_from_dict(meta["config"])
         except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / str(step)} is not a whole checkpoint: {error}") from None
+            raise UserError(
+                f"{folder / str(step)} is not a whole checkpoint: {_in_short(error)}"
+            ) from None
         abstract = jax.eval_shape(lambda: init_params(build_model(config), 0))
         known = [*config.ema.decays, *config.ema.half_lives]
         known = known if (folder / str(step) / "ema").exists() else []
@@ -256,7 +258,7 @@ def load_params(
             raise
         except Exception as error:  # Orbax and tensorstore raise a dozen kinds
             raise UserError(
-                f"{folder / str(step)} is damaged, or does not fit its config: {error}"
+                f"{folder / str(step)} is damaged, or does not fit its config: {_in_short(error)}"
             ) from None
     return restored[known.index(ema)] if ema else restored, config, {**meta, "ema": ema}
 
