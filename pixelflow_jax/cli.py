@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         found = super().parse_args(args, namespace)
         for action in self._actions:  # argparse turns --flag=-- into an empty list
-            if action.nargs is None and getattr(found, action.dest, None) == []:
+            if action.nargs is None and getattr(found, action.dest, None) == [] != action.default:
                 self.error(f"{action.option_strings[0]}: expected a value")
         return found
 
