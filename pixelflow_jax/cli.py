@@ -62,9 +62,13 @@ def run(main: Callable[[], None]) -> None:
         if not isinstance(request.code, int) or request.code in (0, EXIT_PREEMPTED):
             raise
         code = request.code
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if isinstance(error, ImportError) and "gcsfs" in str(error):
+            print("error: gs:// paths need gcsfs: pip install 'pixelflow_jax[gcs]'", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
     hosts.leave(code)
     sys.exit(code)
 

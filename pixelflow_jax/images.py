@@ -1,6 +1,7 @@
 """Images on the device: down, up, patches, and between uint8 and [-1, 1]. Layout [..., H, W, C]."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 UINT8_RULE = "round(255 * clip(x / 2 + 0.5, 0, 1))"
@@ -39,7 +40,7 @@ def unpatchify(
     return jnp.swapaxes(x, -4, -3).reshape(*batch, height, width, dim // (p * p))
 
 
-def from_uint8(x: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+def from_uint8(x: UInt8[Array | np.ndarray, "*b h w c"]) -> Float[Array | np.ndarray, "*b h w c"]:
     """Pixels 0..255 to float32 in [-1, 1]."""
     return x.astype(jnp.float32) / 127.5 - 1
 

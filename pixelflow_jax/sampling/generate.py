@@ -103,9 +103,10 @@ def make_generate(
     def generate(params, inputs, condition, null_condition) -> Generated:
         if param_specs is not None:
             params = sharding.gather_rest(params, param_specs, model.dtype)
-        conditions = [encode_text(sampler.model, params, c) for c in (condition, null_condition)]
+        condition = encode_text(sampler.model, params, condition)
+        null_condition = encode_text(sampler.model, params, null_condition)
         noise = start.noise(sampler, inputs)
-        run = sampler.run(params, noise, *conditions, start.stage, start.tau)
+        run = sampler.run(params, noise, condition, null_condition, start.stage, start.tau)
         *stages, last = run.ends
         finite = jnp.isfinite(last).all((1, 2, 3))
         return Generated(images.to_uint8(last), finite, run.nfe, [images.to_uint8(x) for x in stages])
@@ -175,7 +176,8 @@ def fit_image(
         crop_h, crop_w = height * scale, width * scale
         top, left = (have_h - crop_h) / 2, (have_w - crop_w) / 2
         box = (left, top, left + crop_w, top + crop_h)
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.LANCZOS, box))
+        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box)
+        pixels = np.asarray(resized)
     return np.asarray(images.from_uint8(pixels))
 
 
@@ -200,7 +202,7 @@ def png_settings(path: epath.PathLike) -> dict[str, Any]:
     try:
         with Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=["PNG"]) as image:
             image.load()
-            found = json.loads(image.text[SETTINGS])
+            found = json.loads(image.info[SETTINGS])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except KeyError:

@@ -6,7 +6,7 @@ together from them, in which equal requests give equal bytes, and the shards go.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,7 @@ class OutputFolder:
                     yield arrays.read_npz(path, name)[done - begin :]
                     done = end
 
-        parts = {
+        parts: dict[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]] = {
             name: ((self.count, *shape[1:]), dtype, joined(name))
             for name, (shape, dtype) in shapes.items()
         }

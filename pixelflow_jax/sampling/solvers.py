@@ -100,7 +100,7 @@ def _combine(x, size, weights, slopes):
 
 def runge_kutta_step(table: Tableau, field: Field, x, tau, size):
     """One step of an explicit Runge-Kutta method."""
-    slopes = []
+    slopes: list[jax.Array] = []
     for node, weights in zip(table.nodes, table.weights, strict=True):
         slopes.append(field(_combine(x, size, weights, slopes), tau + node * size))
     return _combine(x, size, table.solution, slopes)
@@ -125,6 +125,7 @@ def solve_fixed(
     # Constants, indexed in the loop: a scan over them would slice and copy more
     starts, lengths = jnp.asarray(taus[:-1], x.dtype), jnp.asarray(sizes, x.dtype)
 
+    carry: tuple[jax.Array, ...]
     if name == "ab2":
         xp = np if isinstance(taus, np.ndarray) else jnp
         ratios = xp.concatenate([xp.zeros_like(sizes[:1]), sizes[1:] / sizes[:-1]])

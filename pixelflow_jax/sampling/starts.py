@@ -59,7 +59,7 @@ class FromImages(FromSeed):
       tau: how far into the stage; 0 keeps the least of the image. Always 0 for upscaling.
     """
 
-    images: Float[np.ndarray, "n h w 3"] = None
+    images: Float[np.ndarray, "n h w 3"] = dataclasses.field(kw_only=True)
 
     def inputs(self, index):
         chosen = self.images[np.asarray(index) % len(self.images)]
@@ -101,7 +101,7 @@ def from_images(
     full, size = (sampler.height, sampler.width), tuple(images.shape[1:3])
     before = sampler.stage_size(stage - 1)[:2] if stage else None
     if size not in (full, before):
-        also = f", or {before[0]}x{before[1]} to upscale from stage {stage - 1}" if stage else ""
+        also = f", or {before[0]}x{before[1]} to upscale from stage {stage - 1}" if before else ""
         raise UserError(
             f"the images to start from are {size[0]}x{size[1]}; stage {stage} takes "
             f"{full[0]}x{full[1]}{also}"
@@ -110,7 +110,7 @@ def from_images(
         raise UserError(f"upscaling runs all of stage {stage}: strength must be 1, got {strength}")
     if stage == 0 and strength == 1:
         raise UserError("stage 0 at strength 1 is pure noise: nothing of the images would be left")
-    return FromImages(seed, stage, 1 - strength, np.asarray(images, np.float32))
+    return FromImages(seed, stage, 1 - strength, images=np.asarray(images, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
