@@ -38,6 +38,12 @@ def atomic_path(path: epath.PathLike, local: bool = False) -> Iterator[epath.Pat
             temporary.unlink()
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that does not depend on the folder one is in; buckets' (gs://) are so already."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file under a temporary name and renames it."""
     with atomic_path(path) as temporary:

@@ -183,7 +183,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
         config.sample.num_steps = _planned(args, params, sampler, pilots)
         sampler = sampler_of(args, config)
     settings = {
-        "checkpoint": str(epath.Path(args.checkpoint).absolute()),
+        "checkpoint": str(files.absolute(args.checkpoint)),
         "checkpoint_sha256": loaded.sha256,
         "step": meta["step"],
         "ema": meta["ema"],

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, combinations: list[dict[str, Any]], reference:
     """Samples and judges all; writes sweep.json, sweep.md and sweep.png. Returns the report."""
     out, rows = epath.Path(args.out), []
     described = {
-        "checkpoint": str(epath.Path(args.checkpoint).absolute()),
+        "checkpoint": str(files.absolute(args.checkpoint)),
         "raw_parameters_sha256": request.params_hash(load_params(args.checkpoint, 0)[0]),
         "reference": args.reference,
         "features": reference.extract.name,

@@ -7,6 +7,7 @@ import sys
 import pytest
 from fuzz import COMMANDS, SURFACES, fuzz
 
+from pixelflow_jax import files
 from pixelflow_jax.config import load_config
 from pixelflow_jax.convert import official_config, official_yaml
 from pixelflow_jax.errors import UserError, sentence
@@ -65,7 +66,8 @@ def test_sentence():
 
 
 def test_a_bucket_without_its_library(tmp_path):
-    """Catches a traceback for a gs:// path where gcsfs is not installed."""
+    """Catches a traceback for a gs:// path without gcsfs, and one that is taken for a local path."""
+    assert str(files.absolute("gs://x/y")) == "gs://x/y"
     if importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed here")
     command = [

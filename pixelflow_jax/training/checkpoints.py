@@ -51,7 +51,7 @@ def open_manager(
         cleanup_tmp_directories=True,  # what a kill during a save leaves
         async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT),
     )
-    return ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, options=options)
+    return ocp.CheckpointManager(files.absolute(workdir) / FOLDER, options=options)
 
 
 def save(
@@ -265,7 +265,7 @@ def load_params(
 
 def _find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, int]:
     """(folder of all steps, step) for a workdir, a `checkpoints` folder or a step's folder."""
-    path = epath.Path(checkpoint).absolute()
+    path = files.absolute(checkpoint)
     if not path.exists():
         raise UserError(f"--checkpoint={checkpoint}: there is no such folder")
     if path.name.isdigit() and (path / "meta").exists():
