@@ -1,23 +1,28 @@
-"""Makes the pictures of the README and of docs/method.md from a trained default model.
+"""Makes the pictures of the README, docs/method.md and docs/first_hour.md from a trained default model.
 
     python docs/pictures.py --checkpoint=runs/digits
+    python docs/pictures.py --checkpoint=runs/digits --browser      demo.png too: extras demo, browser
 
-The others say in their documents which command made them (benchmarks/text_steering.py --grid,
-benchmarks/quality.py, tests/test_demo.py).
+The others: `python benchmarks/text_steering.py --checkpoint=runs/t2i_tiny --grid=docs/t2i_tiny.png`, and
+fashion.png is the quality.png that `python benchmarks/quality.py --config=configs/fashion.py` leaves.
 """
 
 import argparse
 import dataclasses
 import functools
 import pathlib
+import sys
+import tempfile
+import time
 
 import jax
 import numpy as np
 
-from pixelflow_jax import images
+from pixelflow_jax import flow, images
+from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.pipeline import Pipeline
 from pixelflow_jax.sampling.generate import GAP, GREY, build_sampler, save_png
-from pixelflow_jax.sampling.sampler import Noise, class_conditions
+from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import image_keys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -72,23 +77,42 @@ def solve(model, sampler, stage, grid, x, conditions):
     return jax.jit(lambda x: call(x, grid, *conditions))(x)
 
 
-def renoising(model: Pipeline, labels=tuple(range(10))) -> np.ndarray:
-    """Three rows: with block noise between stages; with white noise of the same size; with none."""
-    sampler = build_sampler(model.config)
-    conditions = class_conditions(np.array(labels, np.int32), model.config.model.num_classes)
-    noise = sampler.draw_noise(image_keys(0, np.arange(len(labels))))
-    white = [jax.random.normal(jax.random.key(s), b.shape) for s, b in enumerate(noise.blocks)]
-    rows = []
-    for blocks in (noise.blocks, white, [0 * block for block in noise.blocks]):
-        ends = jax.jit(sampler.sample)(model.params, Noise(noise.start, blocks), *conditions)
-        rows.append(list(images.to_uint8(ends[-1])))
-    return board(rows)
+def renoising(model: Pipeline, count: int = 10) -> np.ndarray:
+    """Begins of the second stage: as training makes them; stepped up with block noise; without."""
+    sampler, source = build_sampler(model.config), load_source(model.config)
+    cascade, keys = sampler.cascade, image_keys(0, np.arange(count))
+    clean = images.from_uint8(source.images[:count])
+    noise = sampler.draw_noise(keys)
+    fine = jax.random.normal(jax.random.key(1), clean.shape)
+    trained, _ = flow.stage_ends(cascade, 1, clean, fine)
+    _, before = flow.stage_ends(cascade, 0, clean, noise.start)
+    stepped = [sampler.step_up(1, before, scale * noise.blocks[0]) for scale in (1, 0)]
+    return board([list(images.to_uint8(x)) for x in (trained, *stepped)])
 
 
 def guidance(model: Pipeline, scales=(1.0, 1.2, 2.0, 4.0, 8.0)) -> np.ndarray:
     """A row for each guidance scale, a column a class, from the same noise."""
     rows = [model.sample(num_images=10, guidance_scale=scale) for scale in scales]
     return board([list(row) for row in rows])
+
+
+def demo_page(checkpoint: str, out: pathlib.Path) -> None:
+    """The demo in a headless Chromium, after two pictures."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import test_demo
+
+    with tempfile.TemporaryDirectory() as folder, test_demo.running(checkpoint) as url:
+        browser = test_demo.open_browser(pathlib.Path(folder))
+        try:
+            browser.get(url)
+            for label, solver in (("3", "euler"), ("8", "heun")):
+                test_demo.choose(browser, "class", label)
+                test_demo.choose(browser, "solver", solver)
+                test_demo.generate(browser)
+            time.sleep(2)  # pictures fade in
+            browser.save_screenshot(str(out))
+        finally:
+            browser.quit()
 
 
 def main() -> None:
@@ -98,12 +122,15 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="workdir of configs/digits.py")
     parser.add_argument("--out", default=str(HERE), help="folder to write (default: %(default)s)")
+    parser.add_argument("--browser", action="store_true", help="also the demo's page")
     args = parser.parse_args()
     model = Pipeline(args.checkpoint)
     for make in (samples, cascade, renoising, guidance):
         path = pathlib.Path(args.out) / f"{make.__name__}.png"
         save_png(path, make(model))
         print(path)
+    if args.browser:
+        demo_page(args.checkpoint, pathlib.Path(args.out) / "demo.png")
 
 
 if __name__ == "__main__":

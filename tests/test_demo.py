@@ -1,6 +1,7 @@
 """The page: its bounds, and the whole of it in a headless browser."""
 
 import argparse
+import contextlib
 import pathlib
 import re
 import shutil
@@ -101,18 +102,19 @@ def test_bad_flags(trained, flags):
         demo.main([f"--checkpoint={trained}", *flags])
 
 
-@pytest.fixture
-def url(trained):
+@contextlib.contextmanager
+def running(checkpoint):
     """The address of the demo, as a command of its own."""
     pytest.importorskip("gradio")
-    command = [sys.executable, "-m", "pixelflow_jax.demo", f"--checkpoint={trained}", "--port=0"]
+    command = [sys.executable, "-m", "pixelflow_jax.demo", f"--checkpoint={checkpoint}", "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline()).group()
-        process.terminate()
+        try:
+            yield re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline()).group()
+        finally:
+            process.terminate()
 
 
-@pytest.fixture
-def browser(tmp_path):
+def open_browser(tmp_path):
     """A headless Chromium that downloads into tmp_path / "downloads"."""
     webdriver = pytest.importorskip("selenium.webdriver")
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -124,9 +126,34 @@ def browser(tmp_path):
         options.add_argument(flag)
     folder = str(tmp_path / "downloads")
     options.add_experimental_option("prefs", {"download.default_directory": folder})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+@pytest.fixture
+def browser(tmp_path):
+    made = open_browser(tmp_path)
     yield made
     made.quit()
+
+
+def choose(browser, name: str, value: str) -> None:
+    """Types a value into a control and leaves it."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input"))
+    control = browser.find_element(By.CSS_SELECTOR, f"#{name} input")
+    control.click()
+    control.send_keys(Keys.CONTROL, "a")
+    control.send_keys(value)
+    if control.get_attribute("role") == "combobox":
+        # In one go: the list is drawn anew with every letter
+        press = "const o = document.querySelector(arguments[0]); const e = {bubbles: true};"
+        press += "if (o) o.dispatchEvent(new MouseEvent('mousedown', e)); return !!o"
+        until(lambda: browser.execute_script(press, f"[role=option][aria-label='{value}']"))
+        until(lambda: not browser.find_elements(By.CSS_SELECTOR, "[role=option]"))
+    else:
+        control.send_keys(Keys.TAB)
 
 
 def until(what, seconds: float = 120.0):
@@ -142,15 +169,17 @@ def generate(browser) -> list[str]:
     """Presses the button; the lines of status that came, the last with the files."""
     from selenium.webdriver.common.by import By
 
-    before = [a.get_attribute("href") for a in browser.find_elements(By.CSS_SELECTOR, "#files a")]
-    seen = [browser.find_element(By.CSS_SELECTOR, "#status textarea").get_attribute("value")]
+    # In one go: the page is drawn anew meanwhile
+    look = "return [document.querySelector('#status textarea').value, "
+    look += "[...document.querySelectorAll('#files a')].map(a => a.href).join()]"
+    status, before = browser.execute_script(look)
+    seen = [status]
     browser.find_element(By.ID, "generate").click()
 
     def done():
-        text = browser.find_element(By.CSS_SELECTOR, "#status textarea").get_attribute("value")
-        if text and text != seen[-1]:
-            seen.append(text)
-        links = [a.get_attribute("href") for a in browser.find_elements(By.CSS_SELECTOR, "#files a")]
+        status, links = browser.execute_script(look)
+        if status and status != seen[-1]:
+            seen.append(status)
         return links and links != before and "stage 2 of 2" in seen[-1]
 
     until(done)
@@ -158,12 +187,21 @@ def generate(browser) -> list[str]:
 
 
 @pytest.mark.slow
-def test_in_a_browser(url, browser, trained, tmp_path, screenshot=None):
+def test_in_a_browser(browser, trained, tmp_path):
     """Catches a page that does not draw, stream its stages, take another solver, or give a PNG that
     `sample` makes again bit for bit.
     """
+    with running(trained) as url:
+        png = visit(browser, url, tmp_path / "downloads")
+    sample.main([f"--checkpoint={trained}", f"--from_png={png}", f"--out={tmp_path / 'again'}"])
+    np.testing.assert_array_equal(read_image(tmp_path / "again" / "000000.png"), read_image(png))
+    settings = sample.request.png_settings(png)
+    assert (settings["solver"], settings["seed"]) == ("heun", 11)
+
+
+def visit(browser, url: str, downloads: pathlib.Path) -> pathlib.Path:
+    """Two pictures, the second with another solver and seed; returns its file."""
     from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
 
     browser.get(url)
     until(lambda: browser.find_elements(By.ID, "generate"))
@@ -171,25 +209,12 @@ def test_in_a_browser(url, browser, trained, tmp_path, screenshot=None):
     assert [line[:12] for line in first] == ["stage 1 of 2", "stage 2 of 2"]
     assert "2 evaluations" in first[0] and "4 evaluations" in first[1]
 
-    solver = browser.find_element(By.CSS_SELECTOR, "#solver input")
-    solver.click()
-    solver.send_keys(Keys.CONTROL, "a")
-    solver.send_keys("heun", Keys.ENTER)
-    seed = browser.find_element(By.CSS_SELECTOR, "#seed input")
-    seed.send_keys(Keys.CONTROL, "a")
-    seed.send_keys("11", Keys.TAB)
+    choose(browser, "solver", "heun")
+    choose(browser, "seed", "11")
     second = generate(browser)
     assert "8 evaluations" in second[-1]  # twice Euler's
     assert len(until(lambda: browser.find_elements(By.CSS_SELECTOR, "#history .thumbnail-item"))) == 2
-    if screenshot:
-        time.sleep(1)
-        browser.save_screenshot(screenshot)
-
     browser.find_element(By.CSS_SELECTOR, "#files a").click()
-    (png,) = until(lambda: list((tmp_path / "downloads").glob("*.png")))
-    sample.main([f"--checkpoint={trained}", f"--from_png={png}", f"--out={tmp_path / 'again'}"])
-    np.testing.assert_array_equal(read_image(tmp_path / "again" / "000000.png"), read_image(png))
-    settings = sample.request.png_settings(png)
-    assert (settings["solver"], settings["seed"]) == ("heun", 11)
-    errors = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
-    assert not errors
+    (png,) = until(lambda: list(downloads.glob("*.png")))
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    return png
