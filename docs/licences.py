@@ -1,0 +1,39 @@
+"""Prints the licences of what is installed, as docs/licences.md holds them.
+
+    python3 -m venv v && v/bin/pip install . && v/bin/python docs/licences.py > docs/licences.md
+
+Ends with an error for a licence that is not on the list of those that a MIT project can depend on.
+"""
+
+import importlib.metadata
+import sys
+
+FINE = ("apache", "bsd", "mit", "isc", "psf", "python software", "mpl", "mozilla", "hpnd", "unlicense")
+NOT_OURS = {"pixelflow_jax", "pip", "setuptools"}
+
+
+def licence(meta) -> str:
+    """A short name: the expression, else the classifiers, else the first line of the text."""
+    if meta.get("License-Expression"):
+        return meta["License-Expression"]
+    classified = [c for c in meta.get_all("Classifier") or () if c.startswith("License ::")]
+    names = [c.rpartition(" :: ")[2] for c in classified if not c.endswith("OSI Approved")]
+    text = (meta.get("License") or "not said").strip().splitlines()[0].strip()
+    return ", ".join(sorted(names)) or text
+
+
+def main() -> None:
+    """The command."""
+    found = {d.metadata["Name"]: d.metadata for d in importlib.metadata.distributions()}
+    rows = sorted((n, m["Version"], licence(m)) for n, m in found.items() if n not in NOT_OURS)
+    print("# Licences of the dependencies\n\n`docs/licences.py` made this list.\n")
+    print("| package | version | licence |\n| --- | --- | --- |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    odd = [f"{n} ({text})" for n, _, text in rows if not any(word in text.lower() for word in FINE)]
+    if odd:
+        sys.exit(f"error: look at the licences of {', '.join(odd)}")
+
+
+if __name__ == "__main__":
+    main()
