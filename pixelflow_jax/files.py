@@ -19,14 +19,16 @@ from pixelflow_jax.errors import UserError
 def atomic_path(path: epath.PathLike, local: bool = False) -> Iterator[epath.Path]:
     """Yields a temporary name beside `path`, renamed to it when the block ends without an error.
 
-    With `local`, for writers that know local files only, the temporary name of a gs:// path is a
-    local one, which is copied up at the end.
+    The folder is made if it is not there. With `local`, for writers that know local files only, the
+    temporary name of a gs:// path is a local one, which is copied up at the end.
     """
     path = epath.Path(path)
     unique = f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     temporary = path.parent / unique
     if local and "://" in str(path):
         temporary = epath.Path(tempfile.gettempdir()) / unique
+    if "://" not in str(path):  # buckets have no folders
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         if temporary.parent == path.parent:
