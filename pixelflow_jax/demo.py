@@ -69,8 +69,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"Step {demo.pipeline.step} of {args.checkpoint}: {url} (Ctrl-C ends it)", flush=True)
         while True:
             time.sleep(3600)
-    except OSError as error:
-        raise UserError(f"--host={args.host} --port={args.port}: cannot listen there: {error}") from None
+    except OSError:  # Gradio's text names settings of its own
+        raise UserError(
+            f"cannot listen on --host={args.host} --port={args.port}: if it is taken, --port=0 finds "
+            f"a free one"
+        ) from None
     finally:
         shutil.rmtree(demo.folder, ignore_errors=True)
 

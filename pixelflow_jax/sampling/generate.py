@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from pixelflow_jax import files, images, sharding
@@ -207,6 +207,8 @@ def png_settings(path: epath.PathLike) -> dict[str, Any]:
         raise UserError(f"{path} does not exist") from None
     except KeyError:
         raise UserError(f"{path} carries no settings: it is not a picture of `sample`") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a PNG file") from None
     except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture with settings: {error}") from None
     if not isinstance(found, dict):
