@@ -250,7 +250,7 @@ def sampler_of(args: argparse.Namespace, config: ConfigDict) -> Sampler:
 def _planned(args, params: dict, sampler: Sampler, pilots) -> tuple[int, ...]:
     """The steps of --nfe_budget: as an earlier start of the same request found them, or measured."""
     path = epath.Path(args.out) / "settings.json"
-    if path.exists():
+    if args.out and path.exists():  # a notebook has no folder
         old = files.read_json(path)
         if isinstance(old, dict) and old.get("nfe_budget") == args.nfe_budget and "num_steps" in old:
             return tuple(old["num_steps"])
