@@ -14,7 +14,6 @@ import argparse
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -130,6 +129,8 @@ class Demo:
             for text in prompts.values():
                 if not isinstance(text or "", str) or len(text or "") > MAX_PROMPT:
                     raise UserError(f"a prompt has at most {MAX_PROMPT} characters")
+            if not (what or "").strip():  # here, as the command's sentence names the checkpoint's path
+                raise UserError("say what the picture is to show")
             return asked | prompts | {"text_encoder": self.limits.text_encoder}
         labels = [str(number) for number in range(self.classes)]
         if what not in labels or negative not in ["none", *labels]:
@@ -295,4 +296,4 @@ def enlarge(image: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(sys.argv[1:]))
+    cli.run(main)

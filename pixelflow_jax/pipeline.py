@@ -8,7 +8,6 @@ Settings are the flags of `python -m pixelflow_jax.sample`, with Python values; 
 command makes, bit for bit.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -136,8 +135,8 @@ class Pipeline:
             yield chosen, np.resize(chosen, size)
 
 
-@functools.wraps(Pipeline.__init__, assigned=("__doc__",))
 def load(checkpoint: epath.PathLike, ema: float | None = None) -> Pipeline:
+    """A checkpoint that makes images; arguments and errors are those of `Pipeline`."""
     return Pipeline(checkpoint, ema)
 
 

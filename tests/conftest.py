@@ -50,6 +50,16 @@ def tiny_config():
     return load_config("configs/digits.py", TINY)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A workdir of the default config with a tiny network, to be read alone."""
+    from pixelflow_jax.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train(load_config("configs/digits.py", TINY), workdir)
+    return workdir
+
+
 @pytest.fixture
 def tiny_flags():
     """The same as command-line flags."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import numpy as np
 import pytest
@@ -18,19 +19,9 @@ from pixelflow_jax import demo, sample
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.sampling.generate import read_image
 
-from conftest import TINY
-
 BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 BROWSER += ["--window-size=1100,1200"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A workdir of the default config with a tiny network."""
-    workdir = tmp_path_factory.mktemp("demo") / "run"
-    pf.fit(pf.load_config("configs/digits.py", TINY), workdir)
-    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +69,21 @@ def test_bounds(page, place, value):
     values[place] = value
     with pytest.raises(UserError):
         page.settings(*values)
+
+
+def test_prompts():
+    """Catches a text model's page that takes no prompt for one, or tells visitors a path."""
+    limits = argparse.Namespace(max_images=4, max_steps=50, text_encoder=None)
+    config = pf.load_config("configs/t2i_tiny.py")
+    page = demo.Demo(types.SimpleNamespace(config=config), limits)
+    try:
+        asked = page.settings("a red two", "blue", *GOOD[2:])
+        assert (asked["prompt"], asked["negative_prompt"]) == ("a red two", "blue")
+        for prompt in (None, "", "  ", "x" * 1001, 7):
+            with pytest.raises(UserError, match="say what|at most"):
+                page.settings(prompt, "", *GOOD[2:])
+    finally:
+        shutil.rmtree(page.folder)
 
 
 def test_sizes(page):

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from fuzz import COMMANDS, WORK, Reached, reached
 
@@ -185,4 +186,7 @@ def test_python_page(tmp_path, monkeypatch):
     pf.fit(pf.load_config("configs/digits.py", TINY), tmp_path / "runs" / "digits")
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(HERE / "docs" / "api.md", "python")
-    exec(compile(code, "api.md", "exec"), {})
+    names = {}
+    exec(compile(code, "api.md", "exec"), names)
+    assert names["images"].shape == (2, 16, 16, 3) and np.isfinite(names["numbers"]["loss"])
+    assert names["made"].pixels.shape == (1, 16, 16, 3)  # the last stage's

@@ -18,14 +18,6 @@ from conftest import TINY
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A workdir of the default config with a tiny network."""
-    workdir = tmp_path_factory.mktemp("face") / "run"
-    pf.fit(pf.load_config("configs/digits.py", TINY), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def model(trained):
     return pf.load(trained)
 
