@@ -385,26 +385,28 @@ def everything(folder: pathlib.Path) -> set[str]:
 
 
 def as_process(case: Case, name: str, number: int, seed: int, folder: pathlib.Path) -> tuple[str, str]:
-    """The same case as a command: its files are made in process, where the work is not begun."""
+    """The same case as a command, if in process it was not accepted: that could be hours of work."""
     outcome = one_case(case, name, number, seed, folder)
-    argv = getattr(case, "argv", None)
-    if argv is None or any("\x00" in arg or "\udcff" in arg for arg in argv):
-        return outcome
-    shutil.rmtree(folder / "here" / "out", ignore_errors=True)
+    argv = getattr(case, "argv", [])
+    if outcome[0] == "accepted" and "--help" not in argv or any(set("\x00\udcff") & {*a} for a in argv):
+        return "not run", ""  # no shell could pass those two
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-    if outcome[0] == "accepted" and "--help" not in argv:
-        return outcome  # hours of work
+    before = everything(folder)
+    command = [sys.executable, *argv]
     try:
-        ended = subprocess.run(
-            [sys.executable, *argv], capture_output=True, text=True, timeout=TIMEOUT, env=env
-        )
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=env)
     except subprocess.TimeoutExpired:
         return "hung", " ".join(argv)
-    if "Traceback" in ended.stderr or ended.returncode not in (0, 1, 2):
-        return "crash", f"{argv}\n{ended.returncode}\n{ended.stderr[-2000:]}"
-    if outcome[0] == "refused" and ended.returncode == 0 and "--help" not in argv:
-        return "exit code 0", f"{argv}\n{ended.stdout[-500:]}"
-    return outcome
+    new, told = everything(folder) - before, ended.stderr.splitlines()
+    if new:
+        return "stray file", f"{argv}\n{new}"
+    if ended.returncode == 0:
+        return (
+            ("accepted", "") if "--help" in argv else ("exit code 0", f"{argv}\n{ended.stdout[-500:]}")
+        )
+    if ended.returncode in (1, 2) and len(told) == 1 and told[0].startswith("error: "):
+        return "refused", ""
+    return "unclear", f"{argv}\n{ended.returncode}\n{ended.stderr[-2000:]}"
 
 
 def hang(signum, frame):
@@ -427,11 +429,12 @@ def fuzz(
         try:
             for name in surfaces:
                 counts[name] = collections.Counter()
-                for number in range(first, first + cases):
-                    run = as_process if processes else one_case
+                run, number = as_process if processes else one_case, first
+                while counts[name].total() - counts[name]["not run"] < cases:
                     outcome, details = run(SURFACES[name], name, number, seed, folder)
                     counts[name][outcome] += 1
-                    if outcome not in ("accepted", "refused"):
+                    number += 1
+                    if outcome not in ("accepted", "refused", "not run"):
                         reports.append(f"{name} case {number} seed {seed}: {outcome}\n{details}")
         finally:
             os.chdir(cwd)
