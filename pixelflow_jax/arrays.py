@@ -101,7 +101,7 @@ def _header(file) -> tuple[tuple[int, ...], np.dtype]:
 def _opened(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
     """The open file; whatever breaks while reading is a UserError with its name."""
     try:
-        with epath.Path(path).open("rb") as raw, zipfile.ZipFile(raw) as archive:
+        with files.open_file(path) as raw, zipfile.ZipFile(raw) as archive:
             yield archive
     except UserError:
         raise

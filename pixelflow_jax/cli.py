@@ -9,9 +9,10 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from pixelflow_jax import hosts
+from pixelflow_jax import files, hosts
 from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError, sentence
 
+WORDS = ("prompt", "negative_prompt")  # flags of text that may look like anything
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
@@ -20,9 +21,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         found = super().parse_args(args, namespace)
-        for action in self._actions:  # argparse turns --flag=-- into an empty list
-            if action.nargs is None and getattr(found, action.dest, None) == [] != action.default:
-                self.error(f"{action.option_strings[0]}: expected a value")
+        for action in self._actions:
+            value, flag = getattr(found, action.dest, None), (action.option_strings or [action.dest])[0]
+            if action.nargs is None and value == [] != action.default:  # argparse's way with --flag=--
+                self.error(f"{flag}: expected a value")
+            for text in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(text, str):
+                    files.check_text(flag, text, action.dest not in WORDS)
         return found
 
     def error(self, message: str):

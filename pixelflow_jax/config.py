@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FieldReference
 
+from pixelflow_jax import files
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.attention import BACKENDS
@@ -183,6 +184,8 @@ def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that cannot work, with the key and what would be right."""
     for key, value in _flat("config", config).items():
         numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, str):
+            files.check_text(key, value)
         if any(isinstance(number, (int, float)) and not abs(number) <= 2**32 for number in numbers):
             raise UserError(f"{key}={value} is not a number that can be")
     if not (0 <= config.model.num_classes <= 10**7 and 0 <= config.model.context_dim <= 10**5):
@@ -367,7 +370,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
     if isinstance(old, tuple):
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -242,9 +242,9 @@ def read_state(path: epath.Path, weights: str = "auto") -> State:
         if path.suffix == ".safetensors":
             from safetensors.flax import load  # unlike numpy's, reads bfloat16
 
-            return {name: np.asarray(x) for name, x in load(path.read_bytes()).items()}
+            return {name: np.asarray(x) for name, x in load(files.read_bytes(path)).items()}
         if path.suffix == ".npz":
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
         if path.suffix in (".pt", ".pth", ".bin"):
             return _read_torch(path, weights)
@@ -261,7 +261,7 @@ def _read_torch(path: epath.Path, weights: str) -> State:
         import torch
     except ImportError:
         raise UserError(f'{path} needs torch to be read: pip install "pixelflow_jax[convert]"') from None
-    state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    state = torch.load(io.BytesIO(files.read_bytes(path)), map_location="cpu", weights_only=True)
     nested = [name for name in ("ema", "model") if isinstance(state.get(name), dict)]
     if nested:
         chosen = nested[0] if weights == "auto" else weights
@@ -310,9 +310,9 @@ def read_official(
     """
     path, yaml_path = _official_files(epath.Path(source), config)
     try:
-        values = yaml.safe_load(yaml_path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{yaml_path} is not YAML: {str(error).splitlines()[0]}") from None
+        values = yaml.safe_load(files.read_bytes(yaml_path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{yaml_path} is not YAML: {error}") from None
     config = official_config(values)
     return from_official(read_state(path, weights), config), config
 

@@ -90,7 +90,7 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
             yield from captions_at(source, index)
         return
     try:
-        lines = epath.Path(args.captions).read_text().splitlines()
+        lines = files.read_bytes(args.captions).decode().splitlines()
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--captions={args.captions} is not a file") from None
     except UnicodeDecodeError as error:

@@ -5,10 +5,11 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -46,17 +47,64 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
+def check_text(name: str, text: str, is_path: bool = True) -> None:
+    """Raises UserError if a flag or key called `name` cannot be what `text` says: a path, or words."""
+    if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{name} is not UTF-8 text, or holds a zero byte: {text!r}")
+    if is_path and "://" in text and not text.startswith("gs://"):
+        raise UserError(f"{name}={text}: paths are local, or begin with gs://")
+
+
+def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
+    """(folder, names in it) of root/folder and all below, sorted as torchvision does.
+
+    Folders are relative to root, with a "/" at their end, or "". Links are followed, but not back up.
+    """
+    root = str(epath.Path(root))
+    top, found = os.path.join(root, folder) if folder else root, {}
+    if "://" in root:
+        for path in epath.Path(top).rglob("*"):
+            where, _, name = str(path)[len(root) + 1 :].rpartition("/")
+            found.setdefault(where, []).append(name)
+    else:
+        for place, below, names in os.walk(top, followlinks=True):
+            below[:] = [name for name in below if not _leads_up(os.path.join(place, name))]
+            found[os.path.relpath(place, root) if place != root else ""] = names
+    return [(f"{where}/" if where else "", sorted(names)) for where, names in sorted(found.items())]
+
+
+def _leads_up(link: str) -> bool:
+    """Whether a name is a link to a folder that it stands in, itself or further up."""
+    if not os.path.islink(link):
+        return False
+    target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    return os.path.commonpath([target, here]) == target
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file under a temporary name and renames it."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
-def read_bytes(path: str) -> bytes:
-    """A file's contents; local files without epath's overhead, as a loader reads many."""
-    if "://" in path:
-        return epath.Path(path).read_bytes()
-    with open(path, "rb") as file:
+def open_file(path: epath.PathLike) -> IO[bytes]:
+    """A file to read; local ones without epath's overhead, as a loader reads many.
+
+    Raises:
+      OSError: if there is none, or it is a device: /dev/zero has no end.
+    """
+    if "://" in str(path):
+        return epath.Path(path).open("rb")
+    file = open(path, "rb")
+    if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is a device, not a file")
+    return file
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """A file's contents. Raises OSError as `open_file`."""
+    with open_file(path) as file:
         return file.read()
 
 
@@ -80,10 +128,10 @@ def read_json(path: epath.PathLike) -> Any:
     """Reads a JSON file. Raises UserError if it is missing or is not JSON."""
     path = epath.Path(path)
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_bytes(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file: {error}") from None
 
 

@@ -29,9 +29,12 @@ def read_prompts_file(name: str) -> list[dict]:
     try:
         if path.is_dir():
             found = [p for p in files.list_files(path) if p.endswith(".txt")]
-            entries = [dict(prompt=(path / p).read_text(), name=p.removesuffix(".txt")) for p in found]
+            entries = [
+                dict(prompt=files.read_bytes(path / p).decode(), name=p.removesuffix(".txt"))
+                for p in found
+            ]
         else:
-            lines = path.read_text().splitlines()
+            lines = files.read_bytes(path).decode().splitlines()
             as_json = path.suffix == ".jsonl"
             entries = [_json(line, f"{flag}: line {n}") if as_json else {"prompt": line}
                        for n, line in enumerate(lines, 1)]  # fmt: skip
@@ -54,7 +57,7 @@ def _json(line: str, where: str) -> dict:
         entry = json.loads(line)
         if isinstance(entry["prompt"], str):
             return entry
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f'{where} is not a JSON object with a "prompt"')
 

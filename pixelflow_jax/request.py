@@ -327,7 +327,7 @@ def read_pixels(path: epath.Path, flag: str) -> np.ndarray:
 
 
 def _file_hash(path: str) -> str:
-    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(files.read_bytes(path)).hexdigest()
 
 
 def read_noise(path: str, sampler: Sampler) -> Noise:

@@ -1,16 +1,19 @@
 """A share of `tests/fuzz.py` on every run, and every crash that it has found."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from fuzz import COMMANDS, SURFACES, fuzz
 
 from pixelflow_jax import files
 from pixelflow_jax.config import load_config
-from pixelflow_jax.convert import official_config, official_yaml
+from pixelflow_jax.convert import official_config, official_yaml, read_official
 from pixelflow_jax.errors import UserError, sentence
+from pixelflow_jax.layouts import read_prompts_file
 
 SLOW = {"checkpoint": 12, "config.yaml": 20}  # cases; a read or a trace each
 
@@ -29,6 +32,18 @@ FOUND = [
     ("train", ["--workdir=x", "--config.model.depth=999999999999"], "model.depth"),
     ("train", ["--workdir=x", f"--config.model.num_classes={10**30}"], "num_classes"),
     ("train", ["--workdir=x", "--config.optimizer.learning_rate=1e400"], "not a number that can be"),
+    ("train", ["--workdir=x", f"--config.model.depth={'(' * 10_000}"], "expected a value like"),
+    ("train", ["--workdir=no://x"], "begin with gs://"),
+    ("train", ["--workdir=x", "--config.data.path=no://x"], "begin with gs://"),
+    ("encode", ["--config=configs/t2i_256.py", "--encoder=a://b", "--out=x"], "begin with gs://"),
+    ("pack", ["--path=x", "--out=\udcff"], "not UTF-8"),
+    ("pack", ["--path=x", "--out=a\0"], "not UTF-8"),
+    ("sample", ["--checkpoint=x", "--out=y", "--from_png=/dev/full"], "device"),
+    (
+        "evaluate",
+        ["--samples=/dev/full", "--reference=/dev/zero", "--features=pca", "--out=x"],
+        "device",
+    ),
 ]
 
 
@@ -56,6 +71,43 @@ def test_found_official_configs(changes):
             values[section][key] = {**values[section][key], **entry} if key == "params" else entry
     with pytest.raises(UserError):
         official_config(values)
+
+
+def test_devices_have_no_end():
+    """Catches reading /dev/zero until the memory is used up."""
+    with pytest.raises(OSError, match="device"):
+        files.read_bytes("/dev/full")
+    with pytest.raises(OSError, match="device"):
+        read_prompts_file("/dev/zero")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"prompt": ' + "9" * 5000 + "}"])
+def test_json_too_deep_or_long(tmp_path, text):
+    """Catches errors of the JSON and YAML readers that are not of their own kinds."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="JSON"):
+        files.read_json(path) if text[0] != "{" else read_prompts_file(str(path))
+    with pytest.raises(UserError, match="JSON"):
+        read_prompts_file(str(path))
+    shutil.copy(path, tmp_path / "config.yaml")
+    np.savez(tmp_path / "x.npz", a=np.zeros(1))
+    with pytest.raises(UserError, match="YAML|section|model"):
+        read_official(tmp_path / "x.npz")
+
+
+def test_walk_ends_where_links_lead_up(tmp_path):
+    """Catches pictures found forty times, and walks without end; links elsewhere are followed."""
+    for name in ("a", "a-1", "a/sub", "other"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        (tmp_path / "root" / name / "x.png").touch()
+    (tmp_path / "root/a/up").symlink_to("..")
+    (tmp_path / "root/a/me").symlink_to(tmp_path / "root/a")
+    (tmp_path / "root/linked").symlink_to(tmp_path / "root/other")
+    walked = files.walk(str(tmp_path / "root"))
+    assert walked == [("", []), ("a/", ["x.png"]), ("a-1/", ["x.png"]), ("a/sub/", ["x.png"]),
+                      ("linked/", ["x.png"]), ("other/", ["x.png"])]  # fmt: skip
+    assert files.walk(str(tmp_path / "root"), "a") == [walked[1], walked[3]]
 
 
 def test_sentence():

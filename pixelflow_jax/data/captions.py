@@ -71,8 +71,8 @@ class CaptionFolder:
         self.root = split_root(path, split)
         self._names, self._captions = [], {}
         bare = []
-        for folder, names in _walk(self.root):
-            found = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
+        for folder, names in files.walk(self.root):
+            found = [name for name in names if name.lower().endswith(EXTENSIONS)]
             if METADATA in names:
                 self._captions |= read_metadata(self.root, folder)
             texts = {name.removesuffix(".txt") for name in names if name.endswith(".txt")}
@@ -81,9 +81,8 @@ class CaptionFolder:
                 self._names.append(full)
                 if full not in self._captions and os.path.splitext(name)[0] not in texts:
                     bare.append(full)
-        missing = [name for name in self._captions if name not in set(self._names)]
-        if missing:
-            raise UserError(f"{self.root}: {METADATA} names {missing[0]}, which is not there")
+        if missing := self._captions.keys() - set(self._names):
+            raise UserError(f"{self.root}: {METADATA} names {min(missing)}, which is not there")
         bare = [name for name in bare if name not in self._captions]
         if bare:
             raise UserError(
@@ -110,21 +109,6 @@ class CaptionFolder:
         return f"{self.root}/{self._names[index]}"
 
 
-def _walk(root: str) -> list[tuple[str, list[str]]]:
-    """(folder relative to root with a final "/", or "", names in it), sorted."""
-    if "://" in root:
-        found: dict[str, list[str]] = {}
-        for path in epath.Path(root).rglob("*"):
-            folder, _, name = str(path)[len(root) + 1 :].rpartition("/")
-            found.setdefault(f"{folder}/" if folder else "", []).append(name)
-        return sorted(found.items())
-    walked = []
-    for place, _, names in os.walk(root, followlinks=True):
-        relative = os.path.relpath(place, root)
-        walked.append(("" if relative == "." else f"{relative}/", names))
-    return sorted(walked)
-
-
 def read_metadata(root: str, folder: str) -> dict[str, tuple[str, ...]]:
     """Captions by file name (relative to root), of root/folder/metadata.jsonl."""
     path = f"{root}/{folder}{METADATA}"
@@ -138,7 +122,7 @@ def read_metadata(root: str, folder: str) -> dict[str, tuple[str, ...]]:
             name = values["file_name"]
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8: {error}") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{where} is not a JSON object with a file_name: {error}") from None
         found[f"{folder}{name}"] = captions_of(values, where)
     return found

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
+from pixelflow_jax import files
 from pixelflow_jax.errors import UserError
 
 PREFIXES = {"train": "train", "test": "t10k"}
@@ -43,7 +44,7 @@ def read_idx(path: epath.PathLike, dims: int) -> UInt8[np.ndarray, "..."]:
     """A uint8 array of `dims` dimensions. Raises UserError if the file is damaged or another kind."""
     path = epath.Path(path)
     try:
-        data = path.read_bytes()
+        data = files.read_bytes(path)
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None

@@ -187,16 +187,14 @@ class FolderSource:
         return f"{self.root}/{os.fsdecode(self._names[index])}"
 
 
-def image_files(root: str, folder: str) -> list[str]:
-    """Image files below root/folder ("." is root), relative to root, in torchvision's order."""
-    if "://" in root:
-        paths = sorted(str(p) for p in (epath.Path(root) / folder).rglob("*"))
-        return [p[len(root) + 1 :] for p in paths if p.lower().endswith(EXTENSIONS)]
-    found = []
-    for place, _, names in sorted(os.walk(os.path.join(root, folder), followlinks=True)):
-        relative = os.path.relpath(place, root)
-        found += [f"{relative}/{name}" for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
-    return found
+def image_files(root: str, folder: str = "") -> list[str]:
+    """Image files below root/folder, relative to root, in torchvision's order."""
+    return [
+        f"{where}{name}"
+        for where, names in files.walk(root, folder)
+        for name in names
+        if name.lower().endswith(EXTENSIONS)
+    ]
 
 
 class TfdsSource:

@@ -116,14 +116,14 @@ class _Stream:
 
 
 def _of_folder(folder: epath.Path, flag: str, resolution: int | None) -> ImageSet:
-    names = [name.removeprefix("./") for name in image_files(str(folder), ".")]
+    names = image_files(str(folder))
     found = [folder / name for name in sorted(names) if name not in OURS]
     if not found:
         raise UserError(f"--{flag}={folder} holds no images")
 
     def one(path: epath.Path) -> np.ndarray:
         try:
-            image = decode(files.read_bytes(str(path)))
+            image = decode(files.read_bytes(path))
         except BrokenImage as error:
             raise UserError(f"--{flag}: {path} cannot be read: {error}") from None
         return np.asarray(image if resolution is None else center_crop(image, (resolution, resolution)))

@@ -160,7 +160,7 @@ def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[S
 def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     """An image file's pixels. Raises OSError if it cannot be read as one."""
     try:
-        with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as image:
+        with Image.open(io.BytesIO(files.read_bytes(path))) as image:
             return np.asarray(image.convert("RGB"))
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow does
         raise OSError(f"{path} is not an image: {error}") from None
@@ -200,7 +200,7 @@ def save_png(
 def png_settings(path: epath.PathLike) -> dict[str, Any]:
     """The settings in a PNG file of `save_png`. Raises UserError if there are none."""
     try:
-        with Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(files.read_bytes(path)), formats=["PNG"]) as image:
             image.load()
             found = json.loads(image.info[SETTINGS])
     except FileNotFoundError:

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
 
+from pixelflow_jax import files
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.t5 import SPECIAL
 
@@ -93,7 +94,7 @@ def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
     for name, read in (("tokenizer.json", _read_json), ("spiece.model", _read_sentencepiece)):
         if (folder / name).exists():
             try:
-                return read((folder / name).read_bytes())
+                return read(files.read_bytes(folder / name))
             except UserError:
                 raise
             except Exception as error:  # both libraries raise bare exceptions
