@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import importlib.util
+import inspect
 import logging
 import sys
 import traceback
@@ -97,11 +98,12 @@ def keep_freed_memory() -> None:
 
 
 def _unraisable(what) -> None:
-    """Python's own hook for exceptions that nobody can catch, but for the noise of a failed save.
+    """Python's own hook for exceptions that nobody can catch, but for noise of a failed save or read.
 
-    Tensorstore's threads go on to call a loop that Orbax has closed; the save is reported in a sentence.
+    Tensorstore's threads go on to call a loop that Orbax has closed, and coroutines of other arrays end
+    with errors of their own; the first is reported in a sentence.
     """
-    if str(what.exc_value) != "Event loop is closed":
+    if str(what.exc_value) != "Event loop is closed" and not inspect.iscoroutine(what.object):
         sys.__unraisablehook__(what)
 
 
