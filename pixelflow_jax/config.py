@@ -27,6 +27,25 @@ FREE = {
 }
 LARGEST = 4096  # heads, width of one, layers: what is larger is a slip, or a damaged file
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_AT_LEAST = {
+    0: "sample_every keep_every optimizer.warmup_steps data.num_workers profile.num_steps",
+    1: "num_train_steps batch_size accumulation_steps log_every checkpoint_every keep_checkpoints "
+    "profile.first_step data.num_threads data.prefetch data.max_aspect_ratio mesh.context "
+    "text.num_layers text.num_heads text.head_dim text.mlp_dim",
+    2: "text.max_length",
+}
+BOUNDS = {key: (low, 2**32) for low, keys in _AT_LEAST.items() for key in keys.split()}
+BOUNDS |= {f"model.{key}": (1, LARGEST) for key in ("num_heads", "head_dim", "depth")}
+BOUNDS |= {"model.num_classes": (0, 10**7), "model.context_dim": (0, 10**5)}
+BOUNDS |= {"seed": (0, 2**32 - 1), "data.max_broken_share": (0, 1)}
+CHOICES = {
+    "dtype": DTYPES,
+    "model.remat": REMAT_POLICIES,
+    "model.attention": ("auto", "splash", *BACKENDS),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
+    "optimizer.weight_decay_on": ("matrices", "all"),
+    "data.crop": ("none", "random", "center"),
+}
 
 
 def default_config() -> ConfigDict:
@@ -188,47 +207,28 @@ def check_config(config: ConfigDict) -> None:
             files.check_text(key, value)
         if any(isinstance(number, (int, float)) and not abs(number) <= 2**32 for number in numbers):
             raise UserError(f"{key}={value} is not a number that can be")
-    if not (0 <= config.model.num_classes <= 10**7 and 0 <= config.model.context_dim <= 10**5):
-        raise UserError(
-            "config.model.num_classes must lie in 0..10^7, config.model.context_dim in 0..10^5"
-        )
-    at_least_1 = "num_train_steps batch_size accumulation_steps log_every checkpoint_every"
-    at_least_1 += " profile.first_step keep_checkpoints data.num_threads data.prefetch"
-    for key in at_least_1.split():
-        if _get(config, key) < 1:
-            raise UserError(f"config.{key} must be at least 1, got {_get(config, key)}")
-    at_least_0 = "sample_every keep_every optimizer.warmup_steps data.num_workers profile.num_steps"
-    for key in at_least_0.split():
-        if _get(config, key) < 0:
-            raise UserError(f"config.{key} must not be negative, got {_get(config, key)}")
+    for key, (low, high) in BOUNDS.items():
+        value = _get(config, key)
+        if not low <= value <= high:
+            wanted = f"lie in {low}..{high}" if high < 2**32 else f"be at least {low}"
+            raise UserError(f"config.{key} must {wanted}, got {value}")
+    for key, choices in CHOICES.items():
+        if _get(config, key) not in choices:
+            names = ", ".join(choices)
+            raise UserError(f"config.{key} must be one of {names}, got {_get(config, key)!r}")
     for key, seconds in config.hosts.items():
         if seconds <= 0:
             raise UserError(f"config.hosts.{key} must be positive, got {seconds}")
-    for key in ("num_heads", "head_dim", "depth"):
-        if not 1 <= config.model[key] <= LARGEST:
-            raise UserError(f"config.model.{key} must lie in 1..{LARGEST}, got {config.model[key]}")
     if config.model.head_dim % 4:
         raise UserError(
             f"config.model.head_dim must be a multiple of 4 (2D rotary embedding), got "
             f"{config.model.head_dim}"
         )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed must lie in 0..2^32-1, got {config.seed}")
-    _one_of("dtype", config.dtype, DTYPES)
-    _one_of("model.remat", config.model.remat, REMAT_POLICIES)
-    _one_of("model.attention", config.model.attention, ("auto", "splash", *BACKENDS))
-    _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear"))
-    _one_of("optimizer.weight_decay_on", config.optimizer.weight_decay_on, ("matrices", "all"))
-    _one_of("data.crop", config.data.crop, ("none", "random", "center"))
     for decay in config.ema.decays:
         if not 0 <= decay < 1:
             raise UserError(f"config.ema.decays must lie in [0, 1), got {decay}")
     if any(half_life <= 0 for half_life in config.ema.half_lives):
         raise UserError(f"config.ema.half_lives must be positive, got {config.ema.half_lives}")
-    if not 0 <= config.data.max_broken_share <= 1:
-        raise UserError(
-            f"config.data.max_broken_share must lie in [0, 1], got {config.data.max_broken_share}"
-        )
     sizes = (config.mesh.data, config.mesh.fsdp)
     if min(sizes) < -1 or 0 in sizes or sizes == (-1, -1):
         raise UserError(
@@ -249,8 +249,6 @@ def check_config(config: ConfigDict) -> None:
 
 def _check_context(config: ConfigDict, cascade: Cascade) -> None:
     context, side = config.mesh.context, config.data.resolution
-    if context < 1:
-        raise UserError(f"config.mesh.context must be at least 1, got {context}")
     for stage, patch in enumerate(cascade.patches(config.model.patch_size)):
         tokens = (cascade.size(stage, side, side)[0] // patch) ** 2
         if tokens % context:
@@ -264,11 +262,6 @@ def _check_context(config: ConfigDict, cascade: Cascade) -> None:
 
 def _check_text(config: ConfigDict) -> None:
     text = config.text
-    for key in ("num_layers", "num_heads", "head_dim", "mlp_dim"):
-        if text[key] < 1:
-            raise UserError(f"config.text.{key} must be at least 1, got {text[key]}")
-    if text.max_length < 2:
-        raise UserError(f"config.text.max_length must be at least 2, got {text.max_length}")
     if text.encoder == "joint" and text.cache:
         raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has none")
     if text.encoder == "joint" and not (config.model.context_dim and text.words):
@@ -277,8 +270,6 @@ def _check_text(config: ConfigDict) -> None:
 
 def _check_buckets(config: ConfigDict) -> None:
     data, unit = config.data, block_unit(config)
-    if data.max_aspect_ratio < 1:
-        raise UserError(f"config.data.max_aspect_ratio must be at least 1, got {data.max_aspect_ratio}")
     if data.max_aspect_ratio > 1 and (data.bucket_unit < 1 or data.bucket_unit % unit):
         raise UserError(
             f"config.data.bucket_unit must be a positive multiple of {unit} (patch_size x "
@@ -399,8 +390,3 @@ def _get(config: ConfigDict, key: str) -> Any:
     for name in key.split("."):
         config = config[name]
     return config
-
-
-def _one_of(key: str, value: str, choices) -> None:
-    if value not in choices:
-        raise UserError(f"config.{key} must be one of {', '.join(choices)}, got {value!r}")
