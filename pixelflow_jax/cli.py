@@ -10,7 +10,10 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+from ml_collections import ConfigDict
+
 from pixelflow_jax import files, hosts
+from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError, sentence
 
 WORDS = ("prompt", "negative_prompt")  # flags of text that may look like anything
@@ -41,6 +44,21 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return Parser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
 
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, ConfigDict | None]:
+    """The flags, and the config of --config with what --config.KEY=VALUE says; None without --config."""
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
+    for key in overrides:
+        if "=" not in key:
+            raise UserError(f"--config.{key}: write it as --config.{key}=VALUE")
+    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
+    if args.config is None and overrides:
+        raise UserError(f"--config.{overrides[0]} goes with --config")
+    return args, args.config and load_config(args.config, overrides)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command: bad input is one line on stderr and exit code 2, without a traceback."""
     for name in ("absl", "asyncio"):  # Orbax logs tracebacks there of what we report in a sentence
@@ -65,9 +83,11 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     except SystemExit as request:  # a command's own report
-        if not isinstance(request.code, int) or request.code in (0, EXIT_PREEMPTED):
+        if request.code in (None, 0, EXIT_PREEMPTED):
             raise
-        code = request.code
+        if not isinstance(request.code, int):
+            print(request.code, file=sys.stderr)
+        code = request.code if isinstance(request.code, int) else 1
     except Exception as error:
         if isinstance(error, ImportError) and "gcsfs" in str(error):
             print("error: gs:// paths need gcsfs: pip install 'pixelflow_jax[gcs]'", file=sys.stderr)
@@ -105,10 +125,3 @@ def _unraisable(what) -> None:
     """
     if str(what.exc_value) != "Event loop is closed" and not inspect.iscoroutine(what.object):
         sys.__unraisablehook__(what)
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that prints and writes files."""
-    import jax
-
-    return jax.process_index() == 0

@@ -12,12 +12,18 @@ projection it is. Ends with an error, and with advice, if it does not fit.
 import importlib.metadata
 import os
 import re
-import sys
 import time
 from typing import Any
 
-from pixelflow_jax import cli
-from pixelflow_jax.config import build_model, check_batch_size, load_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pixelflow_jax import cli, files, sharding
+from pixelflow_jax.config import build_model, check_batch_size
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.hardware import CHIPS, DEVICE_KINDS, GIB
 
@@ -33,22 +39,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="train", help="what to compile")
     parser.add_argument("--batch_per_chip", type=int, help="images a chip; default: config.batch_size")
     parser.add_argument("--json", help="also write the figures to this file")
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
-    config = load_config(args.config, overrides)
+    args, config = cli.parse_with_config(parser, argv)
     devices = tpu_devices(args.topology, args.num_slices)
     if args.batch_per_chip is not None:
         config.batch_size = args.batch_per_chip * len(devices)
     figures = {"config": args.config, "topology": args.topology, "num_slices": args.num_slices}
     figures |= measure(config, devices, args.task)
     if args.json:
-        from pixelflow_jax import files
-
         files.write_json(args.json, figures)
     print(report(figures))
     if not figures["fits"]:
-        raise UserError(advice(config, figures["memory_per_device"]["peak"], figures["hbm_per_device"]))
+        memory = figures["memory_per_device"]["peak"], figures["hbm_per_device"]
+        raise UserError(advice(config, args.task, *memory))
 
 
 def tpu_devices(topology: str, num_slices: int = 1) -> list:
@@ -60,9 +62,6 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list:
         raise UserError(
             "compile_check needs libtpu: pip install 'pixelflow_jax[aot]', in a venv of its own"
         ) from None
-    import jax
-    from jax.experimental import topologies
-
     jax.config.update("jax_platforms", "cpu")  # chips that may be here are left alone
     options = {"num_slices": num_slices} if num_slices > 1 else {}
     if topology.startswith("v4:"):
@@ -79,7 +78,6 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list:
 
 def train_program(config, devices: list):
     """(the jitted train step, its abstract arguments, its mesh, FLOPs of the model in a step)."""
-    from pixelflow_jax import sharding
     from pixelflow_jax.training.loop import workload
     from pixelflow_jax.training.optimizer import build_optimizer
     from pixelflow_jax.training.step import abstract_batch, abstract_state, make_train_step
@@ -94,12 +92,6 @@ def train_program(config, devices: list):
 
 def sample_program(config, devices: list):
     """The same of the sampler, as `sample` runs it: every chip holds the parameters."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
     from pixelflow_jax.models.conditioning import init_params
     from pixelflow_jax.sampling.budget import stage_flops
     from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
@@ -131,14 +123,12 @@ def compile_step(config, devices: list):
     `devices` may be real ones or descriptions of some that are not here.
     """
     step, arguments, mesh, _ = train_program(config, devices)
-    _, compiled, seconds = _compile(config, step, arguments, devices)
+    _, compiled, seconds = _compile(config, "train", step, arguments, devices)
     return compiled, arguments[0], mesh, seconds
 
 
-def _compile(config, program, arguments, devices: list):
+def _compile(config, task: str, program, arguments, devices: list):
     """(traced, compiled, (seconds to trace, seconds to compile))."""
-    import jax
-
     begin = time.perf_counter()
     traced = program.trace(*arguments)
     lowered = traced.lower(lowering_platforms=(devices[0].platform,))
@@ -158,18 +148,20 @@ def _compile(config, program, arguments, devices: list):
             float(n) * (GIB if unit == "G" else 2**20)
             for n, unit in zip(memory.groups()[::2], memory.groups()[1::2], strict=True)
         )
-        raise UserError(advice(config, used, has)) from None
+        raise UserError(advice(config, task, used, has)) from None
     return traced, compiled, (middle - begin, time.perf_counter() - middle)
 
 
-def advice(config, used: float, has: float) -> str:
+def advice(config, task: str, used: float, has: float) -> str:
     """What to do about a program that needs more memory than a device has."""
-    ways = []
-    if config.model.remat != "full":
+    train, ways = task == "train", []
+    if train and config.model.remat != "full":
         ways.append("--config.model.remat=full recomputes activations in the backward pass")
-    if config.accumulation_steps * config.cascade.num_stages < config.batch_size:
+    if not train:
+        ways.append("a smaller --batch_per_chip")
+    elif config.accumulation_steps * config.cascade.num_stages < config.batch_size:
         ways.append("a larger --config.accumulation_steps, or a smaller batch, holds fewer at a time")
-    if config.mesh.fsdp != -1:
+    if train and config.mesh.fsdp != -1:
         ways.append("--config.mesh.fsdp=-1 splits parameters, moments and averages over all chips")
     if config.data.resolution >= 512:
         ways.append("--config.mesh.context=N lets N chips share each image's tokens")
@@ -204,7 +196,7 @@ def measure(config, devices: list, task: str = "train") -> dict[str, Any]:
 
     build = train_program if task == "train" else sample_program
     program, arguments, mesh, model_flops = build(config, devices)
-    traced, compiled, seconds = _compile(config, program, arguments, devices)
+    traced, compiled, seconds = _compile(config, task, program, arguments, devices)
     text, memory = compiled.as_text(), memory_per_device(compiled)
     chip = CHIPS[DEVICE_KINDS[devices[0].device_kind]]
     found = hlo.collectives(text)

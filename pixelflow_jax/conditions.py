@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
@@ -147,13 +149,18 @@ def encode(args, texts: list[str], config: ConfigDict) -> Condition:
     if config.text.encoder == JOINT:
         return tokens.condition()
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    encoder = TextEncoder(config.text.encoder, mesh, DTYPES[config.dtype], config.model.context_dim)
+    encoder = _encoder(config.text.encoder, mesh, config.dtype, config.model.context_dim)
     parts = []
     for begin in range(0, len(texts), ENCODED):
         index = np.arange(begin, begin + ENCODED) % len(texts)
         found = encoder.condition(tokens.ids[index], tokens.mask[index])
         parts.append(jax.tree.map(np.asarray, found))
     return {name: np.concatenate([part[name] for part in parts])[: len(texts)] for name in parts[0]}
+
+
+@functools.lru_cache(maxsize=1)  # gigabytes: the next request of a notebook or the demo has them
+def _encoder(name: str, mesh: Mesh, dtype: str, width: int) -> TextEncoder:
+    return TextEncoder(name, mesh, DTYPES[dtype], width)
 
 
 def read_prompts(args: argparse.Namespace) -> list[dict]:

@@ -31,13 +31,13 @@ _AT_LEAST = {
     0: "sample_every keep_every optimizer.warmup_steps data.num_workers profile.num_steps",
     1: "num_train_steps batch_size accumulation_steps log_every checkpoint_every keep_checkpoints "
     "profile.first_step data.num_threads data.prefetch data.max_aspect_ratio mesh.context "
-    "text.num_layers text.num_heads text.head_dim text.mlp_dim",
+    "text.num_layers text.num_heads text.head_dim text.mlp_dim model.scan_unroll sample.num_images",
     2: "text.max_length",
 }
 BOUNDS = {key: (low, 2**32) for low, keys in _AT_LEAST.items() for key in keys.split()}
 BOUNDS |= {f"model.{key}": (1, LARGEST) for key in ("num_heads", "head_dim", "depth")}
 BOUNDS |= {"model.num_classes": (0, 10**7), "model.context_dim": (0, 10**5)}
-BOUNDS |= {"seed": (0, 2**32 - 1), "data.max_broken_share": (0, 1)}
+BOUNDS |= {"seed": (0, 2**32 - 1), "data.max_broken_share": (0, 1), "data.label_dropout": (0, 1)}
 CHOICES = {
     "dtype": DTYPES,
     "model.remat": REMAT_POLICIES,

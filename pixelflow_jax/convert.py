@@ -256,12 +256,16 @@ def read_state(path: epath.Path, weights: str = "auto") -> State:
     raise UserError(f"{path}: expected a .pt, .pth, .bin, .safetensors or .npz file")
 
 
-def _read_torch(path: epath.Path, weights: str) -> State:
+def _torch():
     try:
         import torch
     except ImportError:
-        raise UserError(f'{path} needs torch to be read: pip install "pixelflow_jax[convert]"') from None
-    state = torch.load(io.BytesIO(files.read_bytes(path)), map_location="cpu", weights_only=True)
+        raise UserError("PyTorch's files need torch: pip install 'pixelflow_jax[convert]'") from None
+    return torch
+
+
+def _read_torch(path: epath.Path, weights: str) -> State:
+    state = _torch().load(io.BytesIO(files.read_bytes(path)), map_location="cpu", weights_only=True)
     nested = [name for name in ("ema", "model") if isinstance(state.get(name), dict)]
     if nested:
         chosen = nested[0] if weights == "auto" else weights
@@ -337,8 +341,7 @@ def _export_official(args: argparse.Namespace) -> str:
         if args.format == "npz":
             np.savez(buffer, **state)
         else:
-            import torch
-
+            torch = _torch()
             torch.save({name: torch.from_numpy(array) for name, array in state.items()}, buffer)
         data = buffer.getvalue()
     files.write_bytes(out / f"model.{args.format}", data)

@@ -14,6 +14,8 @@ import argparse
 import os
 import pathlib
 import shutil
+import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -30,6 +32,7 @@ from pixelflow_jax.sampling.guidance import SCHEDULES
 from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS
 
 KEPT = 24  # pictures of the history
+VISITS = 256  # requests whose files are kept
 WAITING = 16  # requests in the queue; more are refused
 SHOWN = 192  # pixels that a small stage is enlarged to
 MAX_PROMPT = 1000  # characters
@@ -53,11 +56,12 @@ def main(argv: list[str] | None = None) -> None:
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} must lie in {least}..{most}, got {getattr(args, name)}")
     gradio = _gradio()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the pictures are deleted on the way out
     demo = Demo(Pipeline(args.checkpoint, args.ema), args)
     try:
         _, url, _ = demo.page(gradio).launch(
             server_name=args.host,
-            server_port=args.port or _free_port(args.host),
+            server_port=args.port or None,
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
@@ -85,14 +89,6 @@ def _gradio():
     except ModuleNotFoundError:
         raise UserError("the demo needs Gradio: pip install 'pixelflow_jax[demo]'") from None
     return gradio
-
-
-def _free_port(host: str) -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind((host, 0))
-        return one.getsockname()[1]
 
 
 class Demo:
@@ -170,7 +166,9 @@ class Demo:
 
     def keep(self, made: Samples) -> list[str]:
         """Writes finished images as PNG files with their settings; returns their paths."""
-        visit = self.folder / uuid.uuid4().hex
+        for old in sorted(self.folder.glob("visit-*"))[: -VISITS + 1]:
+            shutil.rmtree(old, ignore_errors=True)
+        visit = self.folder / f"visit-{time.time_ns()}-{uuid.uuid4().hex}"
         visit.mkdir()
         paths = []
         for image, settings in zip(made.pixels, made.settings, strict=True):
@@ -197,7 +195,9 @@ class Demo:
             history = [*new, *history][:KEPT]
             yield shown, status, paths, history, history
 
-        with gr.Blocks(title="pixelflow_jax", analytics_enabled=False) as page:
+        with gr.Blocks(
+            title="pixelflow_jax", analytics_enabled=False, delete_cache=(3600, 86400)
+        ) as page:
             gr.Markdown(
                 f"## pixelflow_jax\nStep {self.pipeline.step} of a run; from noise to pixels in "
                 f"{self.num_stages} stages."

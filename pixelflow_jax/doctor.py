@@ -11,6 +11,7 @@ import datetime
 import glob
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,6 @@ from packaging.requirements import Requirement
 
 from pixelflow_jax import cli, hosts
 from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
-from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
 
 BATCHES = 5  # read to see how fast the data comes
@@ -46,10 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/digits.py", help="config file (%(default)s)")
     parser.add_argument("--workdir", required=True, help="folder that the run would use")
     parser.add_argument("--no_compile", action="store_true", help="skip the memory estimate (minutes)")
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
-    config = load_config(args.config, overrides)
+    args, config = cli.parse_with_config(parser, argv)
     cluster = hosts.gather(
         config.hosts.start_timeout, config=config.to_dict(), workdir=args.workdir, command="doctor"
     )
@@ -278,7 +275,8 @@ def check_buckets(workdir: str, config) -> str:
             ) from None
         place = bucket_region(path)
         said.append(f"{flag} in {place or 'an unknown region (no gcloud here)'}")
-        if zone and place and place not in near(zone):
+        dual = place is not None and re.fullmatch(r"[a-z]+\d", place)  # nam4, eur4, asia1: two regions
+        if zone and place and not dual and place not in near(zone):
             raise Problem(f"{flag}={path} is in {place}, this machine in {zone}: use a bucket beside it")
     return ", ".join(said) + (f"; this machine in {zone}" if zone else "")
 

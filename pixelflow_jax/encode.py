@@ -20,7 +20,7 @@ from etils import epath
 from tqdm import tqdm
 
 from pixelflow_jax import cli, files, sharding
-from pixelflow_jax.config import default_config, load_config
+from pixelflow_jax.config import default_config
 from pixelflow_jax.data.sources import captions_at, open_source
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.text.cache import encode_texts, length_groups
@@ -39,12 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--shard_size", type=int, default=4096, help="texts (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder of the cache: new, or one to add to")
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
+    args, config = cli.parse_with_config(parser, argv)
     if (args.config is None) == (args.captions is None):
         raise UserError("give either --config or --captions")
-    config = load_config(args.config, overrides) if args.config else default_config()
+    config = config or default_config()
     name, length = args.encoder or config.text.encoder, args.max_length or config.text.max_length
     for flag in ("batch_size", "shard_size"):
         if getattr(args, flag) < 1:

@@ -21,12 +21,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from pixelflow_jax import arrays, cli, files, hosts, request, sweep
+from pixelflow_jax import arrays, cli, files, request, sweep
 from pixelflow_jax.config import default_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.evaluation.judge import USUAL, Reference
 from pixelflow_jax.evaluation.sets import open_images
-from pixelflow_jax.training.watchdog import Watchdog
+from pixelflow_jax.training.watchdog import joined
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -38,13 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = _parser().parse_args(argv)
     _check(args)
-    timeouts = default_config().hosts
-    cluster = hosts.gather(timeouts.start_timeout, flags=vars(args))
-    with Watchdog(cluster, timeouts.step_timeout, timeouts.heartbeat_timeout) as watchdog:
-        if cluster:
-            hosts.connect_jax(cluster, timeouts.start_timeout, timeouts.heartbeat_timeout)
-        report = run(args, watchdog.at)
-    if cli.is_first_process():
+    with joined(default_config().hosts, patient=True, flags=vars(args)) as watch:
+        report = run(args, watch)
+    if jax.process_index() == 0:
         print(report)
 
 
@@ -58,13 +54,13 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
         return sweep.run(args, cells, reference)
     samples = open_images(args.samples, "samples", args.resolution) if args.samples else None
     reference = _reference(args, watch)
-    if args.save_stats and cli.is_first_process():
+    if args.save_stats and jax.process_index() == 0:
         values = reference.statistics
         arrays.write_npz(args.save_stats, {name: (x.shape, x.dtype, [x]) for name, x in values.items()})
     if samples is None:
         return f"Wrote the statistics of {args.reference}: {args.save_stats}"
     result = reference.judge(samples)
-    if not cli.is_first_process():
+    if jax.process_index() != 0:
         return ""
     if args.features == "inception" and samples.count < USUAL:
         print(
@@ -102,6 +98,10 @@ def _check(args: argparse.Namespace) -> None:
             )
         if not epath.Path(args.inception).exists():
             raise UserError(f"--inception={args.inception} does not exist")
+    if args.save_stats and (args.sweep or args.features == "pca"):
+        raise UserError(
+            "--save_stats keeps Inception's statistics; leave out --sweep, and --features=pca"
+        )
     if args.sweep:
         if not args.checkpoint or not args.out:
             raise UserError("--sweep needs --checkpoint and --out (a folder)")

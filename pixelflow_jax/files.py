@@ -159,11 +159,15 @@ def append_line(path: epath.PathLike, line: str) -> None:
 
 
 def list_files(folder: epath.PathLike) -> list[str]:
-    """Names in a folder, sorted; empty if there is no such folder. Raises UserError for a file."""
+    """Names in a folder, sorted; empty if there is no such folder. Raises UserError for a file.
+
+    What `atomic_path` left of a write that was killed does not count.
+    """
     folder = epath.Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, but a folder is needed")
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
 
 
 def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:

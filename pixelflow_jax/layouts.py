@@ -56,7 +56,7 @@ def _json(line: str, where: str) -> dict:
     try:
         entry = json.loads(line)
         if isinstance(entry["prompt"], str):
-            return entry
+            return {"prompt": entry["prompt"], "line": entry}
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f'{where} is not a JSON object with a "prompt"')
@@ -76,18 +76,17 @@ def check_layout(layout: str, entries: list[dict], count: int) -> None:
 
 
 def write_layout(layout: str, samples: epath.Path, entries: list[dict], out: epath.Path) -> None:
-    """Writes samples.npz, whose image i shows prompt i mod len(entries), as files of a layout."""
-    (count, *_), _ = arrays.array_shapes(samples)["arr_0"]
-    pixels = np.concatenate(list(arrays.rows(samples, "arr_0", 64)))
+    """Writes samples.npz, as files of a layout; its `prompt` says which one each image shows."""
+    pixels, prompts = (arrays.read_npz(samples, name) for name in ("arr_0", "prompt"))
     for number, entry in enumerate(entries):
-        mine = pixels[number : count : len(entries)]
+        mine = pixels[prompts == number]
         if layout == "dpg":
             out.mkdir(parents=True, exist_ok=True)
             save_png(out / f"{entry['name']}.png", _two_by_two(mine))
             continue
         folder = out / f"{number:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        files.write_bytes(folder / "metadata.jsonl", json.dumps(entry).encode())
+        files.write_bytes(folder / "metadata.jsonl", json.dumps(entry.get("line", entry)).encode())
         for place, image in enumerate(mine):
             save_png(folder / "samples" / f"{place:04d}.png", image)
 

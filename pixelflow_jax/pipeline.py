@@ -8,6 +8,7 @@ Settings are the flags of `python -m pixelflow_jax.sample`, with Python values; 
 command makes, bit for bit.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from pixelflow_jax.sampling.generate import make_generate, make_stages
 
 # Flags of the command that are about files, hosts and devices
 _NOT_HERE = {"help", "checkpoint", "out", "ema", "layout", "context", "save_stages", "num_png", "invert"}
+
+
+PROGRAMS = 16  # compiled ones that are kept
 
 
 class Samples(NamedTuple):
@@ -87,10 +91,10 @@ class Pipeline:
 
     def run(self, **settings: Any) -> Samples:
         """As `sample`, with what else is known of the images."""
-        job, size = self._job(settings)
+        job = self._job(settings)
         generate = self._program(make_generate, job)
         parts = []
-        for chosen, padded in self._batches(job, size):
+        for chosen, padded in self._batches(job):
             out = generate(job.params, job.start.inputs(padded), *job.conditions.of(padded))
             out = jax.tree.map(np.asarray, out)
             _check_finite(out.finite, padded)
@@ -103,33 +107,38 @@ class Pipeline:
 
         All images are one batch.
         """
-        job, _ = self._job(settings)
+        job = self._job(settings)
+        count = len(job.conditions)
+        job = dataclasses.replace(job, batch_size=max(count, job.batch_size))
         run = self._program(make_stages, job)
-        index, nfe = np.arange(len(job.conditions)), []
-        described = [job.settings_of(int(i)) for i in index]
+        (_, index), nfe = next(self._batches(job)), []
+        described = [job.settings_of(i) for i in range(count)]
         for end in run(job.params, job.start.inputs(index), *job.conditions.of(index)):
             _check_finite(end.finite, index)
-            nfe.append(np.asarray(end.nfe))
-            yield Samples(np.asarray(end.pixels), np.stack(nfe, axis=1), described)
+            nfe.append(np.asarray(end.nfe)[:count])
+            yield Samples(np.asarray(end.pixels)[:count], np.stack(nfe, axis=1), described)
 
-    def _job(self, settings: dict[str, Any]) -> tuple[request.Job, int]:
+    def _job(self, settings: dict[str, Any]) -> request.Job:
         argv = [f"--checkpoint={self._checkpoint}", "--out=", *_flags(settings)]
         args = request.parse("", argv)
         request.check_flags(args)
-        return request.prepare(args, self._loaded), args.batch_size
+        return request.prepare(args, self._loaded)
 
     def _program(self, make, job: request.Job):
         """The compiled program of a job; jobs that differ in seed and conditions alone share it."""
         key = make, job.sampler, type(job.start), job.start.stage, job.start.tau
         if type(job.start).__name__ != "FromSeed":  # holds arrays, or seeds that are compiled in
             return make(job.sampler, job.start)
-        if key not in self._compiled:
-            self._compiled[key] = make(job.sampler, job.start)
-        return self._compiled[key]
+        program = self._compiled.pop(key, None) or make(job.sampler, job.start)
+        self._compiled[key] = program  # the newest is last
+        if len(self._compiled) > PROGRAMS:
+            del self._compiled[next(iter(self._compiled))]
+        return program
 
     @staticmethod
-    def _batches(job: request.Job, size: int):
+    def _batches(job: request.Job):
         """(numbers of images, the same padded to a whole batch) of all images."""
+        size = job.batch_size
         for begin in range(0, len(job.conditions), size):
             chosen = np.arange(begin, min(begin + size, len(job.conditions)))
             yield chosen, np.resize(chosen, size)

@@ -29,6 +29,7 @@ FROM_CONFIG = (
     *("solver", "step_control", "rtol", "atol", "num_steps", "grid", "shift"),
     *("guidance_scale", "guidance_schedule", "guidance_interval"),
 )
+BATCH, MAX_BATCH = 25, 256  # images at a time, if nobody says otherwise; and at most, if a picture does
 PILOTS = 8  # images that --nfe_budget is measured on
 STARTS = ("init_image", "from_noise", "interpolate", "invert")
 PACKAGES = ("pixelflow_jax", "jax", "jaxlib", "flax", "diffrax", "numpy")
@@ -51,7 +52,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--negative_prompt", help="a text to steer away from (default: the empty text)")
     add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")
     add("--first_image", type=int, default=0, help="its number (default: %(default)s); continues a set")
-    add("--batch_size", type=int, default=25, help="images at a time, a process (default: %(default)s)")
+    add("--batch_size", type=int, help=f"images at a time, a process (default: all, up to {BATCH})")
     add("--context", type=int, default=1, help="devices that share each image (for large images)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--ema", type=float, help="decay of the average to use; 0 = the raw parameters")
@@ -133,6 +134,7 @@ class Job:
       sampler, start: see sampler.py and starts.py.
       conditions: what every image is to show.
       settings: what settings.json says.
+      batch_size: images at a time; the last batch is filled up to it, so that there is one program.
     """
 
     params: dict
@@ -140,6 +142,7 @@ class Job:
     start: Any
     conditions: Conditions
     settings: dict[str, Any]
+    batch_size: int
 
     def settings_of(self, index: int) -> dict[str, Any]:
         """The settings of one image: what its PNG file carries, for --from_png.
@@ -147,8 +150,9 @@ class Job:
         No paths: who shares a picture does not want to tell them.
         """
         one = {"first_image": self.settings["first_image"] + index, "num_images": 1}
+        one["batch_size"] = self.batch_size  # another one may move a last bit
         one = {**self.settings, **self.conditions.described_of(index), **one}
-        one["start"] = ", ".join(one["start"]) if one["start"] else None
+        one["start"] = next(iter(one["start"])) if one["start"] else None
         return _plain({name: x for name, x in one.items() if name not in ("checkpoint", "text_encoder")})
 
 
@@ -207,12 +211,14 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
         and png_settings(args.from_png).get("checkpoint_sha256") != loaded.sha256
     ):
         print(f"warning: {args.from_png} was made with other weights", file=sys.stderr)
-    return Job(params, sampler, start, conditions, _plain(settings))
+    few = 1 << (len(conditions) - 1).bit_length()  # a power of two: a session's requests share programs
+    batch_size = args.batch_size or min(BATCH, few)
+    return Job(params, sampler, start, conditions, _plain(settings), batch_size)
 
 
 # Of a picture's settings, those that are flags and decide what it shows
 _FROM_PNG = ("ema", "height", "width", "dtype", "seed", "first_image", "num_images", *FROM_CONFIG)
-_FROM_PNG += ("labels", "negative_labels", "prompts", "negative_prompt")
+_FROM_PNG += ("batch_size", "labels", "negative_labels", "prompts", "negative_prompt")
 
 
 def parse(doc: str, argv: list[str]) -> argparse.Namespace:
@@ -229,6 +235,10 @@ def parse(doc: str, argv: list[str]) -> argparse.Namespace:
         replaced = any(arg.partition("=")[0] == f"--{name}" for arg in argv)
         if value is None or replaced or (name == "prompt" and args.prompts_file is not None):
             continue
+        if name == "num_steps" and args.nfe_budget is not None:
+            continue
+        if name == "batch_size" and not (isinstance(value, int) and value <= MAX_BATCH):
+            continue  # a picture may come from anywhere
         value = value[:1] if name == "prompt" and isinstance(value, list) else value
         flags.append(f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
     try:

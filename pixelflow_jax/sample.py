@@ -43,20 +43,16 @@ from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import AXIS, fit_image, image_mesh, make_generate, save_strip
 from pixelflow_jax.sampling.output import OutputFolder, chunks
 from pixelflow_jax.training.checkpoints import load_params
-from pixelflow_jax.training.watchdog import Watchdog
+from pixelflow_jax.training.watchdog import joined
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = request.parse(__doc__, sys.argv[1:] if argv is None else argv)
     request.check_flags(args)
-    timeouts = default_config().hosts
-    cluster = hosts.gather(timeouts.start_timeout, flags=vars(args))
-    with Watchdog(cluster, timeouts.step_timeout, timeouts.heartbeat_timeout) as watchdog:
-        if cluster:
-            hosts.connect_jax(cluster, timeouts.start_timeout, timeouts.heartbeat_timeout)
-        report = invert(args) if args.invert else run(args, watchdog.at)[0]
-    if cli.is_first_process():
+    with joined(default_config().hosts, patient=True, flags=vars(args)) as watch:
+        report = invert(args) if args.invert else run(args, watch)[0]
+    if jax.process_index() == 0:
         print(report)
 
 
@@ -72,7 +68,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     )
     folder.check(job.settings)
     hosts.barrier("every process has looked at the output folder")
-    if cli.is_first_process():
+    if jax.process_index() == 0:
         folder.claim(job.settings)
     made, seconds = 0, []
     if not folder.is_complete():
@@ -80,14 +76,14 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
         made, seconds = _make(args, job, folder, watch)
         watch("waiting for the others")
         hosts.barrier("all images are made")
-    if cli.is_first_process():
+    if jax.process_index() == 0:
         watch("putting samples.npz together")
         folder.finish(job.settings_of)
         if args.layout is not None:
             entries = read_prompts(args)
             write_layout(args.layout, folder.path / "samples.npz", entries, folder.path / args.layout)
     hosts.barrier("samples.npz is there")
-    if not cli.is_first_process():
+    if jax.process_index() != 0:
         return "", None
     total = evaluations(folder.path).sum(axis=1)
     spread = f" ({total.min()} to {total.max()})" if total.min() != total.max() else ""
@@ -107,11 +103,14 @@ def evaluations(folder: epath.PathLike) -> Int[np.ndarray, "n stages"]:
 
 def _make(
     args: argparse.Namespace, job: request.Job, folder: OutputFolder, watch: Callable[[str], None]
-) -> int:
-    """Makes this process's share of the images that are missing; returns how many."""
+) -> tuple[int, list[float]]:
+    """Makes this process's share of the images that are missing.
+
+    Returns how many, and the seconds an image of each batch but the first.
+    """
     mesh = image_mesh(jax.local_devices(), args.context)
     groups = mesh.shape[AXIS]
-    size = -(-args.batch_size // groups) * groups  # as many on every device
+    size = -(-job.batch_size // groups) * groups  # as many on every device
     params = jax.device_put(job.params, NamedSharding(mesh, P()))
     generate = make_generate(job.sampler, job.start, mesh)
     mine = chunks(folder.count, size, jax.process_index(), jax.process_count())
@@ -120,7 +119,7 @@ def _make(
     if args.save_stages:
         (folder.path / "stages").mkdir(exist_ok=True)
     made, seconds = 0, []
-    quiet = not cli.is_first_process()
+    quiet = jax.process_index() != 0
     with tqdm(total=sum(map(len, parts)), unit="image", dynamic_ncols=True, disable=quiet) as bar:
         for chosen in parts:
             watch(f"image {chosen[0]}")
@@ -166,11 +165,11 @@ def invert(args: argparse.Namespace) -> str:
         conditions = [encode_text(sampler.model, params, c) for c in conditions]
         return starts.invert(sampler, params, clean, *conditions)
 
-    parts = []
-    for begin in range(0, len(found), args.batch_size):
-        chosen = np.resize(np.arange(begin, min(begin + args.batch_size, len(found))), args.batch_size)
+    parts, size = [], min(args.batch_size or request.BATCH, len(found))
+    for begin in range(0, len(found), size):
+        chosen = np.resize(np.arange(begin, min(begin + size, len(found))), size)
         noise = inverted(params, clean[chosen], *conditions.of(chosen))
-        kept = min(args.batch_size, len(found) - begin)
+        kept = min(size, len(found) - begin)
         parts.append([np.asarray(x)[:kept] for x in (noise.start, *noise.blocks)])
     joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
     if not all(np.isfinite(part).all() for part in joined):

@@ -10,17 +10,17 @@ config, training resumes from its newest checkpoint. A SIGTERM saves and exits w
 import functools
 import sys
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from pixelflow_jax import cli, convert, hosts
-from pixelflow_jax.config import load_config
+from pixelflow_jax import cli, convert
 from pixelflow_jax.errors import EXIT_PREEMPTED, UserError
-from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
+from pixelflow_jax.training.checkpoints import FOLDER, CheckpointFailed, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.preemption import Preempted
-from pixelflow_jax.training.watchdog import Watchdog
+from pixelflow_jax.training.watchdog import joined
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,38 +30,33 @@ def main(argv: list[str] | None = None) -> None:
         "--config", default="configs/digits.py", help="config file (default: %(default)s)"
     )
     parser.add_argument("--workdir", required=True, help="folder of the run: new, or one to resume")
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
-    config = load_config(args.config, overrides)
-    if config.init_from and not epath.Path(config.init_from).exists():
+    args, config = cli.parse_with_config(parser, argv)
+    begun = (epath.Path(args.workdir) / FOLDER).exists()  # then init_from is not needed any more
+    if config.init_from and not begun and not epath.Path(config.init_from).exists():
         raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
     load_initial = functools.partial(initial_params, config) if config.init_from else None
-    timeouts = config.hosts
-    cluster = hosts.gather(timeouts.start_timeout, config=config.to_dict(), workdir=args.workdir)
     try:
-        with Watchdog(cluster, timeouts.step_timeout, timeouts.heartbeat_timeout) as watchdog:
-            if cluster:
-                hosts.connect_jax(cluster, timeouts.start_timeout, timeouts.heartbeat_timeout)
-                if cli.is_first_process():
-                    print(hosts.host_table(cluster), file=sys.stderr)
-            _, report = train(config, args.workdir, load_initial, watch=watchdog.at)
+        with joined(config.hosts, config=config.to_dict(), workdir=args.workdir) as watch:
+            _, report = train(config, args.workdir, load_initial, watch=watch)
     except Preempted as signal:
         print(signal, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
     except (TrainingDiverged, CheckpointFailed) as error:
         print(f"error: {error}. Checkpoints before it in {args.workdir} are kept", file=sys.stderr)
         sys.exit(1)
-    if cli.is_first_process():
+    if jax.process_index() == 0:
         print(report)
 
 
 def initial_params(config: ConfigDict) -> dict:
     """The parameters that `config.init_from` names: a checkpoint of ours, or official weights."""
     folder = epath.Path(config.init_from)
-    if folder.name == "checkpoints" or any((folder / n).exists() for n in ("checkpoints", "meta")):
-        return load_params(config.init_from)[0]
-    return convert.read_official(config.init_from)[0]
+    try:
+        if folder.name == FOLDER or any((folder / name).exists() for name in (FOLDER, "meta")):
+            return load_params(config.init_from)[0]
+        return convert.read_official(config.init_from)[0]
+    except UserError as error:
+        raise UserError(f"config.init_from={config.init_from} cannot be read: {error}") from None
 
 
 if __name__ == "__main__":

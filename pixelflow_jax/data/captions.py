@@ -15,20 +15,25 @@ from pixelflow_jax import files
 from pixelflow_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+SPLITS = ("train", "val", "valid", "validation", "test")
 METADATA = "metadata.jsonl"
 KEYS = ("text", "caption", "captions", "prompt")  # of a line of metadata.jsonl or of a .json in a tar
 LISTED = 5  # of the images without a caption, in the error
 
 
 def split_root(path: str, split: str) -> str:
-    """The folder of a split: path/split where that exists, else, for "train", the path itself."""
+    """The folder of a split: path/split; for "train" the path itself, if no split has a folder there."""
     root = epath.Path(path)
     if not root.is_dir():
         raise UserError(f"config.data.path={path} is not a folder")
     if (root / split).is_dir():
         return str(root / split)
-    if split != "train":
-        raise UserError(f"config.data.split={split!r}: there is no folder {path}/{split}")
+    there = [name for name in SPLITS if (root / name).is_dir()]
+    if there or split != "train":
+        raise UserError(
+            f"config.data.split={split!r}: there is no {path}/{split}; splits there: "
+            f"{', '.join(there) or 'none'}"
+        )
     return str(root)
 
 

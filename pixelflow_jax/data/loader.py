@@ -22,7 +22,7 @@ from pixelflow_jax import flow
 from pixelflow_jax.config import block_unit, max_blocks
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
 from pixelflow_jax.data.sources import Source
-from pixelflow_jax.data.transforms import BrokenImage, Size, transform
+from pixelflow_jax.data.transforms import Size, transform
 from pixelflow_jax.text.encoder import make_text_reader
 
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
@@ -53,7 +53,7 @@ class LoadExample(grain.transforms.RandomMap):
                 data, label = self._source[index]
                 image = transform(data, sizes, self._crop, self._flip, rng)
                 break
-            except (BrokenImage, OSError):
+            except OSError:
                 broken = index if broken < 0 else broken
                 index = int(rng.integers(len(self._source)))
         else:
@@ -145,6 +145,6 @@ def why_broken(source: Source, index: int, data: ConfigDict) -> str:
     """One line on a broken example: its name and what is wrong with it."""
     try:
         transform(source[index][0], bucket_sizes(data), data.crop, False, np.random.default_rng(0))
-    except (BrokenImage, OSError) as error:
+    except OSError as error:
         return f"{source.name(index)}: {error}"
     return f"{source.name(index)}: it can be read now"

@@ -18,10 +18,10 @@ from PIL import Image
 from pixelflow_jax import files
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.captioned_digits import captioned_digits
-from pixelflow_jax.data.captions import EXTENSIONS, CaptionFolder, TarSource
+from pixelflow_jax.data.captions import EXTENSIONS, SPLITS, CaptionFolder, TarSource, split_root
 from pixelflow_jax.errors import UserError
 
-SPLITS = ("train", "val", "valid", "validation", "test")  # folders that are no classes
+HELD_OUT = tuple(name for name in SPLITS if name != "train")
 HOLD_OUT_EVERY = 4  # of the digits, every 4th image is kept for evaluation
 
 
@@ -144,16 +144,7 @@ class FolderSource:
     """
 
     def __init__(self, path: str, split: str):
-        root = epath.Path(path)
-        if not root.is_dir():
-            raise UserError(f"config.data.path={path} is not a folder")
-        below = {child.name for child in root.iterdir() if child.is_dir()}
-        if split not in below and (below & set(SPLITS) or split != "train"):
-            raise UserError(
-                f"config.data.split={split!r}: there is no {path}/{split}; folders there: "
-                f"{', '.join(sorted(below)[:20])}"
-            )
-        self.root = str(root / split if split in below else root)
+        self.root = split_root(path, split)
         self.classes = sorted(
             child.name
             for child in epath.Path(self.root).iterdir()
@@ -195,6 +186,21 @@ def image_files(root: str, folder: str = "") -> list[str]:
         for name in names
         if name.lower().endswith(EXTENSIONS)
     ]
+
+
+def held_out(config: ConfigDict) -> tuple[Source, str]:
+    """(images that training does not see, the name of their split): the first that is there.
+
+    Raises:
+      UserError: if there is none.
+    """
+    problem = None
+    for split in HELD_OUT:
+        try:
+            return load_source(config, split), split
+        except UserError as error:
+            problem = problem or error
+    raise problem
 
 
 class TfdsSource:

@@ -10,11 +10,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 Size = tuple[int, int]  # (height, width) in pixels
-CROPS = ("none", "random", "center")
+warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks and palettes are no trouble to us
 MARGIN = 1.125  # how much larger than needed an image becomes before a random crop
 
 
-class BrokenImage(Exception):
+class BrokenImage(OSError):
     """An image that cannot be decoded; the message says why."""
 
 
@@ -27,15 +27,13 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
     if isinstance(data, np.ndarray):
         return Image.fromarray(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF blocks and palettes are no trouble to us
-            image = Image.open(io.BytesIO(data))
-            image.load()
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                # convert() would clip these at 255
-                wide = np.asarray(image).astype(np.int64)
-                image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
-            return image.convert("RGB")
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            # convert() would clip these at 255
+            wide = np.asarray(image).astype(np.int64)
+            image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
+        return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise BrokenImage(f"{type(error).__name__}: {error}") from error
 

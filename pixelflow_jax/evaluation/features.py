@@ -70,9 +70,9 @@ class PcaFeatures:
         from sklearn.decomposition import PCA
 
         step = max(1, reference.count // PCA_FIT)
-        parts = [batch for batch in reference.batches(1000)]
-        pixels = np.concatenate(parts)[::step][:PCA_FIT]
-        flat = _flat(pixels)
+        batches = enumerate(reference.batches(1000))
+        parts = [_flat(batch[-1000 * number % step :: step]) for number, batch in batches]
+        flat = np.concatenate(parts)[:PCA_FIT]
         dim = min(PCA_DIM, len(flat) - 1, flat.shape[1])
         if dim < 1:
             raise UserError(f"{reference.name} has too few images for principal components")

@@ -39,6 +39,12 @@ class Reference:
             self.images = open_images(path, "reference", resolution)
         if inception:
             self.extract = InceptionFeatures(inception)
+            for name, size in (("mu", 2048), ("mu_s", 2023)):
+                if name in known and known[name].shape != (size,):
+                    raise UserError(
+                        f"--reference={path}: {name} is {known[name].shape}, not of Inception's "
+                        f"features, {(size,)}"
+                    )
         else:
             self.extract = PcaFeatures(self.images)
         self.vectors = None

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 
 from pixelflow_jax import arrays, files
 from pixelflow_jax.config import load_config
-from pixelflow_jax.data.sources import image_files, load_source
+from pixelflow_jax.data.sources import held_out, image_files
 from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode
 from pixelflow_jax.errors import UserError
 
@@ -145,8 +145,7 @@ def _of_folder(folder: epath.Path, flag: str, resolution: int | None) -> ImageSe
 
 def _of_config(path: str) -> ImageSet:
     config = load_config(path)
-    split = "test" if config.data.source in ("digits", "idx") else "val"
-    source = load_source(config, split)
+    source, split = held_out(config)
 
     def read(begin: int, end: int) -> np.ndarray:
         chosen = [source[i][0] for i in range(begin, end)]

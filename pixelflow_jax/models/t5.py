@@ -57,7 +57,7 @@ class T5Config:
         found = {}
         for field in dataclasses.fields(cls):
             value = values.get(field.name, field.default)
-            if value is dataclasses.MISSING or isinstance(value, bool) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 raise UserError(f"{where}: {field.name} is missing or not a positive number")
             found[field.name] = value
         if found["layer_norm_epsilon"] != cls.layer_norm_epsilon:

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixelflow_jax import files, images, sharding
 from pixelflow_jax.config import build_cascade, build_model
+from pixelflow_jax.data.transforms import decode
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text
@@ -159,11 +160,7 @@ def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[S
 
 def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     """An image file's pixels. Raises OSError if it cannot be read as one."""
-    try:
-        with Image.open(io.BytesIO(files.read_bytes(path))) as image:
-            return np.asarray(image.convert("RGB"))
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow does
-        raise OSError(f"{path} is not an image: {error}") from None
+    return np.asarray(decode(files.read_bytes(path)))
 
 
 def fit_image(

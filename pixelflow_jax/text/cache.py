@@ -32,11 +32,12 @@ class EmbeddingCache:
     """Text states by text.
 
     Raises:
-      UserError: if the folder is no cache, or of an encoder with another width.
+      UserError: if the folder is no cache, or of an encoder with another width, or not on a disk.
     """
 
     def __init__(self, path: str, width: int | None = None):
         self._path = path
+        _check_local(path)
         self.manifest = files.read_json(epath.Path(path) / MANIFEST)
         if not isinstance(self.manifest, dict) or "width" not in self.manifest:
             raise UserError(f"{path}/{MANIFEST} is not of a cache of text states")
@@ -91,6 +92,11 @@ class EmbeddingCache:
         return place if place < len(self._keys) and self._keys[place] == key else None
 
 
+def _check_local(path: str) -> None:
+    if "://" in path:
+        raise UserError(f"{path}: a cache of text states is read at any place; copy it to a disk")
+
+
 def _shards(path: str) -> list[str]:
     return [name for name in files.list_files(path) if name.endswith(".safetensors")]
 
@@ -129,6 +135,7 @@ def encode_texts(
     Raises:
       UserError: if `out` holds something else.
     """
+    _check_local(out)
     folder = epath.Path(out)
     if files.list_files(folder):
         found = files.read_json(folder / MANIFEST)

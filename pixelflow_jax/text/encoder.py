@@ -100,7 +100,10 @@ def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
       UserError: if weights are missing, unreadable, or do not fit config.json.
     """
     if (folder / INDEX).exists():
-        places = files.read_json(folder / INDEX).get("weight_map", {})
+        index = files.read_json(folder / INDEX)
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{folder / INDEX} has no weight_map of names to files")
     elif (folder / WEIGHTS).exists():
         places = dict.fromkeys(_open(folder / WEIGHTS).keys(), WEIGHTS)
     else:

@@ -6,12 +6,19 @@ thread each; process 0 hears all and decides.
 """
 
 import contextlib
+import math
 import os
 import select
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
+from ml_collections import ConfigDict
+
+from pixelflow_jax import hosts
 from pixelflow_jax.errors import EXIT_LOST, Lost, UserError
 from pixelflow_jax.hosts import START_SILENCE, Cluster
 from pixelflow_jax.training.metrics import TrainingDiverged
@@ -21,6 +28,29 @@ BEAT = 1.0  # seconds between messages
 GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over
 OWN = (UserError, TrainingDiverged, Preempted)  # errors that speak for themselves
 LOST = "Checkpoints are kept: start the same command again on all, and it goes on from the newest"
+
+
+@contextlib.contextmanager
+def joined(
+    timeouts: ConfigDict, patient: bool = False, **settings: Any
+) -> Iterator[Callable[[str], None]]:
+    """Holds the roll call, connects JAX's processes, and watches them till the end.
+
+    Args:
+      timeouts: a config's `hosts`.
+      patient: a process that is alone may stay in one place for as long as it likes.
+      settings: what all processes must agree on, see `hosts.make_record`.
+
+    Yields `Watchdog.at`.
+    """
+    cluster = hosts.gather(timeouts.start_timeout, **settings)
+    step_timeout = timeouts.step_timeout if cluster or not patient else math.inf
+    with Watchdog(cluster, step_timeout, timeouts.heartbeat_timeout) as watchdog:
+        if cluster:
+            hosts.connect_jax(cluster, timeouts.start_timeout, timeouts.heartbeat_timeout)
+            if jax.process_index() == 0:
+                print(hosts.host_table(cluster), file=sys.stderr)
+        yield watchdog.at
 
 
 class Watchdog:
