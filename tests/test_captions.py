@@ -50,6 +50,13 @@ def test_folder_with_texts(text_folder):
     assert found["c.png"] == (png(2), EXPECTED["deep/c"])
 
 
+def test_a_missing_split_is_not_the_whole(text_folder):
+    """Catches training on the validation images, where there is no folder for training."""
+    (text_folder / "val").mkdir()
+    with pytest.raises(UserError, match="there is no .*/train; splits there: val"):
+        CaptionFolder(str(text_folder), "train")
+
+
 def test_folder_with_metadata(text_folder):
     """Catches metadata.jsonl that is not read, or read for another folder."""
     (text_folder / "deep" / "c.txt").unlink()

@@ -5,16 +5,19 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
-from pixelflow_jax import convert, request, sample, train
+from pixelflow_jax import cli, convert, files, request, sample, train
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.training import loop
+from pixelflow_jax.training.watchdog import joined
 
 from conftest import TINY
 
@@ -107,6 +110,10 @@ def test_sample_flags_reach_the_sampler(trained, tmp_path):
         (["--config.batch_size=7"], "the next is 8"),
         (["--config.num_train_steps=0"], "at least 1"),
         (["--config.num_train_steps=-5"], "at least 1"),
+        (["--config.sample.num_images=0"], "at least 1"),
+        (["--config.data.label_dropout=10"], "must lie in 0..1"),
+        (["--config.model.scan_unroll=0"], "at least 1"),
+        (["--config.model.depth", "12"], "write it as --config.model.depth=VALUE"),
         (["--config.optimizer.schedule=step"], "one of constant, cosine"),
         (["--config.data.source=imagenet"], "one of digits, captioned_digits"),
         (["--config.model.num_classes=5"], "has 10 classes"),
@@ -207,6 +214,31 @@ def test_exit_codes_and_no_traceback(tmp_path):
         assert result.returncode == 2, result
         assert "Traceback" not in result.stderr and "error:" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reports_end_as_errors_do(monkeypatch, capsys):
+    """Catches a process that says what is wrong and then waits for the others of its run for minutes."""
+    left = []
+    monkeypatch.setattr(cli.hosts, "leave", left.append)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: sys.exit("error: image 3 is not finite"))
+    assert ended.value.code == 1 and left == [1]
+    assert "image 3" in capsys.readouterr().err
+
+
+def test_alone_and_patient():
+    """Catches a long batch of one process that the watchdog takes for a process that hangs."""
+    timeouts = ConfigDict(dict(start_timeout=1.0, step_timeout=0.1, heartbeat_timeout=1.0))
+    with joined(timeouts, patient=True) as watch:
+        watch("one batch")
+        time.sleep(2.5)
+
+
+def test_what_a_killed_write_left_does_not_count(tmp_path):
+    """Catches a new folder that is refused for good after a SIGKILL in its first write."""
+    (tmp_path / ".config.json.12.abc.tmp").write_text("{")
+    assert files.list_files(tmp_path) == []
 
 
 def test_import_is_quick_and_lean():

@@ -98,6 +98,8 @@ def test_image_sets(pictures):
         shared = [b for process in (1, 0) for b in found.batches(5, process, 2)]
         assert sorted(x.tobytes() for b in shared for x in b) == sorted(x.tobytes() for x in pixels)
     assert open_images("configs/digits.py", "reference").count == 450
+    held_out = open_images("configs/t2i_tiny.py", "reference")
+    assert "test split" in held_out.name and held_out.read(0, 2).shape == (2, 16, 16, 3)
 
 
 def test_features_stream(pictures):
@@ -211,6 +213,7 @@ def test_wrong_inception_weights(inception_file, tmp_path):
         (["--samples={npz}", "--reference={torn}"], "not a whole npz file"),
         (["--samples={pickle}"], "Python objects"),
         (["--samples={npz}", "--solver=euler"], "goes with --sweep"),
+        (["--save_stats=x.npz"], "Inception's statistics"),
         (["--samples={npz}", "--reference=configs/digits.py", "--out={empty}"], "is a folder"),
         (["--samples={mixed}"], "add --resolution"),
         (["--samples={small}"], "must be of one size"),

@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import pixelflow_jax as pf
+from pixelflow_jax import pipeline as pipeline_room
 from pixelflow_jax import sample
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.sampling import sampler as sampler_room
@@ -148,6 +149,29 @@ def test_parts_of_a_large_batch(model, monkeypatch):
     parts = model.sample(**settings, batch_size=6)
     np.testing.assert_array_equal(whole, parts)
     model._compiled.clear()
+
+
+def test_programs_do_not_pile_up(model, monkeypatch):
+    """Catches a demo whose memory grows with every guidance scale that is tried."""
+    monkeypatch.setattr(pipeline_room, "PROGRAMS", 1)
+    model._compiled.clear()
+    for scale in (2.0, 3.0):
+        model.sample(num_images=1, num_steps=1, guidance_scale=scale)
+    ((key, _),) = model._compiled.items()
+    assert key[1].guidance.scale == 3.0
+    model._compiled.clear()
+
+
+def test_a_batch_is_as_large_as_the_request(model, trained, tmp_path):
+    """Catches one image that costs 25, and a picture that does not tell how it was made."""
+    sizes = [model._job(dict(num_images=n)).settings_of(0)["batch_size"] for n in (1, 2, 5, 40)]
+    assert sizes == [1, 2, 8, 25]
+    flags = ["--num_images=2", "--num_steps=2", "--batch_size=3"]
+    sample.main([f"--checkpoint={trained}", f"--out={tmp_path}", *flags])
+    png = str(tmp_path / "000001.png")
+    assert model._job(dict(from_png=png)).batch_size == 3
+    planned = model._job(dict(from_png=png, nfe_budget=8)).settings  # in place of the picture's steps
+    assert planned["nfe_budget"] == 8 and sum(planned["num_steps"]) == 8
 
 
 def test_a_loop_of_ones_own():

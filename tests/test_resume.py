@@ -224,6 +224,19 @@ def test_a_new_run_can_start_from_old_weights(whole, tmp_path):
         train.main([f"--workdir={tmp_path / 'deep'}", *flags, "--config.model.depth=3"])
 
 
+def test_resume_does_not_need_init_from(whole, tmp_path):
+    """Catches a run that cannot go on once the checkpoint that it began from is gone."""
+    from pixelflow_jax import train
+
+    begin = shutil.copytree(whole[0], tmp_path / "begin")
+    flags = [f"--workdir={tmp_path / 'new'}", f"--config.init_from={begin}"]
+    flags += [f"--config.{override}" for override in TINY]
+    train.main([*flags, "--config.num_train_steps=1"])
+    shutil.rmtree(begin)
+    train.main([*flags, "--config.num_train_steps=2"])
+    assert (tmp_path / "new" / "checkpoints" / "2").exists()
+
+
 def test_what_is_kept(tmp_path, tiny_config):
     """Catches keep_checkpoints and keep_every that are swapped or ignored; two kinds of average."""
     tiny_config.update(num_train_steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3)

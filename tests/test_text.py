@@ -12,6 +12,7 @@ from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.convert import from_official, to_official
 from pixelflow_jax.data import captioned_digits as digits
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.layouts import write_layout
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
 from pixelflow_jax.packing import Group, PackLayout
@@ -243,6 +244,15 @@ def test_layouts_of_the_scorers(tmp_path):
     np.testing.assert_array_equal(read_image(folder / "samples" / "0002.png"), images["geneval"][5])
     grid = read_image(tmp_path / "out_dpg" / "dpg" / "second.png")
     np.testing.assert_array_equal(grid[16:, :16], images["dpg"][5])
+    pixels = images["dpg"][:4]
+    np.savez(tmp_path / "later.npz", arr_0=pixels, prompt=[1, 0, 1, 0])  # as --first_image=1 has it
+    write_layout("geneval", tmp_path / "later.npz", entries, tmp_path / "later")
+    later = tmp_path / "later" / "00001" / "samples" / "0001.png"
+    np.testing.assert_array_equal(read_image(later), pixels[2])
+    (tmp_path / "named.jsonl").write_text(json.dumps({"prompt": "a six", "name": "../../x"}))
+    named = [f"--out={tmp_path / 'z'}", f"--prompts_file={tmp_path / 'named.jsonl'}", "--layout=dpg"]
+    with pytest.raises(UserError, match="FOLDER"):  # a name from a file could lead elsewhere
+        sample.main([flags[0], "--num_images=4", *named])
     for extra, match in (
         (["--num_images=6", "--layout=dpg"], "set --num_images=8"),
         (["--num_images=3", "--layout=geneval"], "as many images for each"),
