@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, FieldReference
 
 from pixelflow_jax import files
@@ -191,31 +192,30 @@ def config_from_dict(values: dict[str, Any]) -> ConfigDict:
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     """What keeps `config` from continuing a run of `other`: 'key: value, was value' for each."""
     found = []
-    for name in IDENTITY:
-        new, old = _flat(name, config[name]), _flat(name, other[name])
-        for key in sorted((new.keys() | old.keys()) - FREE):
-            if new.get(key) != old.get(key):
-                found.append(f"{key}: {new.get(key)!r}, was {old.get(key)!r}")
+    new, old = _flat(config), _flat(other)
+    for key in sorted((new.keys() | old.keys()) - FREE):
+        if key.partition(".")[0] in IDENTITY and new.get(key) != old.get(key):
+            found.append(f"{key}: {new.get(key)!r}, was {old.get(key)!r}")
     return found
 
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that cannot work, with the key and what would be right."""
-    for key, value in _flat("config", config).items():
+    flat = _flat(config)
+    for key, value in flat.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if isinstance(value, str):
-            files.check_text(key, value)
+            files.check_text(f"config.{key}", value)
         if any(isinstance(number, (int, float)) and not abs(number) <= 2**32 for number in numbers):
-            raise UserError(f"{key}={value} is not a number that can be")
+            raise UserError(f"config.{key}={value} is not a number that can be")
     for key, (low, high) in BOUNDS.items():
-        value = _get(config, key)
-        if not low <= value <= high:
+        if not low <= flat[key] <= high:
             wanted = f"lie in {low}..{high}" if high < 2**32 else f"be at least {low}"
-            raise UserError(f"config.{key} must {wanted}, got {value}")
+            raise UserError(f"config.{key} must {wanted}, got {flat[key]}")
     for key, choices in CHOICES.items():
-        if _get(config, key) not in choices:
+        if flat[key] not in choices:
             names = ", ".join(choices)
-            raise UserError(f"config.{key} must be one of {names}, got {_get(config, key)!r}")
+            raise UserError(f"config.{key} must be one of {names}, got {flat[key]!r}")
     for key, seconds in config.hosts.items():
         if seconds <= 0:
             raise UserError(f"config.hosts.{key} must be positive, got {seconds}")
@@ -342,7 +342,7 @@ def _installed_config(path: str) -> pathlib.Path:
 
 def _override(config: ConfigDict, key: str, text: str) -> None:
     """Sets one key from text, converted to the type of its present value."""
-    known = [name for section in config for name in _flat(section, config[section])]
+    known = _flat(config)
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean config.{close[0]}?" if close else f"known keys: {', '.join(known)}"
@@ -380,13 +380,6 @@ def _parse(key: str, text: str, old: Any) -> Any:
     raise UserError(f"--config.{key}={text}: expected a value like {old!r} ({type(old).__name__})")
 
 
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, ConfigDict):
-        return {prefix: value}
-    return {k: v for name in value for k, v in _flat(f"{prefix}.{name}", value[name]).items()}
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
-    return config
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    """Every key with its value, as model.depth."""
+    return flatten_dict(config.to_dict(), sep=".")

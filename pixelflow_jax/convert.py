@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import yaml
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from pixelflow_jax import cli, files
@@ -33,29 +34,21 @@ class Rule(NamedTuple):
 
     official: str
     ours: tuple[str, ...]
-    load: Callable[[np.ndarray], np.ndarray]
-    save: Callable[[np.ndarray], np.ndarray]
-
-
-def _same(x):
-    return x
-
-
-def _transpose(x):
-    return x.T
+    load: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    save: Callable[[np.ndarray], np.ndarray] = lambda x: x
 
 
 def _dense(official: str, *ours: str) -> list[Rule]:
     return [
-        Rule(f"{official}.weight", (*ours, "kernel"), _transpose, _transpose),
-        Rule(f"{official}.bias", (*ours, "bias"), _same, _same),
+        Rule(f"{official}.weight", (*ours, "kernel"), np.transpose, np.transpose),
+        Rule(f"{official}.bias", (*ours, "bias")),
     ]
 
 
 def _attention(official: str, ours: str) -> list[Rule]:
     rules = [rule for name in "qkvo" for rule in _dense(f"{official}.{name}_proj", ours, name)]
     for name in ("q_norm", "k_norm"):
-        rules.append(Rule(f"{official}.{name}.weight", (ours, name, "scale"), _same, _same))
+        rules.append(Rule(f"{official}.{name}.weight", (ours, name, "scale")))
     return rules
 
 
@@ -63,9 +56,9 @@ def _block_rules(text: bool) -> list[Rule]:
     """Names within `transformer_blocks.<i>` and within our stacked `blocks`."""
     rules = _dense("norm1.linear", "modulation") + _attention("attn1", "self_attention")
     if text:
-        rules.append(Rule("norm2.weight", ("cross_norm", "scale"), _same, _same))
+        rules.append(Rule("norm2.weight", ("cross_norm", "scale")))
         rules += _attention("attn2", "cross_attention")
-    rules.append(Rule("norm3.weight", ("mlp_norm", "scale"), _same, _same))
+    rules.append(Rule("norm3.weight", ("mlp_norm", "scale")))
     return rules + _dense("mlp.fc1", "mlp_1") + _dense("mlp.fc2", "mlp_2")
 
 
@@ -82,14 +75,14 @@ def _outer_rules(patch_size: int, classes: bool) -> list[Rule]:
 
     rules = [
         Rule("patch_embed.proj.weight", ("patch_embed", "kernel"), load_patch, save_patch),
-        Rule("patch_embed.proj.bias", ("patch_embed", "bias"), _same, _same),
+        Rule("patch_embed.proj.bias", ("patch_embed", "bias")),
     ]
     for official, ours in (("timestep_embedder", "time_embed"), ("latent_size_embedder", "size_embed")):
         rules += _dense(f"{official}.linear_1", ours, "linear_1")
         rules += _dense(f"{official}.linear_2", ours, "linear_2")
     if classes:
         name = "class_embedder.embedding_table.weight"
-        rules.append(Rule(name, ("class_embed", "embedding"), _same, _same))
+        rules.append(Rule(name, ("class_embed", "embedding")))
     return rules + _dense("proj_out_1", "head_modulation") + _dense("proj_out_2", "head")
 
 
@@ -99,7 +92,7 @@ def from_official(state: State, config: ConfigDict) -> Params:
     Raises:
       UserError: names every key that is missing, left over, or of a wrong shape.
     """
-    shapes = jax.eval_shape(lambda: init_params(build_model(config), 0))
+    shapes = flatten_dict(jax.eval_shape(lambda: init_params(build_model(config), 0)))
     left, params, problems = dict(state), {}, []
     model = config.model
 
@@ -115,18 +108,17 @@ def from_official(state: State, config: ConfigDict) -> Params:
         return rule.load(theirs)
 
     for rule in _outer_rules(model.patch_size, model.num_classes > 0):
-        value = take(rule.official, rule, _at(shapes, rule.ours).shape)
-        _put(params, rule.ours, value)
+        params[rule.ours] = take(rule.official, rule, shapes[rule.ours].shape)
     for rule in _block_rules(model.context_dim > 0):
         path = ("blocks", *rule.ours)
         names = [f"transformer_blocks.{i}.{rule.official}" for i in range(model.depth)]
-        layers = [take(name, rule, _at(shapes, path).shape[1:]) for name in names]
-        _put(params, path, None if any(x is None for x in layers) else np.stack(layers))
+        layers = [take(name, rule, shapes[path].shape[1:]) for name in names]
+        params[path] = None if any(x is None for x in layers) else np.stack(layers)
     problems += [f"left over: {name}" for name in left]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else "")
         raise UserError(f"the weights do not fit the config: {shown}")
-    return params
+    return unflatten_dict(params)
 
 
 def to_official(params: Params, config: ConfigDict) -> State:
@@ -138,35 +130,17 @@ def to_official(params: Params, config: ConfigDict) -> State:
     if TEXT in params:
         raise UserError("this model has a text encoder of its own, which official weights cannot hold")
     model, state = config.model, {}
-    for rule in _outer_rules(model.patch_size, model.num_classes > 0):
-        state[rule.official] = rule.save(np.asarray(_at(params, rule.ours)))
+    ours = {path: np.asarray(x) for path, x in flatten_dict(params).items()}
     if model.context_dim and model.cross_gate:
-        params = _fold_gate(params)
+        gate, last = ours["blocks", "cross_gate"], ("blocks", "cross_attention", "o")
+        ours[*last, "kernel"] = ours[*last, "kernel"] * gate[:, None]
+        ours[*last, "bias"] = ours[*last, "bias"] * gate
+    for rule in _outer_rules(model.patch_size, model.num_classes > 0):
+        state[rule.official] = rule.save(ours[rule.ours])
     for rule in _block_rules(model.context_dim > 0):
-        stacked = np.asarray(_at(params, ("blocks", *rule.ours)))
-        for i, layer in enumerate(stacked):
+        for i, layer in enumerate(ours["blocks", *rule.ours]):
             state[f"transformer_blocks.{i}.{rule.official}"] = rule.save(layer)
     return {name: np.ascontiguousarray(array) for name, array in state.items()}
-
-
-def _fold_gate(params: Params) -> Params:
-    """The same function without the gate on the cross-attention: its last layer takes it in."""
-    blocks = params["blocks"]
-    gate, out = np.asarray(blocks["cross_gate"]), blocks["cross_attention"]["o"]
-    out = {"kernel": np.asarray(out["kernel"]) * gate[:, None], "bias": np.asarray(out["bias"]) * gate}
-    return {**params, "blocks": {**blocks, "cross_attention": {**blocks["cross_attention"], "o": out}}}
-
-
-def _at(tree: Params, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _put(tree: Params, path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
 
 
 def official_config(values: dict[str, Any]) -> ConfigDict:

@@ -30,6 +30,9 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from flax.traverse_util import flatten_dict
+
 from pixelflow_jax.errors import Lost, UserError
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -338,7 +341,7 @@ def _report(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
 
 def disagreements(records: Sequence[dict[str, Any]]) -> str:
     """What keeps processes with these records from being one run, in a sentence; "" if nothing does."""
-    flat = [_flat("", record) for record in records]
+    flat = [flatten_dict(record, sep=".") for record in records]
     found = []
     for key in sorted(set().union(*flat) - {"hostname"}):
         holders: dict[str, list[str]] = {}
@@ -360,15 +363,6 @@ def disagreements(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found = {}
-    for name, entry in value.items():
-        found |= _flat(f"{prefix}.{name}" if prefix else name, entry)
-    return found
-
-
 def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float) -> None:
     """Connects JAX to the other processes; must come before other JAX calls.
 
@@ -378,8 +372,6 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
     soon as process 0 is gone. For the watchdog to have the last word then, SIGABRT first sleeps for as
     many seconds as the signal's number says: 6.
     """
-    import jax
-
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
 
@@ -400,8 +392,6 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
 
 def barrier(name: str) -> None:
     """Waits until every process of the run has come here; nothing if there is one."""
-    import jax
-
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
@@ -429,29 +419,15 @@ def leave(code: int) -> None:
 
 def host_table(cluster: Cluster) -> str:
     """The processes of a run as a table; needs JAX connected, for the devices."""
-    import jax
-
     kinds: dict[int, list[str]] = {}
     for device in jax.devices():
         kinds.setdefault(device.process_index, []).append(device.device_kind)
-    rows = [("process", "host", "devices", "python", "jax", "code", "config")]
+    line = "{:<8} {:<24} {:<20} {:<8} {:<8} {:<13} {}".format
+    lines = [line("process", "host", "devices", "python", "jax", "code", "config")]
     for index, record in enumerate(cluster.records):
-        here = kinds.get(index, ["none"])
+        here, versions = kinds.get(index, ["none"]), record["versions"]
         config = hashlib.sha256(json.dumps(record.get("config"), sort_keys=True).encode()).hexdigest()
-        versions = record["versions"]
-        rows.append(
-            (
-                str(index),
-                record["hostname"],
-                f"{len(here)} x {here[0]}",
-                versions["python"],
-                versions["jax"],
-                record["pixelflow_jax"],
-                config[:12],
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+        devices = f"{len(here)} x {here[0]}"
+        known = versions["python"], versions["jax"], record["pixelflow_jax"], config[:12]
+        lines.append(line(index, record["hostname"], devices, *known))
+    return "\n".join(lines)

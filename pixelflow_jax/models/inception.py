@@ -9,8 +9,10 @@ import re
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
 from pixelflow_jax.errors import UserError
@@ -227,13 +229,8 @@ def inception_params(state: dict[str, np.ndarray]) -> dict:
     Raises:
       UserError: if an array is missing, left over or of a wrong shape.
     """
-    import jax
-
     shapes = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
-    expected = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"])
-    }
+    expected = {path: x.shape for path, x in flatten_dict(shapes["params"], sep="/").items()}
     params, problems = {}, []
     for name, array in state.items():
         if name.endswith("num_batches_tracked") or name.startswith("AuxLogits."):
@@ -244,11 +241,7 @@ def inception_params(state: dict[str, np.ndarray]) -> dict:
         elif len(axes) != np.ndim(array) or tuple(np.shape(array)[i] for i in axes) != expected[ours]:
             problems.append(f"{name} has shape {np.shape(array)}")
         else:
-            *parents, leaf = ours.split("/")
-            tree = params
-            for parent in parents:
-                tree = tree.setdefault(parent, {})
-            tree[leaf] = np.asarray(array, np.float32).transpose(axes)
+            params[ours] = np.asarray(array, np.float32).transpose(axes)
             del expected[ours]
     problems += [f"missing: {name}" for name in expected]
     if problems:
@@ -256,7 +249,7 @@ def inception_params(state: dict[str, np.ndarray]) -> dict:
         raise UserError(
             f"these are not the weights of FID's Inception-v3: {'; '.join(problems[:5])}{more}"
         )
-    return params
+    return unflatten_dict(params, sep="/")
 
 
 def _our_name(name: str) -> tuple[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.errors import UserError
@@ -199,7 +200,7 @@ def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np
     names = set(names)
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     shapes = jax.eval_shape(lambda: T5Encoder(config).init(jax.random.key(0), ids, mask))["params"]
-    params = jax.tree.map(lambda x: np.empty(x.shape, dtype), shapes)
+    flat = {path: np.empty(x.shape, dtype) for path, x in flatten_dict(shapes).items()}
     problems = [f"unknown: {name}" for name in unknown_names(names, config)]
     for path, layer, name in weight_names(config):
         if name not in names and name == EMBED_NAMES[0]:
@@ -207,10 +208,7 @@ def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np
         if name not in names:
             problems.append(f"missing: {name}")
             continue
-        leaf = params
-        for key in path:
-            leaf = leaf[key]
-        leaf = leaf if layer is None else leaf[layer]
+        leaf = flat[path] if layer is None else flat[path][layer]
         theirs, kernel = read(name), path[-1] == "kernel"
         expected = leaf.shape[::-1] if kernel else leaf.shape
         if theirs.shape != expected:
@@ -220,4 +218,4 @@ def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise UserError(f"{where} does not fit its config.json: {'; '.join(problems[:6])}{more}")
-    return params
+    return unflatten_dict(flat)

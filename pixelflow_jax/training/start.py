@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -66,12 +67,9 @@ def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
 
 def check_shapes(params: dict, expected: dict, path: str) -> None:
     """Raises UserError unless parameters have the names and shapes that the config's model has."""
-
-    def flat(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
-
-    ours, theirs = flat(expected), flat(params)
+    ours, theirs = (
+        {name: x.shape for name, x in flatten_dict(tree, sep="/").items()} for tree in (expected, params)
+    )
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise UserError(
