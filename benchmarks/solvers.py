@@ -11,18 +11,22 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixelflow_jax.sampling import adaptive, budget, solvers
+from pixelflow_jax.sampling import budget, solvers
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import FromSeed, image_keys
 from pixelflow_jax.training.checkpoints import load_params
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+from diffrax_fixed import solve_fixed_diffrax
 
 # Steps a stage from which on the error falls as the order says
 ORDER_STEPS = {
@@ -203,7 +207,7 @@ def speed(trial: Trial, repeats: int) -> None:
         "400 steps of the small fields, so that calling the program does not count; 20 of the network.\n"
     )
     body = []
-    both = (solvers.solve_fixed, adaptive.solve_fixed_diffrax)
+    both = (solvers.solve_fixed, solve_fixed_diffrax)
 
     def compare(name: str, make_field, params, x, solver: str, steps: int) -> None:
         taus, block = np.linspace(0, 1, steps + 1), 5 if steps > 20 else 1

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import stat
@@ -133,19 +132,6 @@ def read_json(path: epath.PathLike) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file: {error}") from None
-
-
-def json_line(values: dict[str, Any]) -> str:
-    """One line of JSON; a number that JSON has no word for (NaN, infinity) becomes null."""
-
-    def clean(value):
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, (list, tuple)):
-            return [clean(entry) for entry in value]
-        return value
-
-    return json.dumps({key: clean(value) for key, value in values.items()}) + "\n"
 
 
 def append_line(path: epath.PathLike, line: str) -> None:

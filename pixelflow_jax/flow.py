@@ -91,7 +91,7 @@ def corrupt(
     num_classes: int,
     label_dropout: float,
     sizes: Int[Array, "rows b 2"] | None = None,
-) -> tuple[FlowBatch, PackLayout | MixedLayout]:
+) -> tuple[FlowBatch, PackLayout]:
     """Draws noise, time and label dropout per image from its own key, and packs the rows.
 
     `condition` has leaves [rows, b, ...]; of these only "labels" are dropped here (texts are in the
@@ -190,7 +190,8 @@ def mixed_layout(
     def joined(parts, *shape):
         return jnp.concatenate([x.reshape(len(sizes), -1, *shape) for x in parts], axis=1)
 
-    return MixedLayout(PackLayout(tuple(groups)), joined(positions, 2), joined(masks), joined(tokens, 2))
+    arrays = {"places": joined(positions, 2), "mask": joined(masks), "sizes": joined(tokens, 2)}
+    return MixedLayout(tuple(groups), **arrays)
 
 
 def _as_blocks(
@@ -211,7 +212,7 @@ def _as_blocks(
 
 
 def loss_per_image(
-    layout: PackLayout | MixedLayout,
+    layout: PackLayout,
     velocity: Rows,
     target: Rows,
 ) -> Float[Array, "rows s"]:

@@ -40,6 +40,12 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
+# bfloat16 operations a second by JAX's name for a device (NVIDIA: data sheets)
+PEAK_FLOPS = {kind: CHIPS[name].flops for kind, name in DEVICE_KINDS.items()} | {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+}
 
 
 def platform_of(device: Any) -> str:

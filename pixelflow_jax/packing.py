@@ -9,6 +9,7 @@ static length; what an image does not fill is padding, told apart by segment ids
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -147,71 +148,38 @@ class PackLayout:
             [np.tile(grid, (group.count, 1)) for group, grid in zip(self.groups, grids, strict=True)]
         )
 
-    def segment_ids(self) -> Int[np.ndarray, " n"]:
-        """The index of the sequence that each token belongs to."""
-        lengths = [group.length for group in self.groups for _ in range(group.count)]
-        return np.repeat(np.arange(self.num_sequences), lengths)
 
-
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["places", "mask", "sizes"],
+    meta_fields=["groups", "shards"],
+)
 @dataclasses.dataclass(frozen=True)
-class MixedLayout:
+class MixedLayout(PackLayout):
     """Sequences of sizes that are known on the device only, each at the start of its lane.
 
     Attributes:
-      lanes: how many lanes there are, and of what length, as groups of a PackLayout.
-      positions: (row, column) of every token in its own grid.
+      groups: how many lanes there are, and of what length; they are not shared.
+      places: (row, column) of every token in its own grid.
       mask: False where a lane is padding.
       sizes: (height, width) of each sequence's token grid.
     """
 
-    lanes: PackLayout
-    positions: Int[Array, "rows n 2"]
-    mask: Bool[Array, "rows n"]
-    sizes: Int[Array, "rows s 2"]
+    places: Int[Array, "rows n 2"] | None = None
+    mask: Bool[Array, "rows n"] | None = None
+    sizes: Int[Array, "rows s 2"] | None = None
 
-    def pack(self, parts: Sequence[Shaped[Array, "rows count length d"]]) -> Shaped[Array, "rows n d"]:
-        """Joins one array per group of lanes into rows."""
-        return self.lanes.pack(parts)
-
-    def unpack(self, row: Shaped[Array, "rows n ..."]) -> list[Shaped[Array, "rows count length ..."]]:
-        """The inverse of `pack`."""
-        return self.lanes.unpack(row)
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of lanes in a row."""
-        return len(self.lanes.groups)
-
-    @property
-    def num_tokens(self) -> int:
-        """Places of a row."""
-        return self.lanes.row_length
-
-    def runs(self) -> list["MixedLayout"]:
+    def runs(self) -> list[PackLayout]:
         """All lanes: their tokens have one size."""
         return [self]
 
-    def whole(self, part: Shaped[Array, "rows count n ..."]) -> Shaped[Array, "rows count n ..."]:
-        """As it is: lanes are not shared."""
-        return part
-
-    def split_sequences(self, x: Shaped[Array, "rows s ..."]) -> list[Shaped[Array, "rows count ..."]]:
-        """Cuts an array with one entry per sequence into one array per group."""
-        return self.lanes.split_sequences(x)
-
-    def to_tokens(self, x: Shaped[Array, "rows s d"]) -> Shaped[Array, "rows n d"]:
-        """Repeats each sequence's vector for every place of its lane."""
-        return self.lanes.to_tokens(x)
-
     def sequence_means(self, row: Float[Array, "rows n d"]) -> Float[Array, "rows s"]:
         """Mean over each sequence's own tokens and features; padding does not count."""
-        total = self.lanes.sequence_means(jnp.where(self.mask[..., None], row, 0))
-        share = self.lanes.sequence_means(self.mask[..., None].astype(row.dtype))
-        return total / share
+        total = super().sequence_means(jnp.where(self.mask[..., None], row, 0))
+        return total / super().sequence_means(self.mask[..., None].astype(row.dtype))
 
 
-def map_runs(function: Callable[..., Array], layout: PackLayout | MixedLayout, *rows: Rows) -> Rows:
+def map_runs(function: Callable[..., Array], layout: PackLayout, *rows: Rows) -> Rows:
     """`function(run, row, ...)` for each run of a layout; a list where there are several."""
     split = [x if isinstance(x, (list, tuple)) else [x] for x in rows]
     out = [function(*args) for args in zip(layout.runs(), *split, strict=True)]

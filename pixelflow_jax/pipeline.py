@@ -116,7 +116,7 @@ class Pipeline:
         for end in run(job.params, job.start.inputs(index), *job.conditions.of(index)):
             _check_finite(end.finite, index)
             nfe.append(np.asarray(end.nfe)[:count])
-            yield Samples(np.asarray(end.pixels)[:count], np.stack(nfe, axis=1), described)
+            yield Samples(np.asarray(end.pixels)[:count], np.concatenate(nfe, axis=1), described)
 
     def _job(self, settings: dict[str, Any]) -> request.Job:
         argv = [f"--checkpoint={self._checkpoint}", "--out=", *_flags(settings)]

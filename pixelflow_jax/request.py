@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import re
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import arrays, cli, files
 from pixelflow_jax.conditions import Conditions, read_conditions
+from pixelflow_jax.data.captions import EXTENSIONS
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.images import UINT8_RULE
 from pixelflow_jax.layouts import LAYOUTS
@@ -33,7 +35,6 @@ BATCH, MAX_BATCH = 25, 256  # images at a time, if nobody says otherwise; and at
 PILOTS = 8  # images that --nfe_budget is measured on
 STARTS = ("init_image", "from_noise", "interpolate", "invert")
 PACKAGES = ("pixelflow_jax", "jax", "jaxlib", "flax", "diffrax", "numpy")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -280,22 +281,19 @@ def params_hash(params: dict) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON would give it back."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
 
 
 def _start(args: argparse.Namespace, sampler: Sampler) -> tuple[Any, dict[str, Any] | None]:
     """(start, what settings.json says of it)."""
     if args.interpolate:
-        return _between(args), {"interpolate": args.interpolate}
+        between = starts.BetweenSeeds(args.interpolate, args.num_images or 10)
+        return between, {"interpolate": args.interpolate}
     if args.from_noise is not None:
         kept = read_noise(args.from_noise, sampler)
-        return starts.FromNoise(kept), {
-            "from_noise": args.from_noise,
-            "sha256": _file_hash(args.from_noise),
-        }
+        digest = hashlib.sha256(files.read_bytes(args.from_noise)).hexdigest()
+        return starts.FromNoise(kept), {"from_noise": args.from_noise, "sha256": digest}
     if args.init_image is None:
         return starts.FromSeed(args.seed, first=args.first_image), None
     stage = sampler.cascade.num_stages - 1 if args.from_stage is None else args.from_stage
@@ -311,15 +309,11 @@ def _start(args: argparse.Namespace, sampler: Sampler) -> tuple[Any, dict[str, A
     return start, described | {"sha256": hashlib.sha256(fitted.tobytes()).hexdigest()}
 
 
-def _between(args: argparse.Namespace) -> starts.BetweenSeeds:
-    return starts.BetweenSeeds(args.interpolate, args.num_images or 10)
-
-
 def image_files(path: str, flag: str) -> list[epath.Path]:
     """An image file, or those of a folder. Raises UserError if there are none."""
     place = epath.Path(path)
     if place.is_dir():
-        found = [place / name for name in files.list_files(place) if name.lower().endswith(IMAGES)]
+        found = [place / name for name in files.list_files(place) if name.lower().endswith(EXTENSIONS)]
         if not found:
             raise UserError(f"--{flag}={path} holds no images")
         return found
@@ -334,10 +328,6 @@ def read_pixels(path: epath.Path, flag: str) -> np.ndarray:
         return read_image(path)
     except OSError as error:
         raise UserError(f"--{flag}={path} is not an image: {error}") from None
-
-
-def _file_hash(path: str) -> str:
-    return hashlib.sha256(files.read_bytes(path)).hexdigest()
 
 
 def read_noise(path: str, sampler: Sampler) -> Noise:

@@ -94,7 +94,7 @@ def test_image_sets(pictures):
     pixels, folder, npz = pictures
     for path in (folder, npz):
         found = open_images(str(path), "samples")
-        np.testing.assert_array_equal(found.pixels(), pixels)
+        np.testing.assert_array_equal(found.read(0, found.count), pixels)
         shared = [b for process in (1, 0) for b in found.batches(5, process, 2)]
         assert sorted(x.tobytes() for b in shared for x in b) == sorted(x.tobytes() for x in pixels)
     assert open_images("configs/digits.py", "reference").count == 450

@@ -8,13 +8,15 @@ import pytest
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.sampling.adaptive import solve_adaptive, solve_fixed_diffrax
+from pixelflow_jax.sampling.adaptive import solve_adaptive
 from pixelflow_jax.sampling.generate import make_generate
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler, class_conditions
 from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS, WITHOUT_ERROR, solve_fixed
 from pixelflow_jax.sampling.starts import FromSeed, image_keys
+
+from diffrax_fixed import solve_fixed_diffrax
 
 MODEL = PixelFlow(2, 8, 2, 2, num_classes=10)
 

@@ -90,15 +90,15 @@ class BucketOrder:
         self.sizes = sizes
         self._members = [np.flatnonzero(places == i) for i in range(len(sizes))]
         self._batches = int((counts // batch_size).sum())  # of an epoch
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def __getitem__(self, position: int) -> tuple[int, tuple[Size]]:
         step, place = divmod(position, self._batch)
         epoch, number = divmod(step, self._batches)
-        bucket, indices = self._epoch(epoch)[number]
+        bucket, indices = _epoch_of(self, epoch)[number]
         return int(indices[place]), (self.sizes[bucket],)
 
-    def _make_epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
+    def make_epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
+        """(bucket, indices) of the batches of an epoch, in their order."""
         rng = np.random.default_rng((self._seed, epoch))
         batches = []
         for bucket, members in enumerate(self._members):
@@ -107,12 +107,10 @@ class BucketOrder:
             batches += [(bucket, batch) for batch in full]
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def __getstate__(self):  # worker processes get a copy; the cache stays here
-        return {name: value for name, value in vars(self).items() if name != "_epoch"}
 
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+@functools.lru_cache(maxsize=4)  # a module's, as loaders pickle their order
+def _epoch_of(order: BucketOrder, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
+    return order.make_epoch(epoch)
 
 
 def make_order(

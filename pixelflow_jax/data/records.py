@@ -26,12 +26,12 @@ WRITER_OPTIONS = "group_size:1,uncompressed"  # random access; images are compre
 
 def _array_record():
     try:
-        from array_record.python import array_record_module
+        from array_record.python import array_record_data_source, array_record_module
     except ImportError as error:
         raise UserError(
             f"ArrayRecord files need the extra `data` (pip install 'pixelflow_jax[data]'): {error}"
         ) from None
-    return array_record_module
+    return array_record_module, array_record_data_source
 
 
 class RecordSource:
@@ -53,23 +53,15 @@ class RecordSource:
         self._names = [shard["name"] for shard in manifest["shards"]]
         self._counts = [shard["records"] for shard in manifest["shards"]]
         self._path = path
-        self._reader = self._open()
-
-    def _open(self):
-        _array_record()
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        paths = [f"{self._path}/{name}" for name in self._names]
+        _, reader_module = _array_record()
         try:
-            reader = ArrayRecordDataSource(paths)
-            found = len(reader)
+            names = [f"{path}/{name}" for name in self._names]
+            self._reader = reader_module.ArrayRecordDataSource(names)
+            found = len(self._reader)
         except Exception as error:  # riegeli's own kinds
-            raise UserError(f"{self._path} has a shard that cannot be read: {error}") from None
+            raise UserError(f"{path} has a shard that cannot be read: {error}") from None
         if found != sum(self._counts):
-            raise UserError(
-                f"{self._path} holds {found} records, its {MANIFEST} says {sum(self._counts)}"
-            )
-        return reader
+            raise UserError(f"{path} holds {found} records, its {MANIFEST} says {sum(self._counts)}")
 
     def __len__(self) -> int:
         return sum(self._counts)
@@ -104,7 +96,7 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
     Raises:
       UserError: if `out` holds something else.
     """
-    writer_module, folder = _array_record(), epath.Path(out)
+    (writer_module, _), folder = _array_record(), epath.Path(out)
     count = len(source)
     starts = range(0, count, shard_size)
     sizes = [min(shard_size, count - start) for start in starts]

@@ -161,11 +161,7 @@ class FolderSource:
             labels += [label] * len(found)
         # One fixed-width array: a list of a million strings would be copied into every worker.
         self._names = np.array([os.fsencode(name) for name in names])
-        self._labels = np.array(labels, np.int32)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
+        self._labels, self.num_classes = np.array(labels, np.int32), len(self.classes)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -227,15 +223,11 @@ class TfdsSource:
             self._records = builder.as_data_source(split=split, decoders=decoders)
             features = builder.info.features
             self.captioned = "captions" in features  # as coco_captions has them
-            self._class_count = 0 if self.captioned else features["label"].num_classes
+            self.num_classes = 0 if self.captioned else features["label"].num_classes
         except Exception as error:  # TFDS has many ways to say that a dataset is not there
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"TFDS cannot read {where}: {reason}") from None
         self._title = f"{builder.info.full_name} {split}"
-
-    @property
-    def num_classes(self) -> int:
-        return self._class_count
 
     def __len__(self) -> int:
         return len(self._records)

@@ -25,22 +25,16 @@ class ImageSet:
       name: for messages.
       count: how many.
       read: gives them from a number up to another, uint8 [n, H, W, 3].
-      labels: of each, if they are known.
     """
 
     name: str
     count: int
     read: Callable[[int, int], UInt8[np.ndarray, "n h w 3"]]
-    labels: np.ndarray | None = None
 
     def batches(self, size: int, process: int = 0, processes: int = 1) -> Iterator[np.ndarray]:
         """The batches of one process: every `processes`-th of them."""
         for begin in range(process * size, self.count, processes * size):
             yield self.read(begin, min(begin + size, self.count))
-
-    def pixels(self) -> UInt8[np.ndarray, "n h w 3"]:
-        """All at once."""
-        return self.read(0, self.count)
 
 
 def open_images(path: str, flag: str, resolution: int | None = None) -> ImageSet:
@@ -93,8 +87,7 @@ def _of_npz(path: epath.Path, flag: str) -> ImageSet:
     if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not shape[0]:
         raise UserError(f"--{flag}={path} needs uint8 images [N, H, W, 3] as arr_0, it has {shapes}")
     stream = _Stream(path, shape[0])
-    labels = arrays.read_npz(path, "labels") if "labels" in shapes else None
-    return ImageSet(str(path), shape[0], stream.read, labels)
+    return ImageSet(str(path), shape[0], stream.read)
 
 
 class _Stream:
@@ -157,5 +150,4 @@ def _of_config(path: str) -> ImageSet:
             ]
         )
 
-    labels = getattr(source, "labels", None)
-    return ImageSet(f"{path}, {split} split", len(source), read, labels)
+    return ImageSet(f"{path}, {split} split", len(source), read)

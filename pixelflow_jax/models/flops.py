@@ -12,12 +12,6 @@ from pixelflow_jax.models.transformer import SINCOS_DIM, PixelFlow
 from pixelflow_jax.packing import PackLayout
 
 
-def attention_flops(model: PixelFlow, layout: PackLayout) -> int:
-    """Operations of self-attention's two products in one layer's forward pass: 4 N^2 D a sequence."""
-    dim = model.num_heads * model.head_dim
-    return sum(4 * group.count * group.length**2 * dim for group in layout.groups)
-
-
 def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0) -> int:
     """Operations of the matrix products of one forward pass over one row.
 
@@ -26,7 +20,8 @@ def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0)
     """
     dim, tokens, sequences = model.num_heads * model.head_dim, layout.row_length, layout.num_sequences
     layer = 2 * tokens * (4 + 8) * dim * dim  # q, k, v, o; the MLP's two
-    layer += attention_flops(model, layout) + 2 * sequences * 6 * dim * dim
+    layer += sum(4 * group.count * group.length**2 * dim for group in layout.groups)  # attention's two
+    layer += 2 * sequences * 6 * dim * dim
     if model.context_dim:
         text = sequences * context_length
         cross = sum(2 * g.count * g.length * context_length * dim for g in layout.groups)
@@ -99,12 +94,6 @@ def _product(equation: core.JaxprEqn, lanes: int) -> int:
 
 def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
     """The programs among an equation's parameters."""
-    found = []
-    for value in jax.tree.leaves(
-        params, is_leaf=lambda x: isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
-    ):
-        if isinstance(value, core.ClosedJaxpr):
-            found.append(value.jaxpr)
-        elif isinstance(value, core.Jaxpr):
-            found.append(value)
-    return found
+    kinds = (core.Jaxpr, core.ClosedJaxpr)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, kinds))
+    return [getattr(x, "jaxpr", x) for x in leaves if isinstance(x, kinds)]

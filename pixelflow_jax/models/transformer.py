@@ -116,7 +116,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "rows n d"],
-        layout: PackLayout | MixedLayout,
+        layout: PackLayout,
         rope: tuple[Float[Array, "*rows n hd"], Float[Array, "*rows n hd"]],
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
@@ -253,7 +253,7 @@ class PixelFlow(nn.Module):
         self,
         tokens: Rows,
         timesteps: Float[Array, "rows s"],
-        layout: PackLayout | MixedLayout,
+        layout: PackLayout,
         labels: Int[Array, "rows s"] | None = None,
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
@@ -285,8 +285,8 @@ class PixelFlow(nn.Module):
             conditioning += embed(labels)
 
         if isinstance(layout, MixedLayout):
-            longest = max(group.length for group in layout.lanes.groups)
-            rope = rope_lookup(layout.positions, self.head_dim, longest)
+            longest = max(group.length for group in layout.groups)
+            rope = rope_lookup(layout.places, self.head_dim, longest)
         else:
             rope = map(layout.local, rope_table(layout.positions(), self.head_dim))
         rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
@@ -337,12 +337,12 @@ class PixelFlow(nn.Module):
         """The smallest patch size."""
         return self.patch_sizes[0]
 
-    def _name(self, name: str, run: PackLayout | MixedLayout) -> str:
+    def _name(self, name: str, run: PackLayout) -> str:
         """The name of a layer for a run's patch size: the plain one for the smallest."""
-        scale = 1 if isinstance(run, MixedLayout) else run.groups[0].scale
+        scale = run.groups[0].scale
         return name if scale == 1 else f"{name}_{scale * self.base_patch}"
 
-    def _size_embedding(self, layout: PackLayout | MixedLayout, dim: int) -> Float[Array, "*rows s d"]:
+    def _size_embedding(self, layout: PackLayout, dim: int) -> Float[Array, "*rows s d"]:
         """Resolution embedding: mean over a grid's height and width (equal for squares)."""
         embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")
         if isinstance(layout, MixedLayout):
@@ -350,9 +350,5 @@ class PixelFlow(nn.Module):
         sizes = np.array([[g.height * g.scale, g.width * g.scale] for g in layout.groups], np.float32)
         if (sizes[:, 0] == sizes[:, 1]).all():
             sizes = sizes[:, :1]
-        return jnp.repeat(
-            embed(jnp.asarray(sizes, wide(self.dtype))).mean(axis=1),
-            np.array([group.count for group in layout.groups]),
-            axis=0,
-            total_repeat_length=layout.num_sequences,
-        )[None]
+        each = np.repeat(np.arange(len(layout.groups)), [group.count for group in layout.groups])
+        return embed(jnp.asarray(sizes, wide(self.dtype))).mean(axis=1)[each][None]

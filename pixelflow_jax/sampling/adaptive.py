@@ -1,56 +1,18 @@
-"""Solvers by Diffrax: steps chosen by the error, and fixed ones as a check of the fast path.
+"""Solvers by Diffrax, whose steps are chosen by the error.
 
 Import this module late: Diffrax and Equinox take a second.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import diffrax
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pixelflow_jax.sampling.solvers import Field
 
 MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of a stage, whose tau runs from 0 to 1
 HUGE = 1e10  # in place of a velocity that is not finite; it carries x where no image ever is
-
-
-class AB2(diffrax.AbstractSolver):
-    """Two-step Adams-Bashforth for steps of any size; the first is an Euler step.
-
-    Second order at one evaluation a step: x + h ((1 + r/2) f - (r/2) f_before), where r = h / h_before.
-    """
-
-    term_structure: ClassVar = diffrax.AbstractTerm
-    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
-
-    def order(self, terms):
-        return 2
-
-    def init(self, terms, t0, t1, y0, args):
-        return jnp.zeros_like(y0), jnp.zeros_like(t0), jnp.asarray(True)
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        before, size_before, first = solver_state
-        size, slope = t1 - t0, terms.vf(t0, y0, args)
-        ratio = jnp.where(first | made_jump, 0.0, size / jnp.where(first, 1.0, size_before))
-        y1 = y0 + size * ((1 + ratio / 2) * slope - ratio / 2 * before)
-        return (
-            y1,
-            None,
-            dict(y0=y0, y1=y1),
-            (slope, size, jnp.zeros_like(first)),
-            diffrax.RESULTS.successful,
-        )
-
-    def func(self, terms, t0, y0, args):
-        return terms.vf(t0, y0, args)
-
-
-def _diffrax_solver(name: str) -> diffrax.AbstractSolver:
-    return AB2() if name == "ab2" else getattr(diffrax, name.capitalize())()
 
 
 class CountedSteps(diffrax.AbstractStepSizeController):
@@ -136,7 +98,7 @@ def solve_adaptive(
         velocity = field(y, jnp.asarray(tau, y.dtype))  # NaN would keep the step control busy for ever
         return jnp.where(jnp.isfinite(velocity), velocity, HUGE)
 
-    solver = _diffrax_solver(name)
+    solver = getattr(diffrax, name.capitalize())()
     x = jnp.where(jnp.isfinite(x), x, HUGE)  # the stage before may have failed
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(finite_field),
@@ -162,20 +124,3 @@ def _evaluations(solver: Any, steps: Array, first_attempts: Array) -> Int[Array,
     a_step = len(table.c) + 1
     later = a_step - 1 if table.fsal else a_step
     return 2 + a_step * first_attempts + later * (steps - first_attempts)
-
-
-def solve_fixed_diffrax(
-    name: str, field: Field, x: Float[Array, "..."], taus: Float[np.ndarray, " n"]
-) -> Float[Array, "..."]:
-    """What `solvers.solve_fixed` computes, by Diffrax: the check of the fast path, and its rival."""
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda tau, y, args: field(y, jnp.asarray(tau, y.dtype))),
-        _diffrax_solver(name),
-        t0=taus[0],
-        t1=taus[-1],
-        dt0=None,
-        y0=x,
-        stepsize_controller=diffrax.StepTo(jnp.asarray(taus, x.dtype)),
-        max_steps=len(taus),
-    )
-    return jax.tree.leaves(solution.ys)[0][-1]

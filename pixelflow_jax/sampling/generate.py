@@ -119,18 +119,11 @@ def make_generate(
     return jax.jit(jax.shard_map(generate, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False))
 
 
-class StageEnd(NamedTuple):
-    """What `make_stages` gives for each stage: see `Generated`."""
-
-    pixels: UInt8[Array, "b hs ws 3"]
-    finite: Bool[Array, " b"]
-    nfe: Int[Array, " b"]
-
-
-def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[StageEnd]]:
+def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[Generated]]:
     """As `make_generate` on one device, as a program a stage, so that each end can be seen at once.
 
-    The last one's pixels are those of `make_generate`, bit for bit.
+    Each gives a `Generated` with its own evaluations alone; the last one's pixels are those of
+    `make_generate`, bit for bit.
     """
     start, first = start or FromSeed(0), (start.stage if start else 0)
 
@@ -145,7 +138,7 @@ def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[S
             x = sampler.step_up(stage, x, block)
         grid = sampler.stage_grid(stage).after(start.tau if stage == first else 0.0)
         x, nfe = sampler.solve_stage(params, stage, x, grid, *conditions)
-        return x, StageEnd(images.to_uint8(x), jnp.isfinite(x).all((1, 2, 3)), nfe)
+        return x, Generated(images.to_uint8(x), jnp.isfinite(x).all((1, 2, 3)), nfe[:, None], [])
 
     def run(params, inputs, condition, null_condition):
         noise, conditions = begin(params, inputs, condition, null_condition)

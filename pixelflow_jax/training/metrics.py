@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pixelflow_jax import files
 from pixelflow_jax.data.broken import BrokenImages
+from pixelflow_jax.hardware import PEAK_FLOPS
 
 AHEAD = 3  # steps that the host may be ahead of the devices
 FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is not
@@ -23,21 +24,6 @@ FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is
 
 class TrainingDiverged(RuntimeError):
     """A step's loss, gradient or parameters were NaN or infinite."""
-
-
-# Peak TFLOP/s of a device in bfloat16, by JAX's name for its kind (the makers' data sheets).
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +131,7 @@ class Metrics:
         self._since, self._paused, self._waited = now, 0.0, 0.0
         if not self._writes:
             return
-        files.append_line(self._path, files.json_line({"step": step, **means}))
+        files.append_line(self._path, json.dumps({"step": step, **means}) + "\n")
         for name, value in means.items():
             entries = enumerate(value) if isinstance(value, list) else [("", value)]
             for index, entry in entries:
@@ -165,8 +151,8 @@ class Metrics:
             "tflops_per_device": tflops,
             "data_wait_share": self._waited / max(seconds, 1e-9),
         }
-        peak = PEAK_TFLOPS.get(jax.devices()[0].device_kind)
-        return speeds | ({"mfu": tflops / peak} if peak else {})
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        return speeds | ({"mfu": tflops * 1e12 / peak} if peak else {})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

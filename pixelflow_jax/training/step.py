@@ -18,7 +18,7 @@ from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blo
 from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import CONTEXT, MixedLayout, PackLayout, map_runs
+from pixelflow_jax.packing import CONTEXT, PackLayout, map_runs
 
 PICTURE = ("image", "size")  # of a batch, what is not the condition
 
@@ -73,7 +73,7 @@ def abstract_condition(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtyp
 
 
 def packed_loss(
-    model: PixelFlow, params: dict, batch: flow.FlowBatch, layout: PackLayout | MixedLayout
+    model: PixelFlow, params: dict, batch: flow.FlowBatch, layout: PackLayout
 ) -> Float[Array, "rows s"]:
     """The loss of every image of a packed batch."""
     condition = encode_text(model, params, batch.condition)
