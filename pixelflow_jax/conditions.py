@@ -163,6 +163,11 @@ def _encoder(name: str, mesh: Mesh, dtype: str, width: int) -> TextEncoder:
     return TextEncoder(name, mesh, DTYPES[dtype], width)
 
 
+def forget_encoder() -> None:
+    """Frees what a frozen encoder takes of the devices."""
+    _encoder.cache_clear()
+
+
 def read_prompts(args: argparse.Namespace) -> list[dict]:
     """[{"prompt": ...}] of --prompt and --prompts_file. Raises UserError for none, or an empty one."""
     entries = [{"prompt": prompt.strip()} for prompt in args.prompt or ()]

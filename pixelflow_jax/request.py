@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pixelflow_jax import arrays, cli, files
-from pixelflow_jax.conditions import Conditions, read_conditions
+from pixelflow_jax.conditions import Conditions, forget_encoder, read_conditions
 from pixelflow_jax.data.captions import EXTENSIONS
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.images import UINT8_RULE
@@ -178,11 +178,14 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
 
     `loaded` is the checkpoint that they name, where it is in memory already.
     """
+    once = loaded is None  # a command: there is no next request
     loaded = loaded or load(args.checkpoint, args.ema)
     params, config, meta = loaded.params, loaded.config.copy_and_resolve_references(), loaded.meta
     sampler = sampler_of(args, config)
     start, described = _start(args, sampler)
     conditions = read_conditions(args, config, start)
+    if once:
+        forget_encoder()
     if args.nfe_budget is not None:
         pilots = conditions.of(np.arange(min(PILOTS, len(conditions))))
         config.sample.num_steps = _planned(args, params, sampler, pilots)

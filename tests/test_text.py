@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax import sample, sharding, train
+from pixelflow_jax import conditions, sample, sharding, train
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.convert import from_official, to_official
 from pixelflow_jax.data import captioned_digits as digits
@@ -106,6 +106,9 @@ def test_t5_folders_that_are_none(t5_folder, tmp_path):
     (t5_folder / "config.json").write_text(json.dumps({**values, "feed_forward_proj": "relu"}))
     with pytest.raises(UserError, match="version 1.1"):
         TextEncoder(str(t5_folder), mesh)
+    (t5_folder / "config.json").write_text(json.dumps({**values, "d_model": "1024"}))
+    with pytest.raises(UserError, match="not a positive number"):
+        TextEncoder(str(t5_folder), mesh)
     (t5_folder / "config.json").write_text(json.dumps(values))
     (t5_folder / "model-0.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a safetensors file"):
@@ -159,6 +162,7 @@ def test_from_training_to_prompts(kind, tmp_path, t5_folder, capsys):
     prompts = ["a small red six on a blue background, on the left", "two " * 20]
     flags = [f"--checkpoint={run}", f"--out={tmp_path / 'out'}", "--batch_size=2"]
     sample.main([*flags, *(f"--prompt={prompt}" for prompt in prompts)])
+    assert conditions._encoder.cache_info().currsize == 0  # nothing of it stays on the devices
     printed = capsys.readouterr()
     assert "is 5 tokens longer than the limit of 16" in printed.err
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
