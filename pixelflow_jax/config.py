@@ -176,17 +176,34 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def config_from_dict(values: dict[str, Any]) -> ConfigDict:
-    """A config from JSON (where tuples have become lists), with defaults for keys it lacks."""
+    """A config from JSON (where tuples have become lists), with defaults for keys it lacks.
 
-    def tuples(value):
-        if isinstance(value, dict):
-            return {key: tuples(entry) for key, entry in value.items()}
-        return tuple(value) if isinstance(value, list) else value
-
+    Raises:
+      UserError: for a value of another kind than the default, or out of bounds.
+    """
     config = default_config()
     with config.unlocked():
-        config.update(ConfigDict(tuples(values)))
+        config.update(ConfigDict(_from_json("config", values, config.to_dict())))
+    _check_values(_flat(config))
     return config
+
+
+def _from_json(key: str, value: Any, default: Any) -> Any:
+    """A value of JSON as one like the default; None as default stands for any."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(default, dict):
+        if isinstance(value, dict):
+            return {name: _from_json(f"{key}.{name}", x, default.get(name)) for name, x in value.items()}
+    elif isinstance(value, tuple) and (isinstance(default, tuple) or key == "config.model.patch_size"):
+        kinds = str if key == "config.text.words" else (int, float)
+        if all(isinstance(entry, kinds) for entry in value):
+            return value
+    elif default is None or type(value) is type(default):
+        return value
+    elif isinstance(default, float) and type(value) is int:
+        return float(value)
+    raise UserError(f"{key}={value!r}: expected a value like {default!r}")
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
@@ -199,6 +216,18 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     return found
 
 
+def _check_values(flat: dict[str, Any]) -> None:
+    """What can be said of each key alone."""
+    for key, (low, high) in BOUNDS.items():
+        if not low <= flat[key] <= high:
+            wanted = f"lie in {low}..{high}" if high < 2**32 else f"be at least {low}"
+            raise UserError(f"config.{key} must {wanted}, got {flat[key]}")
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            names = ", ".join(choices)
+            raise UserError(f"config.{key} must be one of {names}, got {flat[key]!r}")
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that cannot work, with the key and what would be right."""
     flat = _flat(config)
@@ -208,14 +237,7 @@ def check_config(config: ConfigDict) -> None:
             files.check_text(f"config.{key}", value)
         if any(isinstance(number, (int, float)) and not abs(number) <= 2**32 for number in numbers):
             raise UserError(f"config.{key}={value} is not a number that can be")
-    for key, (low, high) in BOUNDS.items():
-        if not low <= flat[key] <= high:
-            wanted = f"lie in {low}..{high}" if high < 2**32 else f"be at least {low}"
-            raise UserError(f"config.{key} must {wanted}, got {flat[key]}")
-    for key, choices in CHOICES.items():
-        if flat[key] not in choices:
-            names = ", ".join(choices)
-            raise UserError(f"config.{key} must be one of {names}, got {flat[key]!r}")
+    _check_values(flat)
     for key, seconds in config.hosts.items():
         if seconds <= 0:
             raise UserError(f"config.hosts.{key} must be positive, got {seconds}")

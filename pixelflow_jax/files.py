@@ -57,7 +57,8 @@ def check_text(name: str, text: str, is_path: bool = True) -> None:
 def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
     """(folder, names in it) of root/folder and all below, sorted as torchvision does.
 
-    Folders are relative to root, with a "/" at their end, or "". Links are followed, but not back up.
+    Folders are relative to root, with a "/" at their end, or "". Links are followed, but not up, and no folder is
+    listed twice.
     """
     root = str(epath.Path(root))
     top, found = os.path.join(root, folder) if folder else root, {}
@@ -66,16 +67,31 @@ def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
             where, _, name = str(path)[len(root) + 1 :].rpartition("/")
             found.setdefault(where, []).append(name)
     else:
-        for place, below, names in os.walk(top, followlinks=True):
-            below[:] = [name for name in below if not _leads_up(os.path.join(place, name))]
+        for place, names in _folders(top):
             found[os.path.relpath(place, root) if place != root else ""] = names
     return [(f"{where}/" if where else "", sorted(names)) for where, names in sorted(found.items())]
 
 
+def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names) below a local folder: first those that no link leads to."""
+    starts, seen = [top], set()
+    while starts:
+        links = []
+        for start in sorted(starts):
+            for place, below, names in os.walk(start):
+                real = os.path.realpath(place)
+                if real in seen:
+                    below.clear()
+                    continue
+                seen.add(real)
+                paths = (os.path.join(place, name) for name in below)
+                links += [path for path in paths if os.path.islink(path) and not _leads_up(path)]
+                yield place, names
+        starts = links
+
+
 def _leads_up(link: str) -> bool:
-    """Whether a name is a link to a folder that it stands in, itself or further up."""
-    if not os.path.islink(link):
-        return False
+    """Whether a link is to a folder that it stands in, itself or further up."""
     target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
     return os.path.commonpath([target, here]) == target
 

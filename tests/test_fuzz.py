@@ -1,6 +1,7 @@
 """A share of `tests/fuzz.py` on every run, and every crash that it has found."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pixelflow_jax.config import load_config
 from pixelflow_jax.convert import official_config, official_yaml, read_official
 from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.layouts import read_prompts_file
+from pixelflow_jax.training.checkpoints import load_params
 
 SLOW = {"checkpoint": 12, "config.yaml": 20}  # cases; a read or a trace each
 
@@ -97,13 +99,17 @@ def test_json_too_deep_or_long(tmp_path, text):
 
 
 def test_walk_ends_where_links_lead_up(tmp_path):
-    """Catches pictures found forty times, and walks without end; links elsewhere are followed."""
+    """Catches pictures found forty times, and walks without end; links out are followed."""
     for name in ("a", "a-1", "a/sub", "other"):
         (tmp_path / "root" / name).mkdir(parents=True)
         (tmp_path / "root" / name / "x.png").touch()
     (tmp_path / "root/a/up").symlink_to("..")
     (tmp_path / "root/a/me").symlink_to(tmp_path / "root/a")
-    (tmp_path / "root/linked").symlink_to(tmp_path / "root/other")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.png").touch()
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "root")
+    (tmp_path / "root/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/again").symlink_to(tmp_path / "root/other")
     walked = files.walk(str(tmp_path / "root"))
     assert walked == [("", []), ("a/", ["x.png"]), ("a-1/", ["x.png"]), ("a/sub/", ["x.png"]),
                       ("linked/", ["x.png"]), ("other/", ["x.png"])]  # fmt: skip
@@ -132,3 +138,35 @@ def test_a_bucket_without_its_library(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "pixelflow_jax[gcs]" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda meta: meta["config"].update(model=7), "expected a value like"),
+        (lambda meta: meta["config"]["sample"].update(num_steps=[{}]), "expected a value like"),
+        (lambda meta: meta["config"]["sample"].update(guidance_interval=[None, 1]), "a value like"),
+        (lambda meta: meta["config"].update(dtype="ü"), "must be one of"),
+        (lambda meta: meta["config"]["model"].update(depth=10**30), "must lie in"),
+        (lambda meta: meta.update(config=[]), "expected a value like"),
+    ],
+)
+def test_found_checkpoints(trained, tmp_path, change, message):
+    """Catches tracebacks of a checkpoint whose notes hold values of other kinds."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    (path,) = (run / "checkpoints" / "4" / "meta").glob("metadata")
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=message):
+        load_params(run)
+
+
+@pytest.mark.parametrize("change", [{"custom_metadata": 7}, {"commit_timestamp_nsecs": "x"}, {"no": 1}])
+def test_found_checkpoint_of_orbax(trained, tmp_path, change):
+    """Catches a traceback where Orbax's own notes of a step are damaged."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    path = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {"a": 1}} | change))
+    with pytest.raises(UserError, match="whole checkpoints"):
+        load_params(run)

@@ -51,7 +51,18 @@ def open_manager(
         cleanup_tmp_directories=True,  # what a kill during a save leaves
         async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT),
     )
-    return ocp.CheckpointManager(files.absolute(workdir) / FOLDER, options=options)
+    return _open(files.absolute(workdir) / FOLDER, options)
+
+
+def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """Raises UserError if Orbax's own notes in the folder are damaged: it reads those of every step."""
+    try:
+        return ocp.CheckpointManager(folder, options=options)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder} is not a folder of whole checkpoints: {_in_short(error)}. Move the step away "
+            f"that is damaged"
+        ) from None
 
 
 def save(
@@ -144,7 +155,7 @@ def _try_restore(
     )
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=mine)
     restored, reason = None, ""
-    with ocp.CheckpointManager(folder, options=options) as reader:
+    with _open(folder, options) as reader:
         try:
             restored = restore(reader, step, template), _read_meta(reader, step)
         except (jax.errors.JaxRuntimeError, MemoryError):
@@ -234,7 +245,7 @@ def load_params(
       UserError: if that is no checkpoint, or it has no such average.
     """
     folder, step = _find_step(checkpoint)
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as manager:
+    with _open(folder, ocp.CheckpointManagerOptions(create=False)) as manager:
         try:
             meta = _read_meta(manager, step)
             config = config_from_dict(meta["config"])
