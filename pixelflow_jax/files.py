@@ -57,8 +57,8 @@ def check_text(name: str, text: str, is_path: bool = True) -> None:
 def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
     """(folder, names in it) of root/folder and all below, sorted as torchvision does.
 
-    Folders are relative to root, with a "/" at their end, or "". Links are followed, but not up, and no folder is
-    listed twice.
+    Folders are relative to root, with a "/" at their end, or "". Links are followed, but not up, and no
+    folder is listed twice.
     """
     root = str(epath.Path(root))
     top, found = os.path.join(root, folder) if folder else root, {}
