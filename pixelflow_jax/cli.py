@@ -56,7 +56,7 @@ def parse_with_config(
     args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
     if args.config is None and overrides:
         raise UserError(f"--config.{overrides[0]} goes with --config")
-    return args, args.config and load_config(args.config, overrides)
+    return args, None if args.config is None else load_config(args.config, overrides)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -36,6 +36,8 @@ FOUND = [
     ("train", ["--workdir=x", "--config.optimizer.learning_rate=1e400"], "not a number that can be"),
     ("train", ["--workdir=x", f"--config.model.depth={'(' * 10_000}"], "expected a value like"),
     ("train", ["--workdir=no://x"], "begin with gs://"),
+    ("train", ["--workdir=x", "--config="], "installed configs"),
+    ("encode", ["--captions=x", "--out=y", "--config.seed=1"], "goes with --config"),
     ("train", ["--workdir=x", "--config.data.path=no://x"], "begin with gs://"),
     ("encode", ["--config=configs/t2i_256.py", "--encoder=a://b", "--out=x"], "begin with gs://"),
     ("pack", ["--path=x", "--out=\udcff"], "not UTF-8"),
