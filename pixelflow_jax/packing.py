@@ -154,7 +154,7 @@ class PackLayout:
     data_fields=["places", "mask", "sizes"],
     meta_fields=["groups", "shards"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedLayout(PackLayout):
     """Sequences of sizes that are known on the device only, each at the start of its lane.
 
@@ -165,9 +165,9 @@ class MixedLayout(PackLayout):
       sizes: (height, width) of each sequence's token grid.
     """
 
-    places: Int[Array, "rows n 2"] | None = None
-    mask: Bool[Array, "rows n"] | None = None
-    sizes: Int[Array, "rows s 2"] | None = None
+    places: Int[Array, "rows n 2"]
+    mask: Bool[Array, "rows n"]
+    sizes: Int[Array, "rows s 2"]
 
     def runs(self) -> list[PackLayout]:
         """All lanes: their tokens have one size."""
