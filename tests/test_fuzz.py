@@ -17,6 +17,8 @@ from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.layouts import read_prompts_file
 from pixelflow_jax.training.checkpoints import load_params
 
+# Of a damaged checkpoint Orbax's other reads fail unheard; in a command, cli.run keeps them quiet
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 SLOW = {"checkpoint": 12, "config.yaml": 20}  # cases; a read or a trace each
 
 
