@@ -193,6 +193,8 @@ def _from_json(key: str, value: Any, default: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(default, dict):
+        if key == "config.model" and isinstance(value, dict) and (more := value.keys() - default.keys()):
+            raise UserError(f"{key}.{min(more)} is no key of this version of pixelflow_jax")
         if isinstance(value, dict):
             return {name: _from_json(f"{key}.{name}", x, default.get(name)) for name, x in value.items()}
     elif isinstance(value, tuple) and (isinstance(default, tuple) or key == "config.model.patch_size"):

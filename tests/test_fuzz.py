@@ -153,6 +153,8 @@ def test_a_bucket_without_its_library(tmp_path):
         (lambda meta: meta["config"].update(dtype="ü"), "must be one of"),
         (lambda meta: meta["config"]["model"].update(depth=10**30), "must lie in"),
         (lambda meta: meta.update(config=[]), "expected a value like"),
+        (lambda meta: meta["config"]["model"].update(rope=1), "no key of this version"),
+        (None, "not a whole checkpoint"),
     ],
 )
 def test_found_checkpoints(trained, tmp_path, change, message):
@@ -160,17 +162,21 @@ def test_found_checkpoints(trained, tmp_path, change, message):
     run = shutil.copytree(trained, tmp_path / "run")
     (path,) = (run / "checkpoints" / "4" / "meta").glob("metadata")
     meta = json.loads(path.read_text())
-    change(meta)
-    path.write_text(json.dumps(meta))
+    if change:
+        change(meta)
+    path.write_text(json.dumps(meta) if change else "[" * 100_000)
     with pytest.raises(UserError, match=message):
         load_params(run)
 
 
-@pytest.mark.parametrize("change", [{"custom_metadata": 7}, {"commit_timestamp_nsecs": "x"}, {"no": 1}])
+@pytest.mark.parametrize(
+    "change", [{"custom_metadata": 7}, {"commit_timestamp_nsecs": "x"}, {"no": 1}, {"deep": 1}]
+)
 def test_found_checkpoint_of_orbax(trained, tmp_path, change):
     """Catches a traceback where Orbax's own notes of a step are damaged."""
     run = shutil.copytree(trained, tmp_path / "run")
     path = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {"a": 1}} | change))
+    notes = json.dumps(json.loads(path.read_text()) | {"custom_metadata": {"a": 1}} | change)
+    path.write_text("[" * 100_000 if "deep" in change else notes)
     with pytest.raises(UserError, match="whole checkpoints"):
         load_params(run)

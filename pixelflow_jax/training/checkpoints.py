@@ -58,7 +58,7 @@ def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.Chec
     """Raises UserError if Orbax's own notes in the folder are damaged: it reads those of every step."""
     try:
         return ocp.CheckpointManager(folder, options=options)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{folder} is not a folder of whole checkpoints: {_in_short(error)}. Move the step away "
             f"that is damaged"
@@ -249,7 +249,7 @@ def load_params(
         try:
             meta = _read_meta(manager, step)
             config = config_from_dict(meta["config"])
-        except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
+        except (FileNotFoundError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{folder / str(step)} is not a whole checkpoint: {_in_short(error)}"
             ) from None
