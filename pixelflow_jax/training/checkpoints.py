@@ -249,11 +249,18 @@ def load_params(
         try:
             meta = _read_meta(manager, step)
             config = config_from_dict(meta["config"])
-        except (FileNotFoundError, KeyError, ValueError, TypeError, RecursionError) as error:
+            abstract = jax.eval_shape(lambda: init_params(build_model(config), 0))
+        except (
+            FileNotFoundError,
+            ArithmeticError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ) as error:
             raise UserError(
                 f"{folder / str(step)} is not a whole checkpoint: {_in_short(error)}"
             ) from None
-        abstract = jax.eval_shape(lambda: init_params(build_model(config), 0))
         known = [*config.ema.decays, *config.ema.half_lives]
         known = known if (folder / str(step) / "ema").exists() else []
         if ema is None:
