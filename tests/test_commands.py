@@ -16,8 +16,7 @@ from PIL import Image
 from pixelflow_jax import cli, convert, files, request, sample, train
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.training import loop
-from pixelflow_jax.training.watchdog import joined
+from pixelflow_jax.training import loop, watchdog
 
 from conftest import TINY
 
@@ -227,12 +226,17 @@ def test_reports_end_as_errors_do(monkeypatch, capsys):
     assert "image 3" in capsys.readouterr().err
 
 
-def test_alone_and_patient():
+@pytest.mark.parametrize("patient", [True, False])
+def test_alone_and_patient(patient, monkeypatch):
     """Catches a long batch of one process that the watchdog takes for a process that hangs."""
+    ended = []
+    monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self, verdict: ended.append(verdict))
+    monkeypatch.setattr(watchdog, "BEAT", 0.05)
     timeouts = ConfigDict(dict(start_timeout=1.0, step_timeout=0.1, heartbeat_timeout=1.0))
-    with joined(timeouts, patient=True) as watch:
+    with watchdog.joined(timeouts, patient=patient) as watch:
         watch("one batch")
-        time.sleep(2.5)
+        time.sleep(1.0)
+    assert bool(ended) is not patient
 
 
 def test_what_a_killed_write_left_does_not_count(tmp_path):
