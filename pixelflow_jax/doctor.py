@@ -11,6 +11,7 @@ import datetime
 import glob
 import importlib.metadata
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -47,11 +48,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="folder that the run would use")
     parser.add_argument("--no_compile", action="store_true", help="skip the memory estimate (minutes)")
     args, config = cli.parse_with_config(parser, argv)
-    cluster = hosts.gather(
-        config.hosts.start_timeout, config=config.to_dict(), workdir=args.workdir, command="doctor"
-    )
-    if cluster:
-        hosts.connect_jax(cluster, config.hosts.start_timeout, config.hosts.heartbeat_timeout)
+    with no_new_folders(args.workdir):  # from before the roll call, after which hosts make them
+        cluster = hosts.gather(
+            config.hosts.start_timeout, config=config.to_dict(), workdir=args.workdir, command="doctor"
+        )
+        if cluster:
+            hosts.connect_jax(cluster, config.hosts.start_timeout, config.hosts.heartbeat_timeout)
+        verdicts = examine(args, config, cluster)
+    for index, verdict in enumerate(verdicts):
+        failed = [name for name, passed in verdict.items() if not passed]
+        if failed:
+            where = f" on {cluster.name(index)}" if cluster else ""
+            print(f"{len(failed)} of {len(verdict)} checks failed{where}: {', '.join(failed)}")
+    if not all(all(verdict.values()) for verdict in verdicts):
+        sys.exit(1)
+    print("all is well: a run can start")
+
+
+def examine(args, config, cluster: hosts.Cluster | None) -> list[dict[str, bool]]:
+    """Prints the checks' lines; which of them passed on every process, so that all end alike."""
     state_bytes = {}
     checks: dict[str, Callable[[], str]] = {
         "versions": check_versions,
@@ -64,24 +79,13 @@ def main(argv: list[str] | None = None) -> None:
         "bucket": lambda: check_buckets(args.workdir, config),
         "clock": lambda: check_clock(args.workdir, cluster),
     }
-    failed = sum(not look(name, check) for name, check in checks.items())
-    everywhere = all_verdicts(failed) if cluster else {0: failed}
-    for index, count in everywhere.items():
-        if count:
-            where = f" on {cluster.name(index)}" if cluster else ""
-            print(f"{count} of {len(checks)} checks failed{where}")
-    if any(everywhere.values()):
-        sys.exit(1)
-    print("all is well: a run can start")
+    verdicts = [[look(name, check) for name, check in checks.items()]]
+    if cluster:
+        import numpy as np
+        from jax.experimental import multihost_utils
 
-
-def all_verdicts(failed: int) -> dict[int, int]:
-    """The number of failed checks of every process, so that all end alike."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    found = multihost_utils.process_allgather(np.int32(failed))
-    return dict(enumerate(found.tolist()))
+        verdicts = multihost_utils.process_allgather(np.array(verdicts[0])).tolist()
+    return [dict(zip(checks, passed, strict=True)) for passed in verdicts]
 
 
 def look(name: str, check: Callable[[], str]) -> bool:
@@ -216,13 +220,21 @@ def device_memory() -> int:
 
 
 @contextlib.contextmanager
+def no_new_folders(workdir: str) -> Iterator[None]:
+    """Removes at the end what was made of the folders on the way to `workdir`; buckets have none."""
+    path = pathlib.Path(workdir)
+    missing = [] if "://" in workdir else [p for p in (path, *path.parents) if not os.path.exists(p)]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # another host was quicker, or something else is in it
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def trial_file(workdir: epath.Path) -> Iterator[epath.Path]:
-    """A file written and renamed as checkpoints are, gone afterwards, with folders that are new."""
-    made = []
-    for folder in (workdir, *workdir.parents):
-        if folder.exists():
-            break
-        made.append(folder)
+    """A file written and renamed as checkpoints are, gone afterwards."""
     name = f".doctor.{uuid.uuid4().hex[:8]}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -232,9 +244,6 @@ def trial_file(workdir: epath.Path) -> Iterator[epath.Path]:
     finally:
         for path in (workdir / f"{name}.tmp", workdir / name):
             path.unlink(missing_ok=True)
-        for folder in made:  # another host may have a file of its own there
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
 def check_workdir(workdir: str, config, state_bytes: dict) -> str:

@@ -394,9 +394,20 @@ def test_doctor(tmp_path, tiny_flags, capsys):
     with pytest.raises(SystemExit) as end:
         doctor.main([*bad, f"--config.data.path={tmp_path / 'none'}", "--config.mesh.fsdp=7"])
     said = capsys.readouterr().out
-    assert end.value.code == 1 and "4 of 9 checks failed" in said
+    assert end.value.code == 1 and "4 of 9 checks failed: batch, data, workdir, clock" in said
     for name in ("batch", "data", "workdir", "clock"):
         assert re.search(rf"FAIL +{name}", said), said
+
+
+def test_hosts_that_share_a_new_workdir(tmp_path):
+    """Catches a host that removes the folder which another has found and is about to write to."""
+    workdir = tmp_path / "new" / "run"
+    both = doctor.no_new_folders(str(workdir)), doctor.no_new_folders(str(workdir))
+    with both[0], both[1]:  # they came before it was made
+        with doctor.trial_file(workdir):
+            pass
+        assert workdir.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor_compares_memory_and_regions(tmp_path, tiny_flags, capsys, monkeypatch):
@@ -439,7 +450,7 @@ def test_four_processes_train_the_default_config(tmp_path):
 
 @pytest.mark.slow
 def test_doctor_on_two_hosts(tmp_path, tiny_flags):
-    """Catches hosts that end differently, so that the healthy ones hang."""
+    """Catches hosts that end differently, so that the healthy ones hang, and folders left behind."""
     for bad in (False, True):
         port, children = free_port(), []
         for index in range(2):
@@ -454,13 +465,14 @@ def test_doctor_on_two_hosts(tmp_path, tiny_flags):
                 (tmp_path / "nvidia-smi").chmod(0o755)
             command = [sys.executable, "-m", "pixelflow_jax.doctor", *tiny_flags, "--no_compile"]
             pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            command.append(f"--workdir={tmp_path / 'run'}")
+            command.append(f"--workdir={tmp_path / 'new' / 'run'}")
             children.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
         for child in children:
             output = child.communicate(timeout=60)[0]
             assert child.returncode == bad, output
-            said = "1 of 9 checks failed on process 1" if bad else "all is well"
-            assert said in output and "2 agree on code" in output, output
+            said = r"1 of 9 checks failed on process 1 \(.*\): devices\n" if bad else "all is well"
+            assert re.search(said, output) and "2 agree on code" in output, output
+        assert not (tmp_path / "new").exists()
 
 
 def test_threads_are_gone():
