@@ -63,7 +63,7 @@ def test_inception_score():
 
 
 def test_precision_and_recall(monkeypatch):
-    """Catches the two exchanged, a neighbour too few, and blocks that lose rows: brute force."""
+    """Catches the two exchanged, a neighbour too few, blocks that lose rows, and long silence."""
     monkeypatch.setattr(metrics, "BLOCK", 16)
     reference, samples = RNG.normal(size=(50, 3)), RNG.normal(size=(41, 3)) * 0.5 + 0.5
 
@@ -72,7 +72,9 @@ def test_precision_and_recall(monkeypatch):
         return np.mean([any(np.linalg.norm(x - centres, axis=1) <= radii) for x in points])
 
     expected = share(samples, reference), share(reference, samples)
-    assert metrics.precision_recall(reference, samples) == expected and expected[0] != expected[1]
+    heard = []
+    assert metrics.precision_recall(reference, samples, watch=heard.append) == expected
+    assert expected[0] != expected[1] and len(heard) == 4 + 3 + 3 + 4  # blocks, for the watchdog
     with pytest.raises(ValueError, match="more than 3"):
         metrics.precision_recall(reference[:3], samples)
 

@@ -93,7 +93,8 @@ class Reference:
         result[f"{prefix}precision"] = result[f"{prefix}recall"] = None
         if self.vectors is not None:
             with contextlib.suppress(ValueError):  # too few images
-                both = metrics.precision_recall(self.vectors, found.vectors[extract.pooled])
+                vectors = found.vectors[extract.pooled]
+                both = metrics.precision_recall(self.vectors, vectors, watch=self._watch)
                 result[f"{prefix}precision"], result[f"{prefix}recall"] = both
         if prefix:
             result["pca_frechet_of_reference_halves"] = self._floor()
