@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from pixelflow_jax import cli, hosts
 from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.rollcall import Cluster, code_digest
 
 BATCHES = 5  # read to see how fast the data comes
 CLOCK_SECONDS = 5.0  # by which clocks may differ
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     print("all is well: a run can start")
 
 
-def examine(args, config, cluster: hosts.Cluster | None) -> list[dict[str, bool]]:
+def examine(args, config, cluster: Cluster | None) -> list[dict[str, bool]]:
     """Prints the checks' lines; which of them passed on every process, so that all end alike."""
     state_bytes = {}
     checks: dict[str, Callable[[], str]] = {
@@ -117,7 +118,7 @@ def check_versions() -> str:
             raise Problem(f"{needed.name} {version} is not {needed.specifier}: pip install '{text}'")
         if needed.name in ("jax", "flax", "orbax-checkpoint", "grain"):
             found.append(f"{needed.name} {version}")
-    return f"python {sys.version.split()[0]}, {', '.join(found)}, code {hosts.code_digest()}"
+    return f"python {sys.version.split()[0]}, {', '.join(found)}, code {code_digest()}"
 
 
 def check_devices() -> str:
@@ -135,7 +136,7 @@ def check_devices() -> str:
     return said
 
 
-def check_hosts(cluster: hosts.Cluster | None) -> str:
+def check_hosts(cluster: Cluster | None) -> str:
     """The roll call came to its end before; here is its table."""
     if cluster is None:
         return "one process"
@@ -317,7 +318,7 @@ def bucket_region(path: str) -> str | None:
     return done.stdout.strip().lower() or None
 
 
-def check_clock(workdir: str, cluster: hosts.Cluster | None) -> str:
+def check_clock(workdir: str, cluster: Cluster | None) -> str:
     """This clock against the workdir's server's and, on process 0, the other hosts'."""
     with trial_file(epath.Path(workdir)) as trial:
         off = time.time() - trial.stat().mtime

@@ -1,6 +1,7 @@
 """What several tests share."""
 
 import os
+import socket
 import tempfile
 
 import jax
@@ -90,6 +91,12 @@ def with_devices(count: int) -> dict[str, str]:
     """The environment of a child process that is to see `count` CPU devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}".strip()}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens at."""
+    with socket.create_server(("", 0)) as sock:
+        return sock.getsockname()[1]
 
 
 def calm(model: PixelFlow) -> dict:

@@ -1,4 +1,4 @@
-"""Several processes: the roll call, what is said when one is missing or lost, doctor, restarts."""
+"""Several processes: the roll call, what is said when one is missing or lost, restarts."""
 
 import concurrent.futures
 import contextlib
@@ -15,19 +15,15 @@ import time
 
 import pytest
 
-from pixelflow_jax import doctor, hosts
-from pixelflow_jax.config import load_config
+from pixelflow_jax import hosts
 from pixelflow_jax.errors import Lost, UserError
-from pixelflow_jax.hosts import Place, make_record, roll_call
+from pixelflow_jax.rollcall import Place, make_record, roll_call
 from pixelflow_jax.training import watchdog
 from pixelflow_jax.training.watchdog import Watchdog
 
+from conftest import free_port
+
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 def gather(records, timeout=10.0, count=None, indices=None):
@@ -378,65 +374,6 @@ def test_one_never_started_and_two_versions(tmp_path, tiny_flags):
     assert not (tmp_path / "run").exists()
 
 
-# -- doctor
-
-
-def test_doctor(tmp_path, tiny_flags, capsys):
-    """Catches a doctor that leaves traces, calls the sick well or dies of the disease."""
-    flags = [*tiny_flags, "--no_compile", f"--workdir={tmp_path / 'a' / 'run'}"]
-    doctor.main(flags)
-    said = capsys.readouterr().out
-    assert "all is well" in said and "FAIL" not in said
-    assert re.search(r"ok +data +1,347 examples", said) and list(tmp_path.iterdir()) == []
-
-    (tmp_path / "file").touch()
-    bad = [*flags, f"--workdir={tmp_path / 'file' / 'run'}", "--config.data.source=folder"]
-    with pytest.raises(SystemExit) as end:
-        doctor.main([*bad, f"--config.data.path={tmp_path / 'none'}", "--config.mesh.fsdp=7"])
-    said = capsys.readouterr().out
-    assert end.value.code == 1 and "4 of 9 checks failed: batch, data, workdir, clock" in said
-    for name in ("batch", "data", "workdir", "clock"):
-        assert re.search(rf"FAIL +{name}", said), said
-
-
-def test_hosts_that_share_a_new_workdir(tmp_path):
-    """Catches a host that removes the folder which another has found and is about to write to."""
-    workdir = tmp_path / "new" / "run"
-    both = doctor.no_new_folders(str(workdir)), doctor.no_new_folders(str(workdir))
-    with both[0], both[1]:  # they came before it was made
-        with doctor.trial_file(workdir):
-            pass
-        assert workdir.exists()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_doctor_compares_memory_and_regions(tmp_path, tiny_flags, capsys, monkeypatch):
-    """Catches an estimate that is not the compiled step's, and a bucket on another continent."""
-    monkeypatch.setattr(doctor, "device_memory", lambda: 1000)
-    with pytest.raises(SystemExit):
-        doctor.main([*tiny_flags, f"--workdir={tmp_path / 'run'}"])
-    assert re.search(
-        r"FAIL +memory +a step needs 0.\d+ GiB.*accumulation_steps", capsys.readouterr().out
-    )
-
-    fake = tmp_path / "gcloud"
-    fake.write_text("#!/bin/sh\necho EUROPE-WEST4\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(doctor.epath, "Path", lambda path: pathlib.Path(tmp_path))
-    config = load_config("configs/digits.py")
-    for zone, fine in (("europe-west4-a", True), ("us-central2-b", False), (None, True)):
-        monkeypatch.setattr(doctor, "this_zone", lambda zone=zone: zone)
-        if fine:
-            assert "europe-west4" in doctor.check_buckets("gs://b/run", config)
-        else:
-            with pytest.raises(
-                doctor.Problem, match="gs://b/run is in europe-west4, this machine in us"
-            ):
-                doctor.check_buckets("gs://b/run", config)
-    assert doctor.near("europe-west4-a") == ("europe-west4", "eu")
-
-
 @pytest.mark.slow
 def test_four_processes_train_the_default_config(tmp_path):
     """Catches what small test configs hide, and a number of processes other than two."""
@@ -446,33 +383,6 @@ def test_four_processes_train_the_default_config(tmp_path):
     assert child.returncode == 0 and "Trained steps 0 to 10" in output, output
     assert len(re.findall(r"\[0\] [0-3]  ", output)) == 4, output
     assert (tmp_path / "run" / "samples" / "10.png").exists() and len(rows(tmp_path / "run")) == 2
-
-
-@pytest.mark.slow
-def test_doctor_on_two_hosts(tmp_path, tiny_flags):
-    """Catches hosts that end differently, so that the healthy ones hang, and folders left behind."""
-    for bad in (False, True):
-        port, children = free_port(), []
-        for index in range(2):
-            env = os.environ | {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            }
-            if bad and index:
-                env["PATH"] = f"{tmp_path}:{env['PATH']}"
-                (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")  # a GPU that JAX does not see
-                (tmp_path / "nvidia-smi").chmod(0o755)
-            command = [sys.executable, "-m", "pixelflow_jax.doctor", *tiny_flags, "--no_compile"]
-            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            command.append(f"--workdir={tmp_path / 'new' / 'run'}")
-            children.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
-        for child in children:
-            output = child.communicate(timeout=60)[0]
-            assert child.returncode == bad, output
-            said = r"1 of 9 checks failed on process 1 \(.*\): devices\n" if bad else "all is well"
-            assert re.search(said, output) and "2 agree on code" in output, output
-        assert not (tmp_path / "new").exists()
 
 
 def test_threads_are_gone():

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.sharding import P, make_mesh, param_spec
 from pixelflow_jax.training import loop
 
-from conftest import with_devices
+from conftest import free_port, with_devices
 
 HERE = pathlib.Path(__file__).parent
 
@@ -117,12 +116,6 @@ def test_local_rows_are_all_rows_of_one_process():
     """Catches rows loaded twice where a batch is on several devices of one process."""
     where = jax.sharding.NamedSharding(make_mesh(-1, 1), sharding.BATCH)
     np.testing.assert_array_equal(sharding.local_rows(where, 8), np.arange(8))
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def start_cluster(workdir, flags, processes=2, devices=2):

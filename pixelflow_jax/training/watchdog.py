@@ -1,7 +1,7 @@
 """Notices that a process of the run is gone, or that a step hangs, and ends the run with a reason.
 
 Without it the others wait in a collective until JAX aborts them with a stack trace, or for ever.
-Processes tell each other how far they are, over the connections of the roll call (hosts.py), from a
+Processes tell each other how far they are, over the connections of the roll call (rollcall.py), from a
 thread each; process 0 hears all and decides.
 """
 
@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import hosts
 from pixelflow_jax.errors import EXIT_LOST, Lost, UserError
-from pixelflow_jax.hosts import START_SILENCE, Cluster
+from pixelflow_jax.hosts import START_SILENCE
+from pixelflow_jax.rollcall import Cluster
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.preemption import Preempted
 
@@ -39,7 +40,7 @@ def joined(
     Args:
       timeouts: a config's `hosts`.
       patient: a process that is alone may stay in one place for as long as it likes.
-      settings: what all processes must agree on, see `hosts.make_record`.
+      settings: what all processes must agree on, see `rollcall.make_record`.
 
     Yields `Watchdog.at`.
     """

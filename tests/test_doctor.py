@@ -1,0 +1,99 @@
+"""The doctor: alone, and on hosts that compare notes."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from pixelflow_jax import doctor
+from pixelflow_jax.config import load_config
+
+from conftest import free_port
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_doctor(tmp_path, tiny_flags, capsys):
+    """Catches a doctor that leaves traces, calls the sick well or dies of the disease."""
+    flags = [*tiny_flags, "--no_compile", f"--workdir={tmp_path / 'a' / 'run'}"]
+    doctor.main(flags)
+    said = capsys.readouterr().out
+    assert "all is well" in said and "FAIL" not in said
+    assert re.search(r"ok +data +1,347 examples", said) and list(tmp_path.iterdir()) == []
+
+    (tmp_path / "file").touch()
+    bad = [*flags, f"--workdir={tmp_path / 'file' / 'run'}", "--config.data.source=folder"]
+    with pytest.raises(SystemExit) as end:
+        doctor.main([*bad, f"--config.data.path={tmp_path / 'none'}", "--config.mesh.fsdp=7"])
+    said = capsys.readouterr().out
+    assert end.value.code == 1 and "4 of 9 checks failed: batch, data, workdir, clock" in said
+    for name in ("batch", "data", "workdir", "clock"):
+        assert re.search(rf"FAIL +{name}", said), said
+
+
+def test_hosts_that_share_a_new_workdir(tmp_path):
+    """Catches a host that removes the folder which another has found and is about to write to."""
+    workdir = tmp_path / "new" / "run"
+    both = doctor.no_new_folders(str(workdir)), doctor.no_new_folders(str(workdir))
+    with both[0], both[1]:  # they came before it was made
+        with doctor.trial_file(workdir):
+            pass
+        assert workdir.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_compares_memory_and_regions(tmp_path, tiny_flags, capsys, monkeypatch):
+    """Catches an estimate that is not the compiled step's, and a bucket on another continent."""
+    monkeypatch.setattr(doctor, "device_memory", lambda: 1000)
+    with pytest.raises(SystemExit):
+        doctor.main([*tiny_flags, f"--workdir={tmp_path / 'run'}"])
+    assert re.search(
+        r"FAIL +memory +a step needs 0.\d+ GiB.*accumulation_steps", capsys.readouterr().out
+    )
+
+    fake = tmp_path / "gcloud"
+    fake.write_text("#!/bin/sh\necho EUROPE-WEST4\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor.epath, "Path", lambda path: pathlib.Path(tmp_path))
+    config = load_config("configs/digits.py")
+    for zone, fine in (("europe-west4-a", True), ("us-central2-b", False), (None, True)):
+        monkeypatch.setattr(doctor, "this_zone", lambda zone=zone: zone)
+        if fine:
+            assert "europe-west4" in doctor.check_buckets("gs://b/run", config)
+        else:
+            with pytest.raises(
+                doctor.Problem, match="gs://b/run is in europe-west4, this machine in us"
+            ):
+                doctor.check_buckets("gs://b/run", config)
+    assert doctor.near("europe-west4-a") == ("europe-west4", "eu")
+
+
+@pytest.mark.slow
+def test_doctor_on_two_hosts(tmp_path, tiny_flags):
+    """Catches hosts that end differently, so that the healthy ones hang, and folders left behind."""
+    for bad in (False, True):
+        port, children = free_port(), []
+        for index in range(2):
+            env = os.environ | {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            }
+            if bad and index:
+                env["PATH"] = f"{tmp_path}:{env['PATH']}"
+                (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")  # a GPU that JAX does not see
+                (tmp_path / "nvidia-smi").chmod(0o755)
+            command = [sys.executable, "-m", "pixelflow_jax.doctor", *tiny_flags, "--no_compile"]
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            command.append(f"--workdir={tmp_path / 'new' / 'run'}")
+            children.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+        for child in children:
+            output = child.communicate(timeout=300)[0]
+            assert child.returncode == bad, output
+            said = r"1 of 9 checks failed on process 1 \(.*\): devices\n" if bad else "all is well"
+            assert re.search(said, output) and "2 agree on code" in output, output
+        assert not (tmp_path / "new").exists()
