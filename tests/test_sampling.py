@@ -50,7 +50,7 @@ def test_guidance_is_the_formula_and_is_skipped_at_1(noisy_params):
     params = noisy_params(MODEL)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     conditions = class_conditions(jnp.array([1, 2]), 10)
-    grid = TimeGrid((1,)).stage(Cascade(2), 1)
+    grid = TimeGrid((1,)).stage(Cascade(2), 0)
 
     def velocity(weight, *pair):
         return make_sampler().field(params, grid, weight, *pair)(x, jnp.float32(0.5))

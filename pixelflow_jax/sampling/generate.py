@@ -137,7 +137,7 @@ def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[G
         if stage > first:
             x = sampler.step_up(stage, x, block)
         grid = sampler.stage_grid(stage).after(start.tau if stage == first else 0.0)
-        x, nfe = sampler.solve_stage(params, stage, x, grid, *conditions)
+        x, nfe = sampler.solve_stage(params, x, grid, *conditions)
         return x, Generated(images.to_uint8(x), jnp.isfinite(x).all((1, 2, 3)), nfe[:, None], [])
 
     def run(params, inputs, condition, null_condition):

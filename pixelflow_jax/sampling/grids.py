@@ -17,10 +17,12 @@ class StageGrid:
     """One stage's grid.
 
     Attributes:
+      stage: 0 is the coarsest.
       taus: where steps begin and end: num_steps + 1 numbers from 0 to 1.
       timestep_start, timestep_slope: the line T = start + slope * tau.
     """
 
+    stage: int
     taus: tuple[float, ...]
     timestep_start: float
     timestep_slope: float
@@ -102,4 +104,4 @@ class TimeGrid:
         start, slope = cascade.timestep_line(stage)
         if adaptive and self.kind == "reference":
             slope = float(cascade.timesteps[stage][-1] - start)
-        return StageGrid(tuple(t.tolist()), start, slope)
+        return StageGrid(stage, tuple(t.tolist()), start, slope)

@@ -145,7 +145,7 @@ class Sampler:
             if stage > first_stage:
                 x = self.step_up(stage, x, noise.blocks[stage - 1])
             grid = self.stage_grid(stage).after(first_tau if stage == first_stage else 0.0)
-            x, count = self.solve_stage(params, stage, x, grid, condition, null_condition)
+            x, count = self.solve_stage(params, x, grid, condition, null_condition)
             ends.append(x)
             nfe.append(count)
         return Trajectory(ends, jnp.stack(nfe, axis=1))
@@ -162,14 +162,13 @@ class Sampler:
     def solve_stage(
         self,
         params: dict,
-        stage: int,
         x: Float[Array, "b h w c"],
         grid: StageGrid,
         condition: Condition,
         null_condition: Condition,
     ) -> tuple[Float[Array, "b h w c"], Int[Array, " b"]]:
         """(x at the end of `grid`, evaluations); a grid that runs backwards inverts the stage."""
-        weight = self.guidance.weights(self.cascade.num_stages)[stage]
+        weight = self.guidance.weights(self.cascade.num_stages)[grid.stage]
         nfe = jnp.zeros(len(x), jnp.int32)
         for part, guided in self._parts(grid, weight):
             args = (params, part, weight if guided else 1.0)
@@ -232,11 +231,11 @@ class Sampler:
         both = weight != 1
         pair = (null_condition, condition) if both else (condition,)
         inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *pair)
+        p = self.cascade.patches(self.model.patch_size)[grid.stage]
 
         def network(x, inputs, tau):
             batch, height, width, _ = x.shape
-            stage = self.cascade.num_stages - (self.height // height).bit_length()
-            p, layout = self.cascade.patches(self.model.patch_size)[stage], self.layout(stage, len(pair))
+            layout = self.layout(grid.stage, len(pair))
             tokens = images.patchify(x, p)
             timesteps = jnp.full((batch, len(pair)), grid.timestep(tau), x.dtype)
             out = self.model.apply(

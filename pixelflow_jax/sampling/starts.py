@@ -171,7 +171,7 @@ def invert(
     x, blocks = image, []
     for stage in reversed(range(sampler.cascade.num_stages)):
         grid = sampler.stage_grid(stage).backwards()
-        x, _ = sampler.solve_stage(params, stage, x, grid, condition, null_condition)
+        x, _ = sampler.solve_stage(params, x, grid, condition, null_condition)
         if stage:
             alpha, beta = sampler.cascade.renoising(stage)
             coarse = images.down(x)
