@@ -91,7 +91,7 @@ def test_killed_twice_it_ends_where_the_unkilled_run_does(whole, tmp_path):
         child.send_signal(signal.SIGKILL)
         child.communicate()
     child = start(workdir)
-    output = child.communicate(timeout=200)[0]
+    output = child.communicate(timeout=600)[0]
     assert child.returncode == 0 and "Going on from step" in output, output
     assert losses(workdir) == whole[1]
     assert_same_params(workdir, whole)
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_exits_75(whole, tmp_path):
     child = start(workdir, "checkpoint_every=1000")
     wait_for(child, lambda: rows(workdir) >= 2)
     child.send_signal(signal.SIGTERM)
-    output = child.communicate(timeout=60)[0]
+    output = child.communicate(timeout=300)[0]
     assert child.returncode == 75 and "start me again" in output, output
     state, report = loop.train(load_config("configs/digits.py", RUN), workdir)
     assert "steps 0" not in report
@@ -172,7 +172,7 @@ def test_resumed_on_other_devices_it_goes_on_alike(copy, whole, devices):
         shutil.rmtree(copy / "checkpoints" / step)
     env = os.environ | with_devices(devices)
     child = start(copy, "mesh.fsdp=2", env=env)
-    output = child.communicate(timeout=200)[0]
+    output = child.communicate(timeout=600)[0]
     assert child.returncode == 0 and "Going on from step 24" in output, output
     np.testing.assert_allclose(losses(copy), whole[1], rtol=1e-5)
 
@@ -188,7 +188,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
 
     child = start(workdir, "optimizer.schedule=constant", preexec_fn=limit)
-    output = child.communicate(timeout=200)[0]
+    output = child.communicate(timeout=600)[0]
     said = "error: a checkpoint could not be saved in .*File too large.* are kept\n$"
     assert child.returncode == 1 and re.search(said, output), output
     assert "Traceback" not in output, output

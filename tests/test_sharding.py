@@ -136,7 +136,7 @@ def start_cluster(workdir, flags, processes=2, devices=2):
 
 
 def finish(children) -> list[str]:
-    outputs = [child.communicate(timeout=150)[0] for child in children]
+    outputs = [child.communicate(timeout=600)[0] for child in children]
     for child, output in zip(children, outputs, strict=True):
         assert child.returncode == 0, output[-3000:]
     return outputs
@@ -188,6 +188,6 @@ def test_a_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path, tiny_fla
         assert all(child.poll() is None for child in children) and time.monotonic() < end
         time.sleep(0.1)
     children[1].send_signal(signal.SIGTERM)
-    outputs = [child.communicate(timeout=120)[0] for child in children]
+    outputs = [child.communicate(timeout=600)[0] for child in children]
     assert [child.returncode for child in children] == [75, 75], outputs
     assert len(list((workdir / "checkpoints").iterdir())) == 1
