@@ -5,13 +5,14 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from pixelflow_jax import images
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.packing import Group, PackLayout
+from pixelflow_jax.sampling.generate import fit_image
 from pixelflow_jax.sampling.grids import KINDS, TimeGrid
 from pixelflow_jax.sampling.guidance import SCHEDULES, Guidance
 
@@ -162,3 +163,14 @@ def test_grids(num_steps, kind, shift, num_stages):
         part = stage.after(0.5)
         assert part.taus[0] == 0.5 and part.taus[-1] == 1
     assert math.isclose(found[-1].timestep(1.0), 999, abs_tol=2.0)
+
+
+@given(*(st.integers(1, 400) for _ in range(4)))
+@example(200, 347, 192, 336)  # whose crop rounds to a box that begins outside
+def test_any_picture_fits_any_size(have_h, have_w, height, width):
+    """Catches a crop that leaves the picture, is off its middle, or exchanges height and width."""
+    y, x = np.mgrid[:have_h, :have_w]
+    odd = np.stack([abs(2 * y + 1 - have_h), abs(2 * x + 1 - have_w), y * 0], axis=-1)  # mirror images
+    fitted = fit_image(odd.clip(0, 255).astype(np.uint8), height, width)
+    assert fitted.shape == (height, width, 3) and -1 <= fitted.min() and fitted.max() <= 1
+    np.testing.assert_allclose(fitted, fitted[::-1, ::-1], atol=2.1 / 255)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from pixelflow_jax import files, images, sharding
@@ -161,13 +161,8 @@ def fit_image(
 ) -> Float[np.ndarray, "h2 w2 3"]:
     """Pixels, cropped in the middle to the wanted shape and resized (Lanczos), in [-1, 1]."""
     if pixels.shape[:2] != (height, width):
-        have_h, have_w = pixels.shape[:2]
-        scale = min(have_h / height, have_w / width)
-        crop_h, crop_w = height * scale, width * scale
-        top, left = (have_h - crop_h) / 2, (have_w - crop_w) / 2
-        box = (left, top, left + crop_w, top + crop_h)
-        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box)
-        pixels = np.asarray(resized)
+        image = Image.fromarray(pixels)
+        pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     return np.asarray(images.from_uint8(pixels))
 
 
