@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from pixelflow_jax import files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame
 
 BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 CHUNK = 1 << 24  # bytes read at a time
@@ -100,12 +100,8 @@ def _header(file) -> tuple[tuple[int, ...], np.dtype]:
 @contextlib.contextmanager
 def _opened(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
     """The open file; whatever breaks while reading is a UserError with its name."""
-    try:
+    with blame(f"{path} is not a whole npz file", BROKEN):
+        if not epath.Path(path).exists():
+            raise UserError(f"{path} does not exist")
         with files.open_file(path) as raw, zipfile.ZipFile(raw) as archive:
             yield archive
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except BROKEN as error:
-        raise UserError(f"{path} is not a whole npz file: {error}") from None

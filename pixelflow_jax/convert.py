@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import cli, files
 from pixelflow_jax.config import build_model, check_config, default_config
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame, optional
 from pixelflow_jax.models.conditioning import TEXT, init_params
 from pixelflow_jax.models.inception import inception_params
 from pixelflow_jax.training.checkpoints import load_params, save_params
@@ -212,7 +212,7 @@ def read_state(path: epath.Path, weights: str = "auto") -> State:
     Raises:
       UserError: for a file that cannot be read as what its name says.
     """
-    try:
+    with blame(f"{path} cannot be read as {path.suffix}"):  # each reader raises its own kinds
         if path.suffix == ".safetensors":
             from safetensors.flax import load  # unlike numpy's, reads bfloat16
 
@@ -222,20 +222,11 @@ def read_state(path: epath.Path, weights: str = "auto") -> State:
                 return {name: file[name] for name in file.files}
         if path.suffix in (".pt", ".pth", ".bin"):
             return _read_torch(path, weights)
-    except UserError:
-        raise
-    except Exception as error:  # each reader raises its own kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read as {path.suffix}: {first}") from None
     raise UserError(f"{path}: expected a .pt, .pth, .bin, .safetensors or .npz file")
 
 
 def _torch():
-    try:
-        import torch
-    except ImportError:
-        raise UserError("PyTorch's files need torch: pip install 'pixelflow_jax[convert]'") from None
-    return torch
+    return optional("torch", "convert", "a file of PyTorch's")
 
 
 def _read_torch(path: epath.Path, weights: str) -> State:
@@ -287,10 +278,8 @@ def read_official(
       UserError: if a file is missing or unreadable, or an array is missing, unknown or misshapen.
     """
     path, yaml_path = _official_files(epath.Path(source), config)
-    try:
+    with blame(f"{yaml_path} is not YAML", (yaml.YAMLError, ValueError, RecursionError)):
         values = yaml.safe_load(files.read_bytes(yaml_path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{yaml_path} is not YAML: {error}") from None
     config = official_config(values)
     return from_official(read_state(path, weights), config), config
 

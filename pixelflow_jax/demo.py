@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from pixelflow_jax import cli
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, optional
 from pixelflow_jax.pipeline import Pipeline, Samples
 from pixelflow_jax.sampling.generate import save_png
 from pixelflow_jax.sampling.guidance import SCHEDULES
@@ -84,11 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 def _gradio():
     """Gradio, without its calls to the network. Raises UserError if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
-    try:
-        import gradio
-    except ModuleNotFoundError:
-        raise UserError("the demo needs Gradio: pip install 'pixelflow_jax[demo]'") from None
-    return gradio
+    return optional("gradio", "demo", "the page")
 
 
 class Demo:

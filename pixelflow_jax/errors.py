@@ -1,5 +1,10 @@
 """The one exception that means: the user can mend this."""
 
+import contextlib
+import importlib
+import types
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Bad input from a person: a flag, a file, a config value.
@@ -14,6 +19,27 @@ def sentence(error: BaseException, limit: int = 600) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+@contextlib.contextmanager
+def blame(what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turns errors of these kinds into a UserError: "{what}: {what the error says}"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{what}: {sentence(error)}") from None
+
+
+def optional(module: str, extra: str, what: str) -> types.ModuleType:
+    """A module of an extra. Raises UserError, with the way to install it, if it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs the extra `{extra}` (pip install 'pixelflow_jax[{extra}]'): {sentence(error)}"
+        ) from None
 
 
 class Lost(Exception):

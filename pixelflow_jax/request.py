@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax import arrays, cli, files
 from pixelflow_jax.conditions import Conditions, forget_encoder, read_conditions
 from pixelflow_jax.data.captions import EXTENSIONS
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.images import UINT8_RULE
 from pixelflow_jax.layouts import LAYOUTS
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
@@ -327,10 +327,8 @@ def image_files(path: str, flag: str) -> list[epath.Path]:
 
 def read_pixels(path: epath.Path, flag: str) -> np.ndarray:
     """The pixels of the image that a flag names. Raises UserError if it is not one."""
-    try:
+    with blame(f"--{flag}={path} is not an image", OSError):
         return read_image(path)
-    except OSError as error:
-        raise UserError(f"--{flag}={path} is not an image: {error}") from None
 
 
 def read_noise(path: str, sampler: Sampler) -> Noise:

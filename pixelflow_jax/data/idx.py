@@ -8,7 +8,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from pixelflow_jax import files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame
 
 PREFIXES = {"train": "train", "test": "t10k"}
 UINT8 = 0x08
@@ -43,11 +43,9 @@ def _find(folder: str, prefix: str) -> epath.Path:
 def read_idx(path: epath.PathLike, dims: int) -> UInt8[np.ndarray, "..."]:
     """A uint8 array of `dims` dimensions. Raises UserError if the file is damaged or another kind."""
     path = epath.Path(path)
-    try:
+    with blame(f"{path} cannot be read", (OSError, EOFError, zlib.error)):
         data = files.read_bytes(path)
         data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     header = 4 + 4 * dims
     if len(data) < header or data[:4] != bytes([0, 0, UINT8, dims]):
         raise UserError(f"{path} is not an IDX file of uint8 with {dims} dimensions")

@@ -17,21 +17,15 @@ from etils import epath
 from PIL import Image
 
 from pixelflow_jax import files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame, optional
 
 MANIFEST = "manifest.json"
 LABEL = struct.Struct("<i")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # random access; images are compressed already
 
 
-def _array_record():
-    try:
-        from array_record.python import array_record_data_source, array_record_module
-    except ImportError as error:
-        raise UserError(
-            f"ArrayRecord files need the extra `data` (pip install 'pixelflow_jax[data]'): {error}"
-        ) from None
-    return array_record_module, array_record_data_source
+def _array_record(module: str):
+    return optional(f"array_record.python.{module}", "data", "an ArrayRecord file")
 
 
 class RecordSource:
@@ -53,13 +47,11 @@ class RecordSource:
         self._names = [shard["name"] for shard in manifest["shards"]]
         self._counts = [shard["records"] for shard in manifest["shards"]]
         self._path = path
-        _, reader_module = _array_record()
-        try:
+        reader_module = _array_record("array_record_data_source")
+        with blame(f"{path} has a shard that cannot be read"):  # riegeli has its own kinds of errors
             names = [f"{path}/{name}" for name in self._names]
             self._reader = reader_module.ArrayRecordDataSource(names)
             found = len(self._reader)
-        except Exception as error:  # riegeli's own kinds
-            raise UserError(f"{path} has a shard that cannot be read: {error}") from None
         if found != sum(self._counts):
             raise UserError(f"{path} holds {found} records, its {MANIFEST} says {sum(self._counts)}")
 
@@ -96,7 +88,7 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
     Raises:
       UserError: if `out` holds something else.
     """
-    (writer_module, _), folder = _array_record(), epath.Path(out)
+    writer_module, folder = _array_record("array_record_module"), epath.Path(out)
     count = len(source)
     starts = range(0, count, shard_size)
     sizes = [min(shard_size, count - start) for start in starts]

@@ -19,7 +19,7 @@ from pixelflow_jax import files
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.captioned_digits import captioned_digits
 from pixelflow_jax.data.captions import EXTENSIONS, SPLITS, CaptionFolder, TarSource, split_root
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame, optional
 
 HELD_OUT = tuple(name for name in SPLITS if name != "train")
 HOLD_OUT_EVERY = 4  # of the digits, every 4th image is kept for evaluation
@@ -207,15 +207,9 @@ class TfdsSource:
     """
 
     def __init__(self, path: str, name: str, split: str):
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise UserError(
-                f"config.data.source=tfds needs the extra `data` (pip install 'pixelflow_jax[data]'): "
-                f"{error}"
-            ) from None
+        tfds = optional("tensorflow_datasets", "data", "config.data.source=tfds")
         where = f"config.data.name={name!r}, config.data.path={path!r}, config.data.split={split!r}"
-        try:
+        with blame(f"TFDS cannot read {where}"):  # it has many ways to say that a dataset is not there
             builder = (
                 tfds.builder(name, data_dir=path or None) if name else tfds.builder_from_directory(path)
             )
@@ -224,9 +218,6 @@ class TfdsSource:
             features = builder.info.features
             self.captioned = "captions" in features  # as coco_captions has them
             self.num_classes = 0 if self.captioned else features["label"].num_classes
-        except Exception as error:  # TFDS has many ways to say that a dataset is not there
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"TFDS cannot read {where}: {reason}") from None
         self._title = f"{builder.info.full_name} {split}"
 
     def __len__(self) -> int:

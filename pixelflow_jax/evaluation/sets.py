@@ -11,7 +11,7 @@ from pixelflow_jax import arrays, files
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.sources import held_out, image_files
 from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame
 
 OURS = ("grid.png",)  # files of a sampling run that are no samples
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names: pooled and spatial features
@@ -115,10 +115,8 @@ def _of_folder(folder: epath.Path, flag: str, resolution: int | None) -> ImageSe
         raise UserError(f"--{flag}={folder} holds no images")
 
     def one(path: epath.Path) -> np.ndarray:
-        try:
+        with blame(f"--{flag}: {path} cannot be read", BrokenImage):
             image = decode(files.read_bytes(path))
-        except BrokenImage as error:
-            raise UserError(f"--{flag}: {path} cannot be read: {error}") from None
         return np.asarray(image if resolution is None else center_crop(image, (resolution, resolution)))
 
     size = one(found[0]).shape

@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from pixelflow_jax import files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame
 
 MANIFEST = "manifest.json"
 SHORTEST = 16  # tokens a text is padded to, at least, while it is encoded
@@ -105,10 +105,8 @@ def _shards(path: str) -> list[str]:
 def _open(path: str):
     from safetensors import safe_open
 
-    try:
+    with blame(f"{path} is not a shard of a cache of text states"):  # safetensors has its own kinds
         return safe_open(path, framework="numpy")
-    except Exception as error:  # safetensors has its own kinds
-        raise UserError(f"{path} is not a shard of a cache of text states: {error}") from None
 
 
 def _read(path: str, *names: str) -> dict[str, np.ndarray]:

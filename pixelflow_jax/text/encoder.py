@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
 from pixelflow_jax import files, sharding
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
 from pixelflow_jax.text.cache import EmbeddingCache
@@ -111,12 +111,8 @@ def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
     opened = functools.cache(lambda name: _open(folder / name))
 
     def read(name: str) -> np.ndarray:
-        try:
+        with blame(f"{folder / places[name]}: {name} cannot be read"):  # safetensors has its own kinds
             return np.asarray(opened(places[name]).get_tensor(name))
-        except UserError:
-            raise
-        except Exception as error:  # safetensors has its own kinds
-            raise UserError(f"{folder / places[name]}: {name} cannot be read: {error}") from None
 
     return t5_params(read, places, config, str(folder), dtype)
 
@@ -124,10 +120,8 @@ def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
 def _open(path: epath.Path):
     from safetensors import safe_open
 
-    try:
+    with blame(f"{path} is not a safetensors file"):
         return safe_open(str(path), framework="flax")  # unlike numpy's, reads bfloat16
-    except Exception as error:  # safetensors has its own kinds
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
 
 
 def warn_of_cuts(

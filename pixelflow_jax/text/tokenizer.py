@@ -9,7 +9,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from pixelflow_jax import files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame, optional
 from pixelflow_jax.models.t5 import SPECIAL
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # T5's numbers
@@ -53,13 +53,7 @@ class Tokenizer:
 
 
 def _library():
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UserError(
-            f"text needs the extra `text` (pip install 'pixelflow_jax[text]'): {error}"
-        ) from None
-    return tokenizers
+    return optional("tokenizers", "text", "text")
 
 
 def _of_library(tokenizer) -> Tokenizer:
@@ -93,12 +87,8 @@ def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
     folder = epath.Path(folder)
     for name, read in (("tokenizer.json", _read_json), ("spiece.model", _read_sentencepiece)):
         if (folder / name).exists():
-            try:
+            with blame(f"{folder / name} is not a tokenizer"):  # both libraries raise bare exceptions
                 return read(files.read_bytes(folder / name))
-            except UserError:
-                raise
-            except Exception as error:  # both libraries raise bare exceptions
-                raise UserError(f"{folder / name} is not a tokenizer: {error}") from None
     raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json nor spiece.model is there")
 
 
@@ -107,11 +97,6 @@ def _read_json(data: bytes) -> Tokenizer:
 
 
 def _read_sentencepiece(data: bytes) -> Tokenizer:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise UserError(
-            f"spiece.model needs the extra `text` (pip install 'pixelflow_jax[text]'): {error}"
-        ) from None
+    sentencepiece = optional("sentencepiece", "text", "spiece.model")
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     return Tokenizer(functools.partial(processor.encode, out_type=int), processor.vocab_size())

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import files
 from pixelflow_jax.config import config_from_dict, differences
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints
@@ -86,10 +86,8 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
     path = workdir / "config.json"
     names = files.list_files(workdir)
     if path.name in names:
-        try:
+        with blame(f"{path} is not the config of a run", (KeyError, TypeError, AttributeError)):
             changed = differences(config, config_from_dict(files.read_json(path)))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not the config of a run: {error}") from None
         if changed:
             raise UserError(
                 f"--workdir={workdir} holds a run of another config; these differ: "
