@@ -28,6 +28,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
@@ -43,7 +44,7 @@ from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import AXIS, fit_image, image_mesh, make_generate, save_strip
 from pixelflow_jax.sampling.output import OutputFolder, chunks
 from pixelflow_jax.training.checkpoints import load_params
-from pixelflow_jax.training.watchdog import joined
+from pixelflow_jax.training.watchdog import WAITING, joined
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,14 +75,14 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     if not folder.is_complete():
         hosts.barrier("the output folder is there")
         made, seconds = _make(args, job, folder, watch)
-        watch("waiting for the others")
+        watch(WAITING)
         hosts.barrier("all images are made")
     if jax.process_index() == 0:
-        watch("putting samples.npz together")
-        folder.finish(job.settings_of)
+        folder.finish(job.settings_of, watch)
         if args.layout is not None:
             entries = read_prompts(args)
             write_layout(args.layout, folder.path / "samples.npz", entries, folder.path / args.layout)
+    watch(WAITING)
     hosts.barrier("samples.npz is there")
     if jax.process_index() != 0:
         return "", None
@@ -110,10 +111,14 @@ def _make(
     """
     mesh = image_mesh(jax.local_devices(), args.context)
     groups = mesh.shape[AXIS]
-    size = -(-job.batch_size // groups) * groups  # as many on every device
+    # as many on every device, and chunks of one length on all hosts, whatever devices they have
+    length = int(
+        np.max(multihost_utils.process_allgather(np.int32(-(-job.batch_size // groups) * groups)))
+    )
+    size = -(-length // groups) * groups
     params = jax.device_put(job.params, NamedSharding(mesh, P()))
     generate = make_generate(job.sampler, job.start, mesh)
-    mine = chunks(folder.count, size, jax.process_index(), jax.process_count())
+    mine = chunks(folder.count, length, jax.process_index(), jax.process_count())
     missing = folder.missing()
     parts = [part for chunk in mine if len(part := chunk[np.isin(chunk, missing)])]
     if args.save_stages:

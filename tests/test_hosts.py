@@ -248,6 +248,30 @@ def test_a_hanging_host_is_named(fast, capfd):
     assert "has been at 'step 1' for 0.4 s" in capfd.readouterr().err
 
 
+def test_waiting_is_not_hanging(fast, capfd):
+    """Catches a sampling run that ends because process 0 was done first, or blame for who waits."""
+    with watched(2, step_timeout=1.0) as dogs:
+
+        def waits(dog, seconds):
+            with dog:
+                dog.at(watchdog.WAITING)
+                time.sleep(seconds)
+
+        assert together((waits, dogs[0], 2.5), (work, dogs[1], 2.5)) == [None] * 2
+    assert fast == [] and "error" not in capfd.readouterr().err
+
+    def stops(dog):
+        with dog:
+            for image in range(3):
+                dog.at(f"image {image}")
+            time.sleep(2.5)
+
+    with watched(2, step_timeout=1.0) as dogs:
+        together((waits, dogs[0], 2.5), (stops, dogs[1]))
+    said = capfd.readouterr().err
+    assert "process 1 (h1) is late: at 'image 2'" in said and "wait at 'waiting for" in said, said
+
+
 def test_an_error_of_one_reaches_the_others(fast, capfd):
     """Catches hosts that wait minutes for one that has stopped with a good reason of its own."""
     own = UserError("its disk is full")

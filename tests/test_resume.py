@@ -237,6 +237,18 @@ def test_resume_does_not_need_init_from(whole, tmp_path):
     assert (tmp_path / "new" / "checkpoints" / "2").exists()
 
 
+def test_what_sample_takes_for_the_newest(tmp_path, tiny_config, monkeypatch):
+    """Catches a step of which a bucket holds a part only, and hosts that read different steps."""
+    tiny_config.update(num_train_steps=3, checkpoint_every=1, keep_checkpoints=3)
+    loop.train(tiny_config, tmp_path)
+    finalized = checkpoints.ocp.utils.is_checkpoint_finalized
+    part = lambda path: path.name != "3" and finalized(path)  # noqa: E731
+    monkeypatch.setattr(checkpoints.ocp.utils, "is_checkpoint_finalized", part)
+    assert checkpoints.load_params(tmp_path)[2]["step"] == 2
+    monkeypatch.setattr(checkpoints.multihost_utils, "broadcast_one_to_all", lambda step: step - 1)
+    assert checkpoints.load_params(tmp_path)[2]["step"] == 1
+
+
 def test_what_is_kept(tmp_path, tiny_config):
     """Catches keep_checkpoints and keep_every that are swapped or ignored; two kinds of average."""
     tiny_config.update(num_train_steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3)

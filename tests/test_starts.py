@@ -186,12 +186,38 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(trained, tmp_path / "part", *flags)
     (tmp_path / "part" / "shards" / ".torn.npz.1.tmp").write_bytes(b"x")  # what a kill leaves
+    (tmp_path / "early").mkdir()
+    shutil.copy(tmp_path / "part" / "settings.json", tmp_path / "early")  # of a kill that came sooner
     monkeypatch.setattr(
         sample.OutputFolder, "write", lambda self, i, p: (written.append(i.tolist()), write(self, i, p))
     )
     run(trained, tmp_path / "part", *flags)
     assert sorted(sum(written, [])) == list(range(11))
     assert (tmp_path / "part" / "samples.npz").read_bytes() == expected
+    np.testing.assert_array_equal(
+        run(trained, tmp_path / "early", *flags)[8:],
+        np.load(tmp_path / "whole" / "samples.npz")["arr_0"][8:],
+    )
+
+
+def test_a_folder_is_claimed_by_its_settings_first(tmp_path, monkeypatch):
+    """Catches a kill in the first moment that leaves a folder which the same command refuses."""
+    folder = sample.OutputFolder(tmp_path / "out", (16, 16, 3), {"labels": np.arange(9)}, 0)
+
+    mkdir = type(folder.path).mkdir
+
+    def killed(self, *args, **kwargs):
+        if self.name == "shards":
+            raise KeyboardInterrupt
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(folder.path), "mkdir", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.claim({"seed": 0})
+    monkeypatch.undo()
+    folder.check({"seed": 0})
+    with pytest.raises(UserError, match="seed differ"):
+        folder.check({"seed": 1})
 
 
 def test_another_batch_size_completes_a_run(trained, tmp_path):
@@ -205,6 +231,7 @@ def test_another_batch_size_completes_a_run(trained, tmp_path):
     nfe = np.full((9, 2), 4, np.int32)
     for numbers in ([1, 2, 3], [3, 4], [7]):
         folder.write(np.array(numbers), {"arr_0": whole[numbers], "nfe": nfe[numbers]})
+    (out / "shards" / "00000005-00000007.npz").write_bytes(b"")  # what a power cut leaves
     assert folder.missing().tolist() == [0, 5, 6, 8]
     np.testing.assert_array_equal(run(trained, out, "--num_images=9", "--batch_size=4"), whole)
 

@@ -5,6 +5,7 @@ a run that was stopped goes on without making an image twice. When all are there
 together from them, in which equal requests give equal bytes, and the shards go.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from pixelflow_jax import arrays, files
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.sampling.generate import read_image, save_grid, save_png
 
+log = logging.getLogger(__name__)
 SHARD = re.compile(r"(\d{8})-(\d{8})\.npz")
 ALL_PNG, SOME_PNG = 1000, 100  # up to so many images all become PNG files; of more, so many
 
@@ -58,9 +60,9 @@ class OutputFolder:
             )
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Makes the folder."""
-        self._shards.mkdir(parents=True, exist_ok=True)
+        """Makes the folder; first of all what says whose it is."""
         files.write_json(self.path / "settings.json", settings)
+        self._shards.mkdir(exist_ok=True)
 
     def is_complete(self) -> bool:
         """Whether samples.npz is there and whole; a damaged one counts as missing."""
@@ -88,17 +90,18 @@ class OutputFolder:
                 {name: (part.shape, part.dtype, [part]) for name, part in chosen.items()},
             )
 
-    def finish(self, settings_of: Callable[[int], dict[str, Any]]) -> None:
+    def finish(self, settings_of: Callable[[int], dict[str, Any]], watch: Callable[[str], None]) -> None:
         """Puts samples.npz, the PNG files and the grid together, and removes the shards.
 
-        `settings_of` an image is what its PNG file carries.
+        `settings_of` an image is what its PNG file carries; `watch` is told how far this is.
         """
         if not self.is_complete():
-            self._assemble()
+            self._assemble(watch)
         if self._shards.exists():
             self._shards.rmtree()
         first, seen = [], 0
         for pixels in arrays.rows(self.path / "samples.npz", "arr_0", 64):
+            watch(f"PNG file {seen}")
             for i, image in enumerate(pixels[: max(0, self.num_png - seen)], seen):
                 self._write_png(self.path / f"{i:06d}.png", image, settings_of(i))
             first += list(pixels[: max(0, 100 - seen)])
@@ -119,12 +122,19 @@ class OutputFolder:
         save_png(path, image, settings)
 
     def _found(self) -> list[tuple[int, int, epath.Path]]:
-        """(begin, end, file) of every shard, those of an earlier run with other chunks too."""
+        """(begin, end, file) of every whole shard, those of an earlier run with other chunks too."""
         names = [(SHARD.fullmatch(name), name) for name in files.list_files(self._shards)]
         found = [(int(m[1]), int(m[2]), self._shards / name) for m, name in names if m]
-        return sorted(entry for entry in found if entry[0] < entry[1] <= self.count)
+        return sorted(x for x in found if x[0] < x[1] <= self.count and self._is_shard(*x))
 
-    def _assemble(self) -> None:
+    def _is_shard(self, begin: int, end: int, path: epath.Path) -> bool:
+        try:
+            return arrays.array_shapes(path).get("arr_0") == ((end - begin, *self.size), np.uint8)
+        except UserError as error:
+            log.warning("%s; its images are made again", error)
+            return False
+
+    def _assemble(self, watch: Callable[[str], None]) -> None:
         found = self._found()
         shapes = arrays.array_shapes(found[0][2])
 
@@ -132,6 +142,7 @@ class OutputFolder:
             done = 0
             for begin, end, path in found:
                 if end > done:
+                    watch(f"{name} of image {begin}")
                     assert begin <= done, f"images {done} to {begin} are missing"
                     yield arrays.read_npz(path, name)[done - begin :]
                     done = end

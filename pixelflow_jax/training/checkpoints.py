@@ -237,6 +237,8 @@ def load_params(
 ) -> tuple[dict, ConfigDict, dict[str, Any]]:
     """Parameters for sampling, with their config and what else `meta` says.
 
+    Of several processes, all must call it; they read the step that process 0 finds.
+
     Args:
       checkpoint: a workdir (its newest step is taken) or one step's folder in it.
       ema: which average, by its decay or half-life; 0 takes the raw parameters, None the first average.
@@ -245,6 +247,8 @@ def load_params(
       UserError: if that is no checkpoint, or it has no such average.
     """
     folder, step = _find_step(checkpoint)
+    # one step for all, though a training may save meanwhile
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     with _open(folder, ocp.CheckpointManagerOptions(create=False)) as manager:
         try:
             meta = _read_meta(manager, step)
@@ -290,9 +294,10 @@ def _find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, int]:
         return path.parent, int(path.name)
     for folder in (path / FOLDER, path):
         steps = [int(name) for name in files.list_files(folder) if name.isdigit()]
-        steps = [step for step in steps if (folder / str(step) / "meta").exists()]
-        if steps:
-            return folder, max(steps)
+        for step in sorted(steps, reverse=True):
+            path = folder / str(step)  # in a bucket it has its name before all of it is there
+            if (path / "meta").exists() and ocp.utils.is_checkpoint_finalized(path):
+                return folder, step
     raise UserError(
         f"--checkpoint={checkpoint} holds no checkpoint; give the workdir of a training run, or a "
         f"folder that pixelflow_jax.convert wrote"

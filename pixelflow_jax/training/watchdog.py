@@ -27,6 +27,7 @@ from pixelflow_jax.training.preemption import Preempted
 
 BEAT = 1.0  # seconds between messages
 GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over
+WAITING = "waiting for the others"  # a place where nobody is late
 OWN = (UserError, TrainingDiverged, Preempted)  # errors that speak for themselves
 LOST = "Checkpoints are kept: start the same command again on all, and it goes on from the newest"
 
@@ -71,7 +72,7 @@ class Watchdog:
         self._links = dict(cluster.links) if cluster else {}
         now = time.monotonic()
         self._heard = {index: now for index in self._links}
-        self._others = {index: (0, "starting") for index in self._links}
+        self._others = {index: self._place for index in self._links}
         self._verdict: str | None = None
         self._judged, self._done = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -156,26 +157,29 @@ class Watchdog:
                     if message["bye"]:
                         return f"{self._cluster.name(index)} stopped: {message['bye']}"
                     return None
-                self._others[index] = tuple(message["at"])
+                if message["at"][0] != self._others[index][0]:
+                    self._others[index] = (*message["at"], time.monotonic())
         except OSError:
             return f"{self._cluster.name(index)} is gone: killed, crashed or cut off. {LOST}"
         return None
 
     def _hanging(self) -> str | None:
-        """Who is late, if nothing has moved here for too long."""
-        count, what, since = self._place
-        if self._index or time.monotonic() - since < self._step_timeout:
+        """Who is late, if no process has moved for too long."""
+        places = {0: self._place, **self._others}
+        newest = max(since for _, _, since in places.values())
+        if self._index or time.monotonic() - newest < self._step_timeout:
             return None
-        places = {0: (count, what), **self._others}
-        first = min(places.values())[0]
-        late = sorted(i for i, (n, _) in places.items() if n == first)
+        busy = {i: place for i, place in places.items() if place[1] != WAITING} or places
+        first = min(busy.values())[0]
+        late = sorted(i for i, place in busy.items() if place[0] == first)
         where = f"{places[late[0]][1]!r} for {self._step_timeout:g} s"
         if len(late) == len(places):
             who = "every process" if self._cluster else "this process"
             return f"{who} has been at {where} (--config.hosts.step_timeout). {LOST}"
+        ahead = max(place for i, place in places.items() if i not in late)[1]
         return (
-            f"{self._names(late)} is late: at {where}, while others wait at "
-            f"{max(places.values())[1]!r} (--config.hosts.step_timeout). {LOST}"
+            f"{self._names(late)} is late: at {where}, while others wait at {ahead!r} "
+            f"(--config.hosts.step_timeout). {LOST}"
         )
 
     def _names(self, indices: list[int]) -> str:
