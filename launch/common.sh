@@ -101,6 +101,10 @@ check_region() {
       "${continent/europe/eu}")
         say "note: $bucket is a multi-region bucket ($place); one in $region reads faster"
         ;;
+      *-*) wrong_region "$bucket" "$place" "$region" ;; # another region
+      *[0-9])                                           # nam4, eur4, asia1
+        say "note: $bucket is a dual-region bucket ($place); see that $region is one of the two"
+        ;;
       *) wrong_region "$bucket" "$place" "$region" ;;
     esac
   done

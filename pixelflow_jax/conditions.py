@@ -85,7 +85,7 @@ def _count(args: argparse.Namespace, start: Any, default: int) -> int:
 
 
 def _of_labels(args, config: ConfigDict, start: Any) -> Conditions:
-    classes = config.model.num_classes
+    classes = max(config.model.num_classes, 1)  # without classes, all are 0, which the network ignores
     for flag in LABEL_FLAGS:
         for label in getattr(args, flag) or ():
             if not 0 <= label < classes:
@@ -100,7 +100,7 @@ def _of_labels(args, config: ConfigDict, start: Any) -> Conditions:
     count = _count(args, start, len(args.labels) if args.labels else config.sample.num_images)
     number = args.first_image + np.arange(count)
     labels = pattern.astype(np.int32)[number % len(pattern)]
-    negative = np.array(args.negative_labels or [classes], np.int32)
+    negative = np.array(args.negative_labels or [config.model.num_classes], np.int32)
     null = negative[number % len(negative)]
     described = {"labels": args.labels, "negative_labels": args.negative_labels}
     each = np.arange(count)
@@ -149,7 +149,7 @@ def encode(args, texts: list[str], config: ConfigDict) -> Condition:
     if config.text.encoder == JOINT:
         return tokens.condition()
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    encoder = _encoder(config.text.encoder, mesh, config.dtype, config.model.context_dim)
+    encoder = _encoder(config.text.encoder, mesh, args.dtype or config.dtype, config.model.context_dim)
     parts = []
     for begin in range(0, len(texts), ENCODED):
         index = np.arange(begin, begin + ENCODED) % len(texts)

@@ -38,6 +38,7 @@ _AT_LEAST = {
 BOUNDS = {key: (low, 2**32) for low, keys in _AT_LEAST.items() for key in keys.split()}
 BOUNDS |= {f"model.{key}": (1, LARGEST) for key in ("num_heads", "head_dim", "depth")}
 BOUNDS |= {"model.num_classes": (0, 10**7), "model.context_dim": (0, 10**5)}
+BOUNDS |= {"optimizer.clip_norm": (0, 2**32)}
 BOUNDS |= {"seed": (0, 2**32 - 1), "data.max_broken_share": (0, 1), "data.label_dropout": (0, 1)}
 CHOICES = {
     "dtype": DTYPES,
@@ -58,7 +59,7 @@ def default_config() -> ConfigDict:
             batch_size=256,  # global
             accumulation_steps=1,  # parts a batch is worked off in, to save memory
             init_from="",  # a checkpoint (ours or official) whose parameters a new run starts from
-            dtype="float32",  # of computation; parameters, optimizer and EMA stay in float32
+            dtype="float32",  # of computation, may change on resume; parameters and EMA stay float32
             log_every=100,
             checkpoint_every=5000,
             sample_every=5000,  # a sample grid; 0 = never
@@ -114,7 +115,7 @@ def default_config() -> ConfigDict:
                 eps=1e-8,
                 weight_decay=0.0,
                 weight_decay_on="matrices",  # matrices (not biases and norms), or all
-                clip_norm=1.0,
+                clip_norm=1.0,  # of the gradient; 0 = no clipping
             ),
             ema=dict(
                 decays=(0.9999,),  # an average each

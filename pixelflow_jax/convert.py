@@ -183,6 +183,8 @@ def official_config(values: dict[str, Any]) -> ConfigDict:
 def official_yaml(config: ConfigDict) -> dict[str, Any]:
     """The contents of an official config.yaml from our config."""
     model = config.model
+    if abs(config.cascade.gamma + 1 / 3) > 1e-6:
+        raise UserError(f"the official network has cascade.gamma -1/3, not {config.cascade.gamma}")
     params = dict(
         num_attention_heads=model.num_heads,
         attention_head_dim=model.head_dim,

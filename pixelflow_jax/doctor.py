@@ -28,6 +28,8 @@ from pixelflow_jax import cli, hosts
 from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.rollcall import Cluster, code_digest
+from pixelflow_jax.train import check_init_from
+from pixelflow_jax.training.start import holds_run
 
 BATCHES = 5  # read to see how fast the data comes
 CLOCK_SECONDS = 5.0  # by which clocks may differ
@@ -236,20 +238,23 @@ def no_new_folders(workdir: str) -> Iterator[None]:
 @contextlib.contextmanager
 def trial_file(workdir: epath.Path) -> Iterator[epath.Path]:
     """A file written and renamed as checkpoints are, gone afterwards."""
-    name = f".doctor.{uuid.uuid4().hex[:8]}"
+    name = f".doctor.{uuid.uuid4().hex[:8]}"  # so named, files.list_files leaves it out on other hosts
+    first, last = workdir / f"{name}.1.tmp", workdir / f"{name}.2.tmp"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / f"{name}.tmp").write_bytes(b"doctor")
-        (workdir / f"{name}.tmp").rename(workdir / name)
-        yield workdir / name
+        first.write_bytes(b"doctor")
+        first.rename(last)
+        yield last
     finally:
-        for path in (workdir / f"{name}.tmp", workdir / name):
+        for path in (first, last):
             path.unlink(missing_ok=True)
 
 
 def check_workdir(workdir: str, config, state_bytes: dict) -> str:
-    """Writes, renames, reads and deletes a file; compares room with what checkpoints need."""
+    """Whether `train` would take it; writes, renames, reads and deletes a file; compares free room."""
     path = epath.Path(workdir)
+    resumes = holds_run(path, config)
+    check_init_from(config, workdir)
     try:
         with trial_file(path) as trial:
             if trial.read_bytes() != b"doctor":
@@ -259,7 +264,7 @@ def check_workdir(workdir: str, config, state_bytes: dict) -> str:
         raise Problem(
             f"{workdir} cannot be written: {error}. Name another --workdir, or mend its rights"
         ) from None
-    said = f"{workdir} can be written, renamed in, read"
+    said = f"{workdir} can be written, renamed in, read{'; it holds this run' if resumes else ''}"
     if free is not None and state_bytes:
         need = state_bytes["all"] * (config.keep_checkpoints + 1)
         said += f"; {free / GIB:.1f} GiB free, checkpoints take {need / GIB:.2f} GiB"

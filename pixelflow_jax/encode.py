@@ -11,6 +11,7 @@ among them. A run that was stopped goes on; texts that the cache holds are not e
 import argparse
 import functools
 import hashlib
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -26,6 +27,8 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.text.cache import encode_texts, length_groups
 from pixelflow_jax.text.encoder import TextEncoder, encoder_folder, warn_of_cuts
 from pixelflow_jax.text.tokenizer import read_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     if (args.config is None) == (args.captions is None):
         raise UserError("give either --config or --captions")
     config = config or default_config()
-    name, length = args.encoder or config.text.encoder, args.max_length or config.text.max_length
+    name, length = args.encoder or config.text.encoder, config.text.max_length
+    length = length if args.max_length is None else args.max_length
     for flag in ("batch_size", "shard_size"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
@@ -85,7 +89,10 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
         if not getattr(source, "captioned", False):
             raise UserError(f"config.data.source={config.data.source} has no captions")
         for index in range(len(source)):
-            yield from captions_at(source, index)
+            try:
+                yield from captions_at(source, index)
+            except OSError as error:  # training replaces it, too
+                log.warning("left out: %s", error)
         return
     try:
         lines = files.read_bytes(args.captions).decode().splitlines()

@@ -34,7 +34,9 @@ def read_prompts_file(name: str) -> list[dict]:
                 for p in found
             ]
         else:
-            lines = files.read_bytes(path).decode().splitlines()
+            lines = [
+                line.decode() for line in files.read_bytes(path).splitlines()
+            ]  # a line break of Unicode is text
             as_json = path.suffix == ".jsonl"
             entries = [_json(line, f"{flag}: line {n}") if as_json else {"prompt": line}
                        for n, line in enumerate(lines, 1)]  # fmt: skip

@@ -31,9 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--workdir", required=True, help="folder of the run: new, or one to resume")
     args, config = cli.parse_with_config(parser, argv)
-    begun = (epath.Path(args.workdir) / FOLDER).exists()  # then init_from is not needed any more
-    if config.init_from and not begun and not epath.Path(config.init_from).exists():
-        raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
+    check_init_from(config, args.workdir)
     load_initial = functools.partial(initial_params, config) if config.init_from else None
     try:
         with joined(config.hosts, config=config.to_dict(), workdir=args.workdir) as watch:
@@ -46,6 +44,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     if jax.process_index() == 0:
         print(report)
+
+
+def check_init_from(config: ConfigDict, workdir: str) -> None:
+    """Raises UserError if what a new run is to start from is not there; one that has begun is fine."""
+    begun = (epath.Path(workdir) / FOLDER).exists()
+    if config.init_from and not begun and not epath.Path(config.init_from).exists():
+        raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
 
 
 def initial_params(config: ConfigDict) -> dict:

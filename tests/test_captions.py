@@ -1,5 +1,6 @@
 """Captioned data: folders, tar shards, packed records; captions that are missing or damaged."""
 
+import argparse
 import io
 import itertools
 import json
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelflow_jax import pack
+from pixelflow_jax import encode, pack
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.loader import make_batches
-from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.data.sources import load_source, readable_captions
 from pixelflow_jax.errors import UserError
 
 
@@ -85,6 +86,17 @@ def test_captions_that_are_missing_or_damaged(text_folder):
     (text_folder / "a.txt").write_text(" \n")
     with pytest.raises(OSError, match=r"a.txt is empty"):
         CaptionFolder(str(text_folder), "train")[0]
+    source = CaptionFolder(str(text_folder), "train")
+    assert readable_captions(source, 0) == readable_captions(source, 4) == EXPECTED["b"]
+    flags = ["source=caption_folder", f"path={text_folder}", "split=train"]
+    flags = [f"--config.data.{flag}" for flag in flags]
+    args = argparse.Namespace(captions=None)
+    config = load_config("t2i_256", [flag.removeprefix("--config.") for flag in flags])
+    assert list(encode.all_captions(args, config)) == [*EXPECTED["b"], *EXPECTED["deep/c"]]
+    for name in ("b.txt", "deep/c.txt"):
+        (text_folder / name).write_text("")
+    with pytest.raises(UserError, match="no caption of the data can be read"):
+        readable_captions(source, 0)
     (text_folder / "a.txt").unlink()
     with pytest.raises(UserError, match=r"1 of 3 images have no caption .*: a.png"):
         CaptionFolder(str(text_folder), "train")

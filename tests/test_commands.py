@@ -169,6 +169,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, tiny_flags):
         (["--num_steps=5,-1"], "at least 1"),
         (["--num_steps=5,5,5"], "3 entries for 2 stages"),
         (["--height=20"], "multiple of 8"),
+        (["--height=0"], "multiple of 8"),
         (["--ema=0.5"], "0 is without"),
         (["--guidance_scale=nan"], "finite"),
         (["--shift=-1"], "positive"),
@@ -179,6 +180,18 @@ def test_bad_sampling_flags(trained, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         sample.main([f"--checkpoint={trained}", f"--out={tmp_path / 'out'}", *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_conditions(tmp_path, tiny_flags):
+    """Catches training or sampling that needs classes where the config says that there are none."""
+    flags = [*tiny_flags, "--config.model.num_classes=0", "--config.sample_every=4"]
+    train.main([*flags, f"--workdir={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "samples" / "4.png").exists()
+    sample.main([f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--num_images=3"])
+    again = ["--from_png", str(tmp_path / "out" / "000002.png"), "--out", str(tmp_path / "again")]
+    sample.main([f"--checkpoint={tmp_path / 'run'}", *again])
+    pixels = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("out", "again")]
+    assert len(pixels[0]) == 3 and (pixels[1] == pixels[0][2:]).all()
 
 
 def test_checkpoints_that_are_not_one(trained, tmp_path):

@@ -46,6 +46,14 @@ def test_there_and_back_is_bit_identical(name):
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, expected)
 
 
+def test_another_gamma_is_not_lost():
+    """Catches an official checkpoint that would be renoised otherwise than it was trained."""
+    config = official("forward_c2i")[1]
+    config.cascade.gamma = -0.2
+    with pytest.raises(UserError, match="cascade.gamma -1/3, not -0.2"):
+        convert.official_yaml(config)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "npz"])
 def test_the_command_goes_there_and_back(tmp_path, kind, capsys):
     """Catches a difference between the files and what was converted in memory."""

@@ -34,6 +34,19 @@ def test_doctor(tmp_path, tiny_flags, capsys):
         assert re.search(rf"FAIL +{name}", said), said
 
 
+def test_doctor_sees_what_train_would_refuse(trained, tmp_path, tiny_flags, capsys):
+    """Catches "all is well" for a workdir of another run, or a start that is not there."""
+    for flags, said in (
+        ([f"--workdir={trained}", "--config.model.depth=1"], "holds a run of another config"),
+        ([f"--workdir={tmp_path}", "--config.init_from=/nowhere"], "no such file or folder"),
+    ):
+        with pytest.raises(SystemExit):
+            doctor.main([*tiny_flags, "--no_compile", *flags])
+        assert re.search(f"FAIL +workdir .*{said}", capsys.readouterr().out)
+    doctor.main([*tiny_flags, "--no_compile", f"--workdir={trained}"])
+    assert "it holds this run" in capsys.readouterr().out
+
+
 def test_hosts_that_share_a_new_workdir(tmp_path):
     """Catches a host that removes the folder which another has found and is about to write to."""
     workdir = tmp_path / "new" / "run"

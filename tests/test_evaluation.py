@@ -10,7 +10,7 @@ from PIL import Image
 from pixelflow_jax import arrays, convert, evaluate
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.evaluation import metrics
-from pixelflow_jax.evaluation.features import PcaFeatures, collect
+from pixelflow_jax.evaluation.features import PcaFeatures, _flat, collect
 from pixelflow_jax.evaluation.sets import open_images
 from pixelflow_jax.training import loop
 
@@ -102,6 +102,16 @@ def test_image_sets(pictures):
     assert open_images("configs/digits.py", "reference").count == 450
     held_out = open_images("configs/t2i_tiny.py", "reference")
     assert "test split" in held_out.name and held_out.read(0, 2).shape == (2, 16, 16, 3)
+    mixed = open_images("configs/t2i_tiny_mixed.py", "reference")  # sizes of many kinds: cropped as one
+    assert len({mixed.read(i, i + 2).shape for i in range(8)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((16, 16), (16, 16)), ((48, 40), (24, 20)), ((512, 8), (32, 8))]
+)
+def test_pca_sees_at_most_32_pixels_a_side(size, small):
+    """Catches sizes between 32 and 64 that are left as they are, and strips that lose a side."""
+    assert _flat(np.zeros((2, *size, 3), np.uint8)).shape == (2, np.prod(small) * 3)
 
 
 def test_features_stream(pictures):

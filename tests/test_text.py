@@ -12,14 +12,14 @@ from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.convert import from_official, to_official
 from pixelflow_jax.data import captioned_digits as digits
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.layouts import write_layout
+from pixelflow_jax.layouts import read_prompts_file, write_layout
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.generate import build_sampler, read_image
 from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.text.encoder import TextEncoder
-from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, read_tokenizer, word_tokenizer
+from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, Tokenizer, read_tokenizer, word_tokenizer
 from pixelflow_jax.training.start import check_shapes
 
 from conftest import calm
@@ -48,6 +48,8 @@ def test_word_tokenizer():
     assert tokens.ids.tolist()[1][:3] == [3, UNKNOWN, EOS]
     assert tokens.mask.sum(axis=1).tolist() == [5, 3, 1, 6]
     assert tokens.cut.tolist() == [0, 0, 0, 1] and tokens.ids[3, -1] == EOS
+    inside = Tokenizer(lambda text: [5, EOS, 7], 8)(["a </s> b"], 6)  # all of it is seen, or cut aloud
+    assert inside.mask.sum() == 4 and inside.cut == 0
 
 
 def test_sentencepiece_tokenizer(tmp_path):
@@ -180,6 +182,8 @@ def test_bad_prompts(tmp_path):
     train.main(["--config=t2i_tiny", f"--workdir={run}", *TINY, "--config.sample_every=0"])
     (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
     (tmp_path / "gap.txt").write_text("a six\n\na two\n")
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "a\u2028six"}\n', encoding="utf-8")
+    assert read_prompts_file(str(tmp_path / "odd.jsonl"))[0]["prompt"] == "a\u2028six"
     for flags, match in (
         ([], "give it a --prompt"),
         (["--prompt= "], "number 1 is empty"),

@@ -114,6 +114,18 @@ def test_held_out_digits_are_not_trained_on(tiny_config):
     assert sum(x.tobytes() in seen for x in test) <= 2
 
 
+def test_clip_norm(tiny_config):
+    """Catches 0 that clips everything away, where people mean no clipping."""
+    tiny_config.optimizer.learning_rate = 1.0
+    for clip_norm, factor in ((0.0, 1.0), (1.0, 0.1)):
+        tiny_config.optimizer.clip_norm = clip_norm
+        clip = build_optimizer(tiny_config)
+        params = {"w": jnp.ones(4)}
+        _, state = clip.update({"w": jnp.full(4, 5.0)}, clip.init(params), params)
+        mean = jax.tree.leaves(state["adamw"])[1]
+        np.testing.assert_allclose(mean, (1 - tiny_config.optimizer.b1) * 5 * factor, rtol=1e-5)
+
+
 def test_schedule_and_ema(tiny_config):
     """Catches a warm-up that starts at 0, a decay that ends early, and a wrong EMA recursion."""
     opt = tiny_config.optimizer

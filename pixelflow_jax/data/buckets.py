@@ -133,16 +133,21 @@ def make_order(
 def read_sizes(
     source, path: epath.Path | None = None, watch: Callable[[str], None] = lambda what: None
 ) -> Int[np.ndarray, "n 2"]:
-    """(height, width) of every image, from its header alone; broken ones count as squares.
+    """(height, width) of every image, without decoding it; broken ones count as squares.
 
     Every process reads a share. `path` keeps the result for the next start.
     """
+    from jax.experimental import multihost_utils
+
+    sizes = np.zeros(0)
     if path is not None and path.exists():
         with path.open("rb") as file:
             sizes = np.load(file, allow_pickle=False)
-        if sizes.shape == (len(source), 2):
-            return sizes
-    from jax.experimental import multihost_utils
+    kept = np.array(sizes.shape == (len(source), 2))
+    if np.all(
+        multihost_utils.process_allgather(kept)
+    ):  # a network's disk may show it to some hosts only
+        return sizes
 
     mine = range(jax.process_index(), len(source), jax.process_count())
     share = np.ones((-(-len(source) // jax.process_count()), 2), np.int32)

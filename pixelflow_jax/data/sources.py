@@ -4,6 +4,7 @@
 or, of captioned sources, a tuple of captions.
 """
 
+import contextlib
 import dataclasses
 import os
 import warnings
@@ -81,6 +82,14 @@ def captions_at(source: Source, index: int) -> tuple[str, ...]:
     """The captions of an example, without its image where the source can do that."""
     captions = getattr(source, "captions", None)
     return captions(index) if captions else source[index][1]
+
+
+def readable_captions(source: Source, index: int) -> tuple[str, ...]:
+    """Those of an example (of a number that may pass the end), or of the next whose can be read."""
+    for step in range(len(source)):
+        with contextlib.suppress(OSError):
+            return captions_at(source, (index + step) % len(source))
+    raise UserError("no caption of the data can be read")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,9 +90,10 @@ class PcaFeatures:
 def _flat(pixels: np.ndarray) -> np.ndarray:
     """[n, H, W, 3] uint8 to [n, D] in [0, 1], at most 32 pixels a side."""
     n, height, width, _ = pixels.shape
-    factor = max(1, max(height, width) // PCA_SIDE)
-    height, width = height // factor * factor, width // factor * factor
-    blocks = pixels[:, :height, :width].reshape(n, height // factor, factor, width // factor, factor, 3)
+    down, right = -(-height // PCA_SIDE), -(-width // PCA_SIDE)  # pixels that are averaged
+    rows, columns = height // down, width // right
+    whole = pixels[:, : rows * down, : columns * right]
+    blocks = whole.reshape(n, rows, down, columns, right, 3)
     return blocks.mean(axis=(2, 4)).reshape(n, -1) / 255
 
 

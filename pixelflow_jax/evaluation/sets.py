@@ -138,14 +138,13 @@ def _of_config(path: str) -> ImageSet:
     config = load_config(path)
     source, split = held_out(config)
 
+    size = (config.data.resolution,) * 2
+
+    def one(x: bytes | np.ndarray) -> np.ndarray:
+        as_trained = isinstance(x, np.ndarray) and x.shape[:2] == size
+        return x if as_trained else np.asarray(center_crop(decode(x), size))
+
     def read(begin: int, end: int) -> np.ndarray:
-        chosen = [source[i][0] for i in range(begin, end)]
-        size = config.data.resolution
-        return np.stack(
-            [
-                x if isinstance(x, np.ndarray) else np.asarray(center_crop(decode(x), (size, size)))
-                for x in chosen
-            ]
-        )
+        return np.stack([one(source[i][0]) for i in range(begin, end)])
 
     return ImageSet(f"{path}, {split} split", len(source), read)

@@ -44,8 +44,8 @@ def build_sampler(
     return Sampler(
         build_model(config, dtype),
         build_cascade(config),
-        height or config.data.resolution,
-        width or config.data.resolution,
+        config.data.resolution if height is None else height,
+        config.data.resolution if width is None else width,
         TimeGrid(tuple(settings.num_steps), settings.grid, settings.shift),
         Guidance(settings.guidance_scale, settings.guidance_schedule, tuple(settings.guidance_interval)),
         settings.solver,

@@ -32,10 +32,11 @@ class EmbeddingCache:
     """Text states by text.
 
     Raises:
-      UserError: if the folder is no cache, or of an encoder with another width, or not on a disk.
+      UserError: if the folder is no cache, or of states of another width or of texts that were cut at
+        another length, or not on a disk.
     """
 
-    def __init__(self, path: str, width: int | None = None):
+    def __init__(self, path: str, width: int | None = None, max_length: int | None = None):
         self._path = path
         _check_local(path)
         self.manifest = files.read_json(epath.Path(path) / MANIFEST)
@@ -45,6 +46,12 @@ class EmbeddingCache:
             raise UserError(
                 f"the cache {path} has states of {self.manifest['width']}, the model takes {width} "
                 f"(config.model.context_dim)"
+            )
+        cut = self.manifest.get("max_length")
+        if max_length not in (None, cut):
+            raise UserError(
+                f"the texts of the cache {path} were cut at {cut} tokens, config.text.max_length is "
+                f"{max_length}: set it to {cut}, or encode again with --max_length={max_length}"
             )
         self._shards = _shards(path)
         keys, places = [], []

@@ -39,7 +39,7 @@ def make_text_reader(config: ConfigDict) -> Callable[[Sequence[str]], dict[str, 
     """Texts to what the loader ships of them: token ids with their mask, or states from the cache."""
     length = config.text.max_length
     if config.text.cache:
-        cache = EmbeddingCache(config.text.cache, config.model.context_dim)
+        cache = EmbeddingCache(config.text.cache, config.model.context_dim, length)
         return functools.partial(cache.padded, max_length=length)
     return functools.partial(_token_ids, make_tokenizer(config), length)
 

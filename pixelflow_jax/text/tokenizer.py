@@ -42,13 +42,12 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], max_length: int) -> Tokens:
         """At most `max_length` tokens a text, EOS among them; all padded to that length."""
         ids = np.full((len(texts), max_length), PAD, np.int32)
-        cut = np.zeros(len(texts), np.int32)
+        cut, lengths = np.zeros((2, len(texts)), np.int32)
         for row, text in enumerate(texts):
             found = self._encode(text)
             cut[row] = max(len(found) + 1 - max_length, 0)
             found = [*found[: max_length - 1], EOS]
-            ids[row, : len(found)] = found
-        lengths = (ids == EOS).argmax(axis=1) + 1
+            ids[row, : len(found)], lengths[row] = found, len(found)
         return Tokens(ids, np.arange(max_length) < lengths[:, None], cut)
 
 

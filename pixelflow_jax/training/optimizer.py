@@ -19,7 +19,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     rate, decay = build_schedule(config), opt.weight_decay
     adamw = optax.adamw(rate, opt.b1, opt.b2, opt.eps, weight_decay=decay, mask=mask)
     return optax.named_chain(
-        ("clip", clip_by_global_norm(opt.clip_norm)),
+        ("clip", clip_by_global_norm(opt.clip_norm) if opt.clip_norm else optax.identity()),
         ("adamw", adamw),
         ("ema", params_ema(ema_decays(config), config.ema.warmup)),
     )

@@ -21,6 +21,8 @@ from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.step import TrainState, abstract_state, init_state
 
+CONFIG = "config.json"  # in a workdir
+
 
 def start_or_resume(
     config: ConfigDict,
@@ -78,12 +80,12 @@ def check_shapes(params: dict, expected: dict, path: str) -> None:
             )
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
-    """Writes config.json into a new workdir, or makes sure that an old one is of the same run.
+def holds_run(workdir: epath.Path, config: ConfigDict) -> bool:
+    """Whether a workdir is one of this run; it must be new or empty if not.
 
-    Returns whether there was a run. Raises UserError if it differs, or if other files are there.
+    Raises UserError if the run there differs, or if other files are there.
     """
-    path = workdir / "config.json"
+    path = workdir / CONFIG
     names = files.list_files(workdir)
     if path.name in names:
         with blame(f"{path} is not the config of a run", (KeyError, TypeError, AttributeError)):
@@ -95,8 +97,14 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
             )
     elif names:
         raise UserError(f"--workdir={workdir} holds files but no run; name a new or empty folder")
+    return path.name in names
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
+    """Writes config.json into a workdir. Returns whether there was a run; raises as `holds_run`."""
+    there = holds_run(workdir, config)
     multihost_utils.sync_global_devices("every process has looked at the workdir")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, config.to_dict())
-    return path.name in names
+        files.write_json(workdir / CONFIG, config.to_dict())
+    return there
