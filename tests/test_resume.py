@@ -22,6 +22,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.training import checkpoints, loop
 from pixelflow_jax.training.checkpoints import CheckpointFailed
 from pixelflow_jax.training.optimizer import build_optimizer
+from pixelflow_jax.training.preemption import Preempted
 from pixelflow_jax.training.step import abstract_state
 
 from conftest import TINY, with_devices
@@ -235,6 +236,21 @@ def test_resume_does_not_need_init_from(whole, tmp_path):
     shutil.rmtree(begin)
     train.main([*flags, "--config.num_train_steps=2"])
     assert (tmp_path / "new" / "checkpoints" / "2").exists()
+
+
+def test_a_stop_at_a_sampling_step_loses_no_grid(tmp_path, tiny_config, monkeypatch):
+    """Catches samples that neither the run that was stopped nor the one that goes on draws."""
+    tiny_config.update(num_train_steps=4, checkpoint_every=4, sample_every=2)
+    loop.train(tiny_config, tmp_path / "whole")
+    monkeypatch.setattr(loop.PreemptionWatch, "requested", lambda self, step: step == 2)
+    with pytest.raises(Preempted):
+        loop.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run" / "samples").exists()
+    monkeypatch.undo()
+    loop.train(tiny_config, tmp_path / "run")
+    for name in ("2.png", "4.png"):
+        drawn, expected = (tmp_path / run / "samples" / name for run in ("run", "whole"))
+        assert drawn.read_bytes() == expected.read_bytes()
 
 
 def test_what_sample_takes_for_the_newest(tmp_path, tiny_config, monkeypatch):

@@ -70,16 +70,18 @@ def save(
     state: TrainState,
     config: ConfigDict,
     pending: Sequence[tuple[int, dict[str, Any]]] = (),
+    grid_due: bool = False,
 ) -> None:
     """Starts saving a train state. An error of an earlier save in the background is raised here.
 
-    `pending` are the metrics of steps that no logged mean holds yet.
+    `pending` are the metrics of steps that no logged mean holds yet; `grid_due` says that the samples
+    of this step are still to be drawn.
 
     Raises:
       CheckpointFailed: if this save, or an earlier one in the background, cannot be written.
     """
     step, trees = int(state.step), _trees(state)
-    meta = {**_meta(step, config, trees), "pending": list(pending)}
+    meta = {**_meta(step, config, trees), "pending": list(pending), "grid_due": grid_due}
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["meta"] = ocp.args.JsonSave(meta)
     with _failures(manager):

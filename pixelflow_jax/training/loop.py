@@ -83,6 +83,8 @@ def train(
         metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta["pending"])
         if first:
             metrics.say(f"Going on from step {first} of {workdir}")
+            if meta.get("grid_due"):
+                draw_samples(state, first)
         elif resuming:
             metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
         with _closing(metrics), _closing(profiler):
@@ -100,7 +102,9 @@ def train(
                 stop = preemption.requested(step) and not last
                 draw = config.sample_every and (step % config.sample_every == 0 or last)
                 save = step % config.checkpoint_every == 0 or last or stop
-                if draw and not stop:  # before the checkpoint: a run that resumes there has its grid
+                # Before the checkpoint, so that a run that resumes there has its grid. Who stops a run
+                # waits for seconds only: then it is drawn on resume.
+                if draw and not stop:
                     watch(f"samples after step {step}")
                     with metrics.paused():
                         draw_samples(state, step)
@@ -108,7 +112,7 @@ def train(
                     watch(f"checkpoint after step {step}")
                     pending = metrics.check()  # a broken state must not replace a good checkpoint
                     with metrics.paused():
-                        checkpoints.save(manager, state, config, pending)
+                        checkpoints.save(manager, state, config, pending, grid_due=bool(draw and stop))
                 if stop:
                     checkpoints.check_background_save(manager, wait=True)
                     raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
