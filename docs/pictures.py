@@ -62,7 +62,7 @@ def cascade(model: Pipeline, labels=(2, 5, 8), at=(0.0, 0.33, 0.66, 1.0)) -> np.
         for begin, end in zip((None, *at[:-1]), at, strict=True):
             if begin is not None:
                 part = dataclasses.replace(grid, taus=tuple(np.linspace(begin, end, 11).tolist()))
-                x, _ = solve(model, sampler, stage, part, x, conditions)
+                x, _ = solve(model, sampler, part, x, conditions)
             for row, image in zip(rows, images.to_uint8(x), strict=True):
                 row.append(image)
         if stage < sampler.cascade.num_stages - 1:
@@ -71,9 +71,9 @@ def cascade(model: Pipeline, labels=(2, 5, 8), at=(0.0, 0.33, 0.66, 1.0)) -> np.
     return board(rows)
 
 
-def solve(model, sampler, stage, grid, x, conditions):
+def solve(model, sampler, grid, x, conditions):
     """Follows the velocity over a grid of one stage."""
-    call = functools.partial(sampler.solve_stage, model.params, stage)
+    call = functools.partial(sampler.solve_stage, model.params)
     return jax.jit(lambda x: call(x, grid, *conditions))(x)
 
 

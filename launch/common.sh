@@ -102,7 +102,11 @@ check_region() {
         say "note: $bucket is a multi-region bucket ($place); one in $region reads faster"
         ;;
       *-*) wrong_region "$bucket" "$place" "$region" ;; # another region
-      *[0-9])                                           # nam4, eur4, asia1
+      nam[0-9]* | eur[0-9]* | asia[0-9]*)
+        case "$continent $place" in
+          us\ nam* | northamerica\ nam* | europe\ eur* | asia\ asia*) ;;
+          *) wrong_region "$bucket" "$place" "$region" ;;
+        esac
         say "note: $bucket is a dual-region bucket ($place); see that $region is one of the two"
         ;;
       *) wrong_region "$bucket" "$place" "$region" ;;

@@ -127,7 +127,7 @@ def default_config() -> ConfigDict:
             hosts=dict(  # seconds
                 start_timeout=300.0,  # until all processes must have come
                 heartbeat_timeout=60.0,  # of silence, after which one counts as gone
-                step_timeout=1800.0,  # in one place, after which the run counts as hanging
+                step_timeout=1800.0,  # in which no process moves, after which the run counts as hanging
             ),
             profile=dict(first_step=10, num_steps=0),  # a profiler trace of these steps; 0 = none
             sample=dict(

@@ -290,16 +290,18 @@ def check_buckets(workdir: str, config) -> str:
             ) from None
         place = bucket_region(path)
         said.append(f"{flag} in {place or 'an unknown region (no gcloud here)'}")
-        dual = place is not None and re.fullmatch(r"[a-z]+\d", place)  # nam4, eur4, asia1: two regions
-        if zone and place and not dual and place not in near(zone):
+        if zone and place and not is_near(place, zone):
             raise Problem(f"{flag}={path} is in {place}, this machine in {zone}: use a bucket beside it")
     return ", ".join(said) + (f"; this machine in {zone}" if zone else "")
 
 
-def near(zone: str) -> tuple[str, str]:
-    """Where a bucket may lie that a machine in `zone` reads: its region, or the multi-region around."""
+def is_near(place: str, zone: str) -> bool:
+    """Whether a bucket in `place` is near a machine in `zone`: of its region, or of several around."""
     region = zone.rpartition("-")[0]
-    return region, region.partition("-")[0].replace("europe", "eu")
+    continent = region.partition("-")[0]
+    dual = {"us": "nam", "northamerica": "nam", "europe": "eur"}.get(continent, continent)
+    around = {region, continent.replace("europe", "eu")}
+    return place in around or re.fullmatch(rf"{dual}\d+", place) is not None  # nam4: two regions
 
 
 def this_zone() -> str | None:

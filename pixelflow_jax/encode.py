@@ -95,7 +95,7 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
                 log.warning("left out: %s", error)
         return
     try:
-        lines = files.read_bytes(args.captions).decode().splitlines()
+        lines = [line.decode() for line in files.read_bytes(args.captions).splitlines()]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--captions={args.captions} is not a file") from None
     except UnicodeDecodeError as error:

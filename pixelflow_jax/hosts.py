@@ -1,5 +1,6 @@
 """The processes of a run: where each stands, how JAX connects them, and how they part."""
 
+import collections
 import ctypes
 import glob
 import hashlib
@@ -125,6 +126,9 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
     JAX aborts a process with a stack trace if this fails, which the roll call makes unlikely, and as
     soon as process 0 is gone. For the watchdog to have the last word then, SIGABRT first sleeps for as
     many seconds as the signal's number says: 6.
+
+    Raises:
+      UserError: if the processes have different numbers of devices, which JAX's own helpers cannot do.
     """
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
@@ -140,6 +144,10 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
         heartbeat_timeout_seconds=int(2 * max(START_SILENCE, heartbeat_timeout)),
     )
     _connected = cluster
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        has = ", ".join(f"{cluster.name(index)} {count}" for index, count in sorted(counts.items()))
+        raise UserError(f"all hosts need as many devices, but their numbers are: {has}")
     if place.index:
         logging.getLogger("pixelflow_jax").setLevel(logging.ERROR)  # one voice is enough
 

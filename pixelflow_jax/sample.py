@@ -28,7 +28,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     folder.check(job.settings)
     hosts.barrier("every process has looked at the output folder")
     if jax.process_index() == 0:
-        folder.claim(job.settings)
+        folder.claim(job.settings, watch)
     made, seconds = 0, []
     if not folder.is_complete():
         hosts.barrier("the output folder is there")
@@ -111,14 +110,10 @@ def _make(
     """
     mesh = image_mesh(jax.local_devices(), args.context)
     groups = mesh.shape[AXIS]
-    # as many on every device, and chunks of one length on all hosts, whatever devices they have
-    length = int(
-        np.max(multihost_utils.process_allgather(np.int32(-(-job.batch_size // groups) * groups)))
-    )
-    size = -(-length // groups) * groups
+    size = -(-job.batch_size // groups) * groups  # as many on every device
     params = jax.device_put(job.params, NamedSharding(mesh, P()))
     generate = make_generate(job.sampler, job.start, mesh)
-    mine = chunks(folder.count, length, jax.process_index(), jax.process_count())
+    mine = chunks(folder.count, size, jax.process_index(), jax.process_count())
     missing = folder.missing()
     parts = [part for chunk in mine if len(part := chunk[np.isin(chunk, missing)])]
     if args.save_stages:

@@ -54,7 +54,7 @@ def test_ten_thousand_captions_once(caption_file, t5_folder, tmp_path, capsys):
         cache("unheard of")
     with pytest.raises(UserError, match="states of 16, the model takes 32"):
         EmbeddingCache(str(tmp_path / "states"), width=32)
-    with pytest.raises(UserError, match="cut at 32 tokens, config.text.max_length is 16: set it to 32"):
+    with pytest.raises(UserError, match="cut at 32 tokens, config.text.max_length is 16: encode again"):
         EmbeddingCache(str(tmp_path / "states"), 16, 16)
     with pytest.raises(UserError, match="of another encoder or length"):
         encode.main([*flags, "--max_length=16"])

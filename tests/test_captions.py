@@ -16,6 +16,7 @@ from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import load_source, readable_captions
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.training.loop import grid_conditions
 
 
 def png(seed: int) -> bytes:
@@ -93,6 +94,10 @@ def test_captions_that_are_missing_or_damaged(text_folder):
     args = argparse.Namespace(captions=None)
     config = load_config("t2i_256", [flag.removeprefix("--config.") for flag in flags])
     assert list(encode.all_captions(args, config)) == [*EXPECTED["b"], *EXPECTED["deep/c"]]
+    index = np.arange(4)
+    tiny = load_config("t2i_tiny", ["text.max_length=4"])
+    drawn = grid_conditions(tiny, source, index)[0]["text_ids"]
+    assert (drawn[0] == drawn[1]).all() and (drawn[3] == drawn[0]).all()
     for name in ("b.txt", "deep/c.txt"):
         (text_folder / name).write_text("")
     with pytest.raises(UserError, match="no caption of the data can be read"):

@@ -182,6 +182,7 @@ def test_bad_sampling_flags(trained, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("error:divide by zero")
 def test_a_model_without_conditions(tmp_path, tiny_flags):
     """Catches training or sampling that needs classes where the config says that there are none."""
     flags = [*tiny_flags, "--config.model.num_classes=0", "--config.sample_every=4"]

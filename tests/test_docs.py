@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from fuzz import COMMANDS, WORK, Reached, reached
+from PIL import Image
 
 from pixelflow_jax.errors import UserError
 
@@ -190,3 +191,14 @@ def test_python_page(tmp_path, monkeypatch):
     exec(compile(code, "api.md", "exec"), names)
     assert names["images"].shape == (2, 16, 16, 3) and np.isfinite(names["numbers"]["loss"])
     assert names["made"].pixels.shape == (1, 16, 16, 3)  # the last stage's
+
+
+@pytest.mark.slow
+def test_pictures(trained, tmp_path, monkeypatch):
+    """Catches a picture of the documentation that its command can make no longer."""
+    pictures = runpy.run_path(str(HERE / "docs" / "pictures.py"))
+    monkeypatch.setattr(sys, "argv", ["pictures.py", f"--checkpoint={trained}", f"--out={tmp_path}"])
+    pictures["main"]()
+    made = {path.name: np.asarray(Image.open(path)) for path in tmp_path.glob("*.png")}
+    assert made.keys() == {"samples.png", "cascade.png", "renoising.png", "guidance.png"}
+    assert all(picture.std() > 1 for picture in made.values())

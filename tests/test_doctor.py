@@ -82,7 +82,9 @@ def test_doctor_compares_memory_and_regions(tmp_path, tiny_flags, capsys, monkey
                 doctor.Problem, match="gs://b/run is in europe-west4, this machine in us"
             ):
                 doctor.check_buckets("gs://b/run", config)
-    assert doctor.near("europe-west4-a") == ("europe-west4", "eu")
+    near = ["europe-west4", "eu", "eur4", "us-west4", "us", "nam4", "asia1"]
+    assert [doctor.is_near(place, "europe-west4-a") for place in near] == [True] * 3 + [False] * 4
+    assert doctor.is_near("nam4", "us-central2-b") and doctor.is_near("asia1", "asia-east1-c")
 
 
 @pytest.mark.slow

@@ -250,14 +250,14 @@ def test_a_hanging_host_is_named(fast, capfd):
 
 def test_waiting_is_not_hanging(fast, capfd):
     """Catches a sampling run that ends because process 0 was done first, or blame for who waits."""
-    with watched(2, step_timeout=1.0) as dogs:
+    with watched(2, step_timeout=1.5) as dogs:
 
         def waits(dog, seconds):
             with dog:
                 dog.at(watchdog.WAITING)
                 time.sleep(seconds)
 
-        assert together((waits, dogs[0], 2.5), (work, dogs[1], 2.5)) == [None] * 2
+        assert together((waits, dogs[0], 3.5), (work, dogs[1], 3.5)) == [None] * 2
     assert fast == [] and "error" not in capfd.readouterr().err
 
     def stops(dog):
@@ -395,6 +395,27 @@ def test_one_never_started_and_two_versions(tmp_path, tiny_flags):
         output = child.communicate(timeout=300)[0]
         assert child.returncode == 2 and "config.model.depth: 2 on process 0" in output, output
         assert len(output.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_of_unlike_devices_are_refused(tmp_path, tiny_flags):
+    """Catches a traceback of JAX's, or a run in which one host's devices are not used."""
+    port, children = free_port(), []
+    for index in range(2):
+        env = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+            "JAX_NUM_CPU_DEVICES": str(2 - index),
+        }
+        command = [sys.executable, "-m", "pixelflow_jax.train", *tiny_flags]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command.append(f"--workdir={tmp_path / 'run'}")
+        children.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+    for child in children:
+        output = child.communicate(timeout=300)[0]
+        assert child.returncode == 2 and "as many devices" in output, output
+        assert re.search(r"process 0 \(.*\) 2, process 1 \(.*\) 1\n", output), output
     assert not (tmp_path / "run").exists()
 
 

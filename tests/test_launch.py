@@ -152,6 +152,7 @@ def test_dry_run_runs_nothing(cloud, script, action):
         ("US-CENTRAL2", 0, ""),
         ("US", 0, "multi-region"),
         ("NAM4", 0, "dual-region"),
+        ("EUR4", 2, "every byte read is billed"),
         ("EU", 2, "gs://b is in eu, but us-central2-b is in us-central2"),
         ("US-EAST1", 2, "every byte read is billed"),
     ],

@@ -261,7 +261,9 @@ def test_what_sample_takes_for_the_newest(tmp_path, tiny_config, monkeypatch):
     part = lambda path: path.name != "3" and finalized(path)  # noqa: E731
     monkeypatch.setattr(checkpoints.ocp.utils, "is_checkpoint_finalized", part)
     assert checkpoints.load_params(tmp_path)[2]["step"] == 2
-    monkeypatch.setattr(checkpoints.multihost_utils, "broadcast_one_to_all", lambda step: step - 1)
+    monkeypatch.setattr(
+        checkpoints.multihost_utils, "broadcast_one_to_all", lambda parts: parts - [0, 1]
+    )
     assert checkpoints.load_params(tmp_path)[2]["step"] == 1
 
 

@@ -59,10 +59,22 @@ class OutputFolder:
                 f"name a new folder"
             )
 
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Makes the folder; first of all what says whose it is."""
+    def claim(self, settings: dict[str, Any], watch: Callable[[str], None]) -> None:
+        """Makes the folder, first of all what says whose it is; removes shards that are not whole.
+
+        `watch` is told how far this is.
+        """
         files.write_json(self.path / "settings.json", settings)
         self._shards.mkdir(exist_ok=True)
+        for begin, end, path in self._found():
+            watch(f"looking at {path.name}")
+            try:
+                whole = arrays.array_shapes(path).get("arr_0") == ((end - begin, *self.size), np.uint8)
+            except UserError as error:
+                log.warning("%s; its images are made again", error)
+                whole = False
+            if not whole:
+                path.unlink()
 
     def is_complete(self) -> bool:
         """Whether samples.npz is there and whole; a damaged one counts as missing."""
@@ -122,17 +134,10 @@ class OutputFolder:
         save_png(path, image, settings)
 
     def _found(self) -> list[tuple[int, int, epath.Path]]:
-        """(begin, end, file) of every whole shard, those of an earlier run with other chunks too."""
+        """(begin, end, file) of every shard, those of an earlier run with other chunks too."""
         names = [(SHARD.fullmatch(name), name) for name in files.list_files(self._shards)]
         found = [(int(m[1]), int(m[2]), self._shards / name) for m, name in names if m]
-        return sorted(x for x in found if x[0] < x[1] <= self.count and self._is_shard(*x))
-
-    def _is_shard(self, begin: int, end: int, path: epath.Path) -> bool:
-        try:
-            return arrays.array_shapes(path).get("arr_0") == ((end - begin, *self.size), np.uint8)
-        except UserError as error:
-            log.warning("%s; its images are made again", error)
-            return False
+        return sorted(entry for entry in found if entry[0] < entry[1] <= self.count)
 
     def _assemble(self, watch: Callable[[str], None]) -> None:
         found = self._found()

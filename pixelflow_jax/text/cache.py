@@ -50,8 +50,9 @@ class EmbeddingCache:
         cut = self.manifest.get("max_length")
         if max_length not in (None, cut):
             raise UserError(
-                f"the texts of the cache {path} were cut at {cut} tokens, config.text.max_length is "
-                f"{max_length}: set it to {cut}, or encode again with --max_length={max_length}"
+                f"the texts of the cache {path} were cut at {cut or 'another number of'} tokens, "
+                f"config.text.max_length is {max_length}: encode again with --max_length={max_length} "
+                f"into a new folder, or set it to that of the cache"
             )
         self._shards = _shards(path)
         keys, places = [], []

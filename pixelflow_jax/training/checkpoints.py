@@ -249,8 +249,9 @@ def load_params(
       UserError: if that is no checkpoint, or it has no such average.
     """
     folder, step = _find_step(checkpoint)
-    # one step for all, though a training may save meanwhile
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    # One step for all, though a training may save meanwhile; in two parts, as JAX has 32 bits.
+    parts = multihost_utils.broadcast_one_to_all(np.array(divmod(step, 10**9), np.int32))
+    step = int(parts[0]) * 10**9 + int(parts[1])
     with _open(folder, ocp.CheckpointManagerOptions(create=False)) as manager:
         try:
             meta = _read_meta(manager, step)
@@ -295,11 +296,13 @@ def _find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, int]:
     if path.name.isdigit() and (path / "meta").exists():
         return path.parent, int(path.name)
     for folder in (path / FOLDER, path):
-        steps = [int(name) for name in files.list_files(folder) if name.isdigit()]
-        for step in sorted(steps, reverse=True):
-            path = folder / str(step)  # in a bucket it has its name before all of it is there
-            if (path / "meta").exists() and ocp.utils.is_checkpoint_finalized(path):
-                return folder, step
+        steps = [int(name) for name in files.list_files(folder) if re.fullmatch(r"\d{1,18}", name)]
+        steps = [step for step in steps if (folder / str(step) / "meta").exists()]
+        # In a bucket a step has its name before all of it is there, and a mark at the end, which a run
+        # that was copied there does not have.
+        whole = [step for step in steps if ocp.utils.is_checkpoint_finalized(folder / str(step))]
+        if steps:
+            return folder, max(whole or steps)
     raise UserError(
         f"--checkpoint={checkpoint} holds no checkpoint; give the workdir of a training run, or a "
         f"folder that pixelflow_jax.convert wrote"

@@ -17,7 +17,7 @@ from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import make_batches
-from pixelflow_jax.data.sources import Source, captions_at, load_source
+from pixelflow_jax.data.sources import Source, load_source, readable_captions
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops
@@ -83,11 +83,13 @@ def train(
         metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta["pending"])
         if first:
             metrics.say(f"Going on from step {first} of {workdir}")
-            if meta.get("grid_due"):
-                draw_samples(state, first)
         elif resuming:
             metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
         with _closing(metrics), _closing(profiler):
+            if meta.get("grid_due") and config.sample_every:
+                watch(f"samples after step {first}")
+                with metrics.paused():
+                    draw_samples(state, first)
             for step in range(first + 1, config.num_train_steps + 1):
                 last = step == config.num_train_steps
                 profiler.before(step, state)
@@ -243,10 +245,10 @@ def make_sample_grid(
 def grid_conditions(config: ConfigDict, source: Source, index: np.ndarray):
     """(condition, null condition) of a grid's images: the classes in turn, or the first captions."""
     if not config.model.context_dim:
-        labels = (index % config.model.num_classes).astype(np.int32)
+        labels = (index % max(config.model.num_classes, 1)).astype(np.int32)
         return {"labels": labels}, {"labels": np.full_like(labels, config.model.num_classes)}
     read = make_text_reader(config)
-    texts = [captions_at(source, int(i) % len(source))[0] for i in index]
+    texts = [readable_captions(source, int(i))[0] for i in index]
     return read(texts), read([""] * len(texts))
 
 

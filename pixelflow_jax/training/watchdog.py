@@ -60,7 +60,7 @@ class Watchdog:
 
     Args:
       cluster: of the run; None if this process is alone.
-      step_timeout: seconds in one place after which a process counts as hanging.
+      step_timeout: seconds in which no process moves, after which the run counts as hanging.
       heartbeat_timeout: seconds of silence after which a process counts as gone.
     """
 
@@ -169,9 +169,9 @@ class Watchdog:
         newest = max(since for _, _, since in places.values())
         if self._index or time.monotonic() - newest < self._step_timeout:
             return None
-        busy = {i: place for i, place in places.items() if place[1] != WAITING} or places
-        first = min(busy.values())[0]
-        late = sorted(i for i, place in busy.items() if place[0] == first)
+        busy = {i: place for i, place in places.items() if place[1] != WAITING}
+        first = min(busy.values(), default=(0,))[0]
+        late = sorted(i for i, place in busy.items() if place[0] == first) or sorted(places)
         where = f"{places[late[0]][1]!r} for {self._step_timeout:g} s"
         if len(late) == len(places):
             who = "every process" if self._cluster else "this process"
