@@ -82,8 +82,9 @@ def our_train(config) -> Callable[[], None]:
     state = jax.jit(lambda: step.init_state(init_params(model, 0), optimizer))()
     train_step = step.make_train_step(config, model, optimizer, mesh)
     rng = np.random.default_rng(0)
+    most = {"labels": config.model.num_classes}
     batch = {
-        name: jax.device_put(rng.integers(0, 255, x.shape).astype(x.dtype))
+        name: jax.device_put(rng.integers(0, most.get(name, 255), x.shape).astype(x.dtype))
         for name, x in step.abstract_batch(config, mesh).items()
     }
 

@@ -31,7 +31,8 @@ SMALL = (
 def start(workdir: pathlib.Path, flags: list[str]) -> subprocess.Popen:
     """Starts or resumes the run."""
     command = [sys.executable, "-m", "pixelflow_jax.train", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = open(f"{workdir}.log", "a")  # a pipe that nobody reads fills up, and then the run waits
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, text=True)
 
 
 def newest(workdir: pathlib.Path) -> int:
@@ -87,7 +88,7 @@ def main() -> None:
     flags.append(f"--config.num_train_steps={args.steps}")
 
     whole = start(work / "whole", flags)
-    assert whole.wait() == 0, whole.stderr.read()
+    assert whole.wait() == 0, f"see {work}/whole.log"
     kills = 0
     while kills < args.kills:
         child = start(work / "killed", flags)
@@ -99,7 +100,7 @@ def main() -> None:
         kills += 1
         print(f"kill {kills:>2} {moment:<22} newest checkpoint {newest(work / 'killed')}", flush=True)
     last = start(work / "killed", flags)
-    assert last.wait() == 0, last.stderr.read()
+    assert last.wait() == 0, f"see {work}"
 
     assert numbers(work / "killed") == numbers(work / "whole"), "the logged numbers differ"
     ours, theirs = (load_params(work / name, ema=0)[0] for name in ("killed", "whole"))

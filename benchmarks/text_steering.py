@@ -42,6 +42,9 @@ def features(picture: np.ndarray) -> dict[str, np.ndarray]:
     distance = np.linalg.norm(x - background, axis=-1)
     ink = distance / max(distance.max(), 1)
     rows, columns = (np.flatnonzero((ink > 0.4).any(axis)) for axis in (1, 0))
+    if not len(rows):  # of one colour all over
+        rows, columns = (np.arange(side) for side in x.shape[:2])
+        ink = np.ones(x.shape[:2])
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     strongest = x[ink > 0.8]
     box = Image.fromarray((255 * ink[top:bottom, left:right]).astype(np.uint8)).resize((12, 12))

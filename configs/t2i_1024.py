@@ -3,7 +3,9 @@
 python -m pixelflow_jax.train --config=configs/t2i_1024.py --workdir=runs/t2i_1024 \\
     --config.data.path=PICTURES --config.init_from=runs/t2i_512
 
-Hardware: as for t2i_512 (a projection). Expected: not run yet.
+Hardware: a TPU of 32 chips, or 64 of v5p:4x4x4 with --config.data.max_aspect_ratio=1
+--config.mesh.data=2 --config.mesh.fsdp=8 --config.mesh.context=4 --config.accumulation_steps=2
+(compile_check: 17.3 GiB a chip). Expected: not run yet.
 """
 
 from pixelflow_jax.configs.t2i_512 import get_config as coarser

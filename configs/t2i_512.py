@@ -3,7 +3,7 @@
 python -m pixelflow_jax.train --config=configs/t2i_512.py --workdir=runs/t2i_512 \\
     --config.data.path=PICTURES --config.init_from=runs/t2i_256
 
-Hardware: as for t2i_256 (a projection). Expected: not run yet.
+Hardware: a TPU of 64 chips (a projection). Expected: not run yet.
 """
 
 from pixelflow_jax.configs.t2i_256 import get_config as coarser

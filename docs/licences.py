@@ -6,6 +6,7 @@ Ends with an error for a licence that is not on the list of those that a MIT pro
 """
 
 import importlib.metadata
+import re
 import sys
 
 FINE = ("apache", "bsd", "mit", "isc", "psf", "python software", "mpl", "mozilla", "hpnd", "unlicense")
@@ -22,6 +23,12 @@ def licence(meta) -> str:
     return ", ".join(sorted(names)) or text
 
 
+def is_fine(text: str) -> bool:
+    """Whether each of the licences that apply together is on the list; of alternatives one is enough."""
+    parts = re.split(r",|\band\b", text.lower())
+    return all(any(re.search(rf"\b{word}\b", part) for word in FINE) for part in parts)
+
+
 def main() -> None:
     """The command."""
     found = {d.metadata["Name"]: d.metadata for d in importlib.metadata.distributions()}
@@ -30,7 +37,7 @@ def main() -> None:
     print("| package | version | licence |\n| --- | --- | --- |")
     for row in rows:
         print("| " + " | ".join(row) + " |")
-    odd = [f"{n} ({text})" for n, _, text in rows if not any(word in text.lower() for word in FINE)]
+    odd = [f"{name} ({text})" for name, _, text in rows if not is_fine(text)]
     if odd:
         sys.exit(f"error: look at the licences of {', '.join(odd)}")
 

@@ -1,7 +1,7 @@
 """Makes the pictures of the README, docs/method.md and docs/first_hour.md from a trained default model.
 
     python docs/pictures.py --checkpoint=runs/digits
-    python docs/pictures.py --checkpoint=runs/digits --browser      demo.png too: extras demo, browser
+    python docs/pictures.py --checkpoint=runs/digits --browser   demo.png too: extras demo, browser, test
 
 The others: `python benchmarks/text_steering.py --checkpoint=runs/t2i_tiny --grid=docs/t2i_tiny.png`, and
 fashion.png is the quality.png that `python benchmarks/quality.py --config=configs/fashion.py` leaves.

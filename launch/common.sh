@@ -152,7 +152,7 @@ setup_workers() {
     --quiet "${flags[@]}" --worker=all || fail "the code could not be copied to all workers" 1
   on_workers all "cd $remote && rm -rf code && mkdir code && tar xzf code.tar.gz -C code && \
 python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 venv && \
-python3 -m uv pip install -q --exclude-newer $started --python venv/bin/python -e 'code[tpu,gcs,data]'" ||
+python3 -m uv pip install -q --exclude-newer $started --python venv/bin/python -e 'code[tpu,gcs,data,text]'" ||
     fail "the set-up failed on a worker (see above)" 1
 }
 
@@ -161,7 +161,8 @@ python3 -m uv pip install -q --exclude-newer $started --python venv/bin/python -
 start_training() {
   local inner
   inner="trap : TERM; . venv/bin/activate; (cd code && exec $(train_command "$@"))"
-  on_workers all "cd $remote || exit 1; rm -f exit_code; nohup setsid flock -n lock bash -c $(printf %q \
+  on_workers all "cd $remote || exit 1; flock -n lock true || { echo a run holds the lock >&2; exit 1; }; \
+rm -f exit_code; nohup setsid flock -n lock bash -c $(printf %q \
     "$inner; echo \$? >exit_code") >>train.log 2>&1 </dev/null &" || fail "training was not started" 1
 }
 

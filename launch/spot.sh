@@ -28,7 +28,8 @@ state() {
   local said
   if said=$(gcloud compute tpus queued-resources describe "${setting[NAME]}" "${where[@]}" \
     --format="value(state.state)" 2>&1); then
-    echo "${said##*$'\n'}"
+    said=${said##*$'\n'}
+    if [[ "$said" =~ ^[A-Z_]+$ ]]; then echo "$said"; else echo UNKNOWN; fi # a warning of gcloud's, say
   elif [[ "$said" == *NOT_FOUND* || "$said" == *"not found"* ]]; then
     echo NONE
   else

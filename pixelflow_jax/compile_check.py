@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_per_chip", type=int, help="images a chip; default: config.batch_size")
     parser.add_argument("--json", help="also write the figures to this file")
     args, config = cli.parse_with_config(parser, argv)
+    for flag in ("num_slices", "batch_per_chip"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     devices = tpu_devices(args.topology, args.num_slices)
     if args.batch_per_chip is not None:
         config.batch_size = args.batch_per_chip * len(devices)
@@ -73,6 +76,9 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list:
         if "lockfile" in reason:
             raise UserError("another process on this machine uses libtpu; wait until it ends") from None
         raise UserError(f"--topology={topology}: {reason}; write it as v5e:4x4") from None
+    kind = found.devices[0].device_kind
+    if kind not in DEVICE_KINDS:
+        raise UserError(f"--topology={topology}: {kind} is not known here; {', '.join(CHIPS)} are")
     return list(found.devices)
 
 
@@ -99,6 +105,11 @@ def sample_program(config, devices: list):
     from pixelflow_jax.training.step import abstract_condition
 
     sampler, mesh = build_sampler(config), image_mesh(devices, config.mesh.context)
+    if sampler.control != "fixed":
+        raise UserError(
+            f"the steps of {sampler.solver} depend on the images, and so does their cost: add "
+            f"--config.sample.step_control=fixed"
+        )
     size = config.batch_size
     if size % mesh.shape["images"]:
         raise UserError(f"{size} images do not split over {mesh.shape['images']} groups of chips")
@@ -112,7 +123,8 @@ def sample_program(config, devices: list):
     index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=placed)
     condition = jax.tree.map(lambda x: shaped(x, placed), abstract_condition(config, size))
     steps = np.array(sampler.grid.steps(sampler.cascade.num_stages))
-    flops = float(steps * evaluations_per_step(sampler.solver) @ stage_flops(sampler)) * size
+    one = stage_flops(sampler, config.text.max_length)
+    flops = float(steps * evaluations_per_step(sampler.solver) @ one) * size
     arguments = params, {"index": index}, condition, condition
     return make_generate(sampler, mesh=mesh), arguments, mesh, flops
 

@@ -124,12 +124,16 @@ class Demo:
             if not (what or "").strip():  # here, as the command's sentence names the checkpoint's path
                 raise UserError("say what the picture is to show")
             return asked | prompts | {"text_encoder": self.limits.text_encoder}
-        labels = [str(number) for number in range(self.classes)]
+        labels = self._labels()
         if what not in labels or negative not in ["none", *labels]:
-            raise UserError(f"a class is a number from 0 to {self.classes - 1}")
+            raise UserError(f"a class is a number from 0 to {labels[-1]}")
         return asked | dict(
             labels=[int(what)], negative_labels=None if negative == "none" else [int(negative)]
         )
+
+    def _labels(self) -> list[str]:
+        """The classes to choose from; a model without any takes 0."""
+        return [str(number) for number in range(max(self.classes, 1))]
 
     def sizes(self) -> list[str]:
         """Sizes to choose from, as WIDTHxHEIGHT, the trained one first: up to twice its pixels."""
@@ -225,7 +229,7 @@ class Demo:
             what = gr.Textbox(label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
             negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT, elem_id="negative")
         else:
-            labels = [str(number) for number in range(self.classes)]
+            labels = self._labels()
             what = gr.Dropdown(labels, value="0", label="Class", elem_id="class")
             negative = gr.Dropdown(["none", *labels], value="none", label="Class to steer away from")
         adaptive = ", ".join(name for name in SOLVERS if ORDERS[name] > 2)

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, optional
 
 
 @contextlib.contextmanager
@@ -188,9 +188,8 @@ def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{what} {name} is not a folder")
     try:
-        from huggingface_hub import snapshot_download
-
-        found = snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        hub = optional("huggingface_hub", "text", "a hub id")
+        found = hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"])
         return epath.Path(found)
     except Exception as error:  # a dozen kinds: no library, no network, no such id
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ class Chip:
     Attributes:
       flops: bfloat16 matrix operations a second, at peak.
       hbm_bytes, hbm_bandwidth: memory, and bytes a second from it.
-      ici_bandwidth: bytes a second to the other chips of the slice, over all links, both ways.
+      ici_bandwidth: bytes a second to the other chips of the slice, over all links, each way.
       dcn_bandwidth: bytes a second to other slices; a host's network, shared by its chips.
     """
 
@@ -28,7 +28,7 @@ CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 12.5e9),
 }
 # How JAX calls them
 DEVICE_KINDS = {

@@ -46,12 +46,19 @@ from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.watchdog import WAITING, joined
 
 
+class NotFinite(Exception):
+    """An image with a number that is none; the message says which, and what to try."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = request.parse(__doc__, sys.argv[1:] if argv is None else argv)
     request.check_flags(args)
     with joined(default_config().hosts, patient=True, flags=vars(args)) as watch:
-        report = invert(args) if args.invert else run(args, watch)[0]
+        try:
+            report = invert(args) if args.invert else run(args, watch)[0]
+        except NotFinite as error:
+            sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         print(report)
 
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     """Samples what the flags ask for.
 
     Returns the line to report, and this process's seconds an image: the median over its batches but the
-    first, which compiles; None if there was no other.
+    first, which compiles; None if there was no other. Raises NotFinite.
     """
     job = request.prepare(args)
     folder = OutputFolder(
@@ -129,8 +136,8 @@ def _make(
             out = jax.tree.map(np.asarray, out)
             seconds.append((time.perf_counter() - begin) / size)
             if not out.finite.all():
-                sys.exit(
-                    f"error: image {padded[np.argmin(out.finite)]} is not finite; what was finished "
+                raise NotFinite(
+                    f"image {padded[np.argmin(out.finite)]} is not finite; what was finished "
                     f"before is kept in {folder.path}. Try --dtype=float32, another --solver or more "
                     f"--num_steps; if nothing helps, the weights of --checkpoint={args.checkpoint} are "
                     f"broken"

@@ -50,8 +50,13 @@ def run(args: argparse.Namespace, combinations: list[dict[str, Any]], reference:
             "_".join(f"{key}={value}" for key, value in cell.items() if value is not None) or "default"
         )
         print(f"{i + 1} of {len(combinations)}: {name}", flush=True)
-        rows.append(_cell(args, cell, out / "cells" / name, reference))
+        try:
+            rows.append(_cell(args, cell, out / "cells" / name, reference))
+        except sample.NotFinite as error:  # of this combination alone
+            print(f"left out: {error}", flush=True)
         files.write_json(out / "sweep.json", rows)
+    if not rows:
+        raise UserError("no combination gave images that are finite; see above")
     measure = "fid" if "fid" in rows[0] else "pca_frechet"
     files.write_bytes(out / "sweep.md", _table(rows).encode())
     drawn = _plot(rows, measure, out / "sweep.png")

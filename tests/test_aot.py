@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from pixelflow_jax import compile_check
@@ -36,6 +37,21 @@ def test_topologies_that_do_not_exist():
     """Catches a traceback from libtpu."""
     with pytest.raises(UserError, match="write it as v5e:4x4"):
         compile_check.tpu_devices("v5e:3x5")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch_per_chip=0"], "--batch_per_chip must be at least 1"),
+        (["--num_slices=-1"], "--num_slices must be at least 1"),
+        (["--task=sample", "--config.sample.solver=dopri5"], "step_control=fixed"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_at_once(flags, said, monkeypatch):
+    """Catches a traceback, minutes later, for a cost that is not known before the images are."""
+    monkeypatch.setattr(compile_check, "tpu_devices", lambda *args: jax.devices()[:1])
+    with pytest.raises(UserError, match=said):
+        compile_check.main(["--config=configs/digits.py", "--topology=v5e:1x1", *flags])
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):

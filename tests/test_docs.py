@@ -14,6 +14,7 @@ import pytest
 from fuzz import COMMANDS, WORK, Reached, reached
 from PIL import Image
 
+from pixelflow_jax.config import check_batch_size, load_config
 from pixelflow_jax.errors import UserError
 
 from conftest import TINY
@@ -135,6 +136,26 @@ def test_table_of_official_names():
                 assert part in ours | {"blocks"}, f"{part} is none of our names"
 
 
+def test_batches_fit_the_slices_that_are_named():
+    """Catches a projection, or a config's hardware line, of a run that is refused at its start."""
+    rows = re.findall(
+        r"\| v\w+-(\d+)(?: \((\d+) chips\))? \| `(\w+)`", (HERE / "docs/tpu.md").read_text()
+    )
+    assert len(rows) == 3
+    for number, chips, name in rows:
+        check_batch_size(load_config(name), int(chips or number))
+    for name in ("t2i_256", "t2i_512", "t2i_1024"):
+        text = (HERE / "configs" / f"{name}.py").read_text()
+        chips, flags = (
+            int(re.search(r"a TPU of (\d+)", text)[1]),
+            re.findall(r"--config\.(\S+=\d\S*)", text),
+        )
+        check_batch_size(load_config(name), chips)
+        if flags:
+            config = load_config(name, flags)
+            check_batch_size(config, config.mesh.data * config.mesh.fsdp)
+
+
 @pytest.mark.slow
 def test_first_hour(tmp_path):
     """Catches a first hour that does not work, in its order, as it stands there.
@@ -146,7 +167,7 @@ def test_first_hour(tmp_path):
     script = ["set -euo pipefail", "python() { command " + shlex.quote(sys.executable) + ' "$@"; }']
     page = HERE / "docs" / "first_hour.md"
     for line in "".join(blocks(page)).splitlines():
-        line = line.replace("/.aot/bin/python", "python")
+        line = line.replace("/.venv-aot/bin/python", "python")
         if "pip install" in line or "demo " in line or "compile_check" in line:
             continue
         if "pixelflow_jax.train" in line:

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from pixelflow_jax import arrays, convert, evaluate
+from pixelflow_jax import arrays, convert, evaluate, sample
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.evaluation import metrics
 from pixelflow_jax.evaluation.features import PcaFeatures, _flat, collect
@@ -197,6 +197,26 @@ def test_sweep_goes_on_where_it_was(tiny_config, tmp_path):
     assert [r["pca_frechet"] for r in again] == [r["pca_frechet"] for r in rows]
     with pytest.raises(UserError, match="another checkpoint"):
         evaluate.main([*flags[:-1], "--num_images=7"])
+
+
+def test_a_sweep_goes_past_what_is_not_finite(trained, tmp_path, monkeypatch, capsys):
+    """Catches one bad combination that costs all the others, at each start anew."""
+    run = sample.run
+
+    def breaks(args, watch):
+        if args.solver == "heun":
+            raise sample.NotFinite("image 0 is not finite")
+        return run(args, watch)
+
+    monkeypatch.setattr(sample, "run", breaks)
+    flags = ["--sweep", f"--checkpoint={trained}", "--reference=configs/digits.py", "--features=pca"]
+    flags += ["--num_images=4", f"--out={tmp_path / 'sweep'}"]
+    evaluate.main([*flags, "--solver=heun,euler"])
+    assert "left out: image 0 is not finite" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert row["solver"] == "euler"
+    with pytest.raises(UserError, match="no combination gave images that are finite"):
+        evaluate.main([*flags[:-1], f"--out={tmp_path / 'none'}", "--solver=heun"])
 
 
 def test_wrong_inception_weights(inception_file, tmp_path):

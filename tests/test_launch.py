@@ -121,7 +121,7 @@ def test_setup_brings_the_same_commit_to_all_workers(cloud):
     assert ran[0] == f"{ssh}mkdir -p pixelflow_run"
     assert ran[1].startswith("gcloud compute tpus tpu-vm scp ")
     assert ran[1].endswith(f"run1:pixelflow_run/code.tar.gz {WHERE} --quiet --worker=all")
-    assert ran[2].startswith(ssh) and "-e 'code[tpu,gcs,data]'" in ran[2] and len(ran) == 3
+    assert ran[2].startswith(ssh) and "-e 'code[tpu,gcs,data,text]'" in ran[2] and len(ran) == 3
 
 
 def test_train_starts_in_the_background_on_all_workers(cloud):

@@ -78,7 +78,8 @@ def measure(
         typical = len(TRIED) // 2
         kept = rms(final(stage, off[typical]) - ends[-1]) / max(local[typical], 1e-12)
         errors[stage] = np.minimum.accumulate(np.maximum(local * kept, 1e-12))
-    return Measured(errors, stage_flops(sampler))
+    text = next((x.shape[1] for name, x in condition.items() if name.endswith("mask")), 0)
+    return Measured(errors, stage_flops(sampler, text))
 
 
 def rms(x: Array) -> float:
@@ -111,12 +112,16 @@ def _solve(sampler: Sampler, stage: int):
     return solve
 
 
-def stage_flops(sampler: Sampler) -> Float[np.ndarray, " s"]:
-    """FLOPs of one evaluation of each stage for one image, guidance included."""
+def stage_flops(sampler: Sampler, context_length: int = 0) -> Float[np.ndarray, " s"]:
+    """FLOPs of one evaluation of each stage for one image, guidance included.
+
+    `context_length` is that of the texts, of which models without text see nothing.
+    """
     cost = []
     for stage, weight in enumerate(sampler.guidance.weights(sampler.cascade.num_stages)):
         layout = sampler.layout(stage, 1 if weight == 1 else 2)
-        cost.append(forward_flops(sampler.model, dataclasses.replace(layout, shards=1)))
+        whole = dataclasses.replace(layout, shards=1)
+        cost.append(forward_flops(sampler.model, whole, context_length))
     return np.array(cost, float)
 
 
