@@ -143,10 +143,8 @@ def read_sizes(
     if path is not None and path.exists():
         with path.open("rb") as file:
             sizes = np.load(file, allow_pickle=False)
-    kept = np.array(sizes.shape == (len(source), 2))
-    if np.all(
-        multihost_utils.process_allgather(kept)
-    ):  # a network's disk may show it to some hosts only
+    known = np.array(sizes.shape == (len(source), 2))
+    if np.all(multihost_utils.process_allgather(known)):  # a network's disk may show it to some only
         return sizes
 
     mine = range(jax.process_index(), len(source), jax.process_count())

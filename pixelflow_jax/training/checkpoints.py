@@ -29,6 +29,7 @@ from pixelflow_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+STEP = re.compile(r"[0-9]{1,18}")  # the name of one in it
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SAVE_TIMEOUT = 1800  # seconds after which a save in the background counts as failed
 
@@ -293,10 +294,10 @@ def _find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, int]:
     path = files.absolute(checkpoint)
     if not path.exists():
         raise UserError(f"--checkpoint={checkpoint}: there is no such folder")
-    if path.name.isdigit() and (path / "meta").exists():
+    if STEP.fullmatch(path.name) and (path / "meta").exists():
         return path.parent, int(path.name)
     for folder in (path / FOLDER, path):
-        steps = [int(name) for name in files.list_files(folder) if re.fullmatch(r"\d{1,18}", name)]
+        steps = [int(name) for name in files.list_files(folder) if STEP.fullmatch(name)]
         steps = [step for step in steps if (folder / str(step) / "meta").exists()]
         # In a bucket a step has its name before all of it is there, and a mark at the end, which a run
         # that was copied there does not have.
