@@ -9,7 +9,8 @@ import importlib.metadata
 import re
 import sys
 
-FINE = ("apache", "bsd", "mit", "isc", "psf", "python software", "mpl", "mozilla", "hpnd", "unlicense")
+FINE = ("apache", "bsd", "0bsd", "mit", "isc", "psf", "python software", "mpl", "mozilla", "hpnd")
+FINE += ("unlicense", "zlib", "cc0")
 NOT_OURS = {"pixelflow_jax", "pip", "setuptools"}
 
 
