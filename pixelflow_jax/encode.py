@@ -95,7 +95,7 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
                 log.warning("left out: %s", error)
         return
     try:
-        lines = [line.decode() for line in files.read_bytes(args.captions).splitlines()]
+        lines = files.read_lines(args.captions)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--captions={args.captions} is not a file") from None
     except UnicodeDecodeError as error:

@@ -139,6 +139,11 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def read_lines(path: epath.PathLike) -> list[str]:
+    """The lines of a UTF-8 file; line breaks of Unicode's own are text. Raises UnicodeDecodeError."""
+    return [line.decode() for line in read_bytes(path).splitlines()]
+
+
 def read_json(path: epath.PathLike) -> Any:
     """Reads a JSON file. Raises UserError if it is missing or is not JSON."""
     path = epath.Path(path)

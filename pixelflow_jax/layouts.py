@@ -34,9 +34,7 @@ def read_prompts_file(name: str) -> list[dict]:
                 for p in found
             ]
         else:
-            lines = [
-                line.decode() for line in files.read_bytes(path).splitlines()
-            ]  # a line break of Unicode is text
+            lines = files.read_lines(path)
             as_json = path.suffix == ".jsonl"
             entries = [_json(line, f"{flag}: line {n}") if as_json else {"prompt": line}
                        for n, line in enumerate(lines, 1)]  # fmt: skip
