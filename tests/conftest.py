@@ -1,7 +1,10 @@
 """What several tests share."""
 
 import os
+import pathlib
 import socket
+import subprocess
+import sys
 import tempfile
 
 import jax
@@ -97,6 +100,22 @@ def free_port() -> int:
     """A TCP port that nobody listens at."""
     with socket.create_server(("", 0)) as sock:
         return sock.getsockname()[1]
+
+
+def start_hosts(count: int, command: list, env_of=lambda index: {}) -> list[subprocess.Popen]:
+    """`python -m command` as `count` processes of one run; `env_of` adds to the environment of each."""
+    port, children = free_port(), []
+    for index in range(count):
+        env = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+            **env_of(index),
+        }
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        root = pathlib.Path(__file__).parent.parent
+        children.append(subprocess.Popen([sys.executable, "-m", *command], cwd=root, env=env, **pipes))
+    return children
 
 
 def calm(model: PixelFlow) -> dict:

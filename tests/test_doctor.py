@@ -3,15 +3,13 @@
 import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from pixelflow_jax import doctor
 from pixelflow_jax.config import load_config
 
-from conftest import free_port
+from conftest import start_hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -90,22 +88,14 @@ def test_doctor_compares_memory_and_regions(tmp_path, tiny_flags, capsys, monkey
 @pytest.mark.slow
 def test_doctor_on_two_hosts(tmp_path, tiny_flags):
     """Catches hosts that end differently, so that the healthy ones hang, and folders left behind."""
+    fake = tmp_path / "nvidia-smi"  # a GPU that JAX does not see
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    command = ["pixelflow_jax.doctor", *tiny_flags, "--no_compile"]
+    command.append(f"--workdir={tmp_path / 'new' / 'run'}")
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for bad in (False, True):
-        port, children = free_port(), []
-        for index in range(2):
-            env = os.environ | {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            }
-            if bad and index:
-                env["PATH"] = f"{tmp_path}:{env['PATH']}"
-                (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")  # a GPU that JAX does not see
-                (tmp_path / "nvidia-smi").chmod(0o755)
-            command = [sys.executable, "-m", "pixelflow_jax.doctor", *tiny_flags, "--no_compile"]
-            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            command.append(f"--workdir={tmp_path / 'new' / 'run'}")
-            children.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+        children = start_hosts(2, command, lambda index, bad=bad: path if bad and index else {})
         for child in children:
             output = child.communicate(timeout=300)[0]
             assert child.returncode == bad, output

@@ -21,7 +21,7 @@ from pixelflow_jax.rollcall import Place, make_record, roll_call
 from pixelflow_jax.training import watchdog
 from pixelflow_jax.training.watchdog import Watchdog
 
-from conftest import free_port
+from conftest import free_port, start_hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -400,18 +400,8 @@ def test_one_never_started_and_two_versions(tmp_path, tiny_flags):
 
 def test_hosts_of_unlike_devices_are_refused(tmp_path, tiny_flags):
     """Catches a traceback of JAX's, or a run in which one host's devices are not used."""
-    port, children = free_port(), []
-    for index in range(2):
-        env = os.environ | {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(index),
-            "JAX_NUM_CPU_DEVICES": str(2 - index),
-        }
-        command = [sys.executable, "-m", "pixelflow_jax.train", *tiny_flags]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        command.append(f"--workdir={tmp_path / 'run'}")
-        children.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+    command = ["pixelflow_jax.train", *tiny_flags, f"--workdir={tmp_path / 'run'}"]
+    children = start_hosts(2, command, lambda index: {"JAX_NUM_CPU_DEVICES": str(2 - index)})
     for child in children:
         output = child.communicate(timeout=300)[0]
         assert child.returncode == 2 and "as many devices" in output, output

@@ -258,8 +258,11 @@ def test_what_sample_takes_for_the_newest(tmp_path, tiny_config, monkeypatch):
     tiny_config.update(num_train_steps=3, checkpoint_every=1, keep_checkpoints=3)
     loop.train(tiny_config, tmp_path)
     finalized = checkpoints.ocp.utils.is_checkpoint_finalized
-    part = lambda path: path.name != "3" and finalized(path)  # noqa: E731
-    monkeypatch.setattr(checkpoints.ocp.utils, "is_checkpoint_finalized", part)
+    monkeypatch.setattr(
+        checkpoints.ocp.utils,
+        "is_checkpoint_finalized",
+        lambda path: path.name != "3" and finalized(path),
+    )
     assert checkpoints.load_params(tmp_path)[2]["step"] == 2
     monkeypatch.setattr(
         checkpoints.multihost_utils, "broadcast_one_to_all", lambda parts: parts - [0, 1]

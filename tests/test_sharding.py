@@ -1,7 +1,6 @@
 """Many devices and processes: the same numbers as one, and every large array really split."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.sharding import P, make_mesh, param_spec
 from pixelflow_jax.training import loop
 
-from conftest import free_port, with_devices
+from conftest import start_hosts, with_devices
 
 HERE = pathlib.Path(__file__).parent
 
@@ -120,19 +119,8 @@ def test_local_rows_are_all_rows_of_one_process():
 
 def start_cluster(workdir, flags, processes=2, devices=2):
     """Starts `train` as several processes with several devices each."""
-    address = f"127.0.0.1:{free_port()}"
-    children = []
-    for index in range(processes):
-        env = os.environ | {
-            **with_devices(devices),
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(index),
-        }
-        command = [sys.executable, "-m", "pixelflow_jax.train", f"--workdir={workdir}", *flags]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        children.append(subprocess.Popen(command, env=env, cwd=HERE.parent, **pipes))
-    return children
+    command = ["pixelflow_jax.train", f"--workdir={workdir}", *flags]
+    return start_hosts(processes, command, lambda index: with_devices(devices))
 
 
 def finish(children) -> list[str]:
