@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import arrays, cli, files
 from pixelflow_jax.conditions import Conditions, forget_encoder, read_conditions
-from pixelflow_jax.data.captions import EXTENSIONS
+from pixelflow_jax.data.pixels import is_image
 from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.images import UINT8_RULE
 from pixelflow_jax.layouts import LAYOUTS
@@ -316,7 +316,7 @@ def image_files(path: str, flag: str) -> list[epath.Path]:
     """An image file, or those of a folder. Raises UserError if there are none."""
     place = epath.Path(path)
     if place.is_dir():
-        found = [place / name for name in files.list_files(place) if name.lower().endswith(EXTENSIONS)]
+        found = [place / name for name in files.list_files(place) if is_image(name)]
         if not found:
             raise UserError(f"--{flag}={path} holds no images")
         return found

@@ -15,11 +15,11 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 from pixelflow_jax import files
-from pixelflow_jax.data.transforms import Size, nearest_size
+from pixelflow_jax.data.pixels import Size, read_size
+from pixelflow_jax.data.transforms import nearest_size
 from pixelflow_jax.errors import UserError
 
 LEAST_AREA = 0.8  # of resolution^2, that a bucket has
@@ -170,10 +170,6 @@ def read_sizes(
 
 def _size(source, index: int) -> Size:
     try:
-        data = source[index][0]
-        if isinstance(data, np.ndarray):
-            return data.shape[:2]
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size[::-1]
+        return read_size(source[index][0])
     except Exception:  # broken in one of many ways: the loader replaces and counts it
         return (1, 1)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pixelflow_jax.data.buckets import bucket_sizes
-from pixelflow_jax.data.transforms import Size
+from pixelflow_jax.data.pixels import Size
 from pixelflow_jax.errors import UserError
 
 COLOURS = {

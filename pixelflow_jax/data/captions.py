@@ -3,6 +3,7 @@
 A captioned Source (see sources.py) gives (encoded image, captions): of several, each step draws one.
 """
 
+import collections
 import json
 import os
 import tarfile
@@ -12,9 +13,15 @@ import numpy as np
 from etils import epath
 
 from pixelflow_jax import files
+from pixelflow_jax.data.pixels import (
+    SUFFIXES,
+    is_image,
+    is_left_behind,
+    kinds_left_out,
+    report_left_out,
+)
 from pixelflow_jax.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 SPLITS = ("train", "val", "valid", "validation", "test")
 METADATA = "metadata.jsonl"
 KEYS = ("text", "caption", "captions", "prompt")  # of a line of metadata.jsonl or of a .json in a tar
@@ -75,9 +82,10 @@ class CaptionFolder:
     def __init__(self, path: str, split: str):
         self.root = split_root(path, split)
         self._names, self._captions = [], {}
-        bare = []
+        bare, others = [], collections.Counter()
         for folder, names in files.walk(self.root):
-            found = [name for name in names if name.lower().endswith(EXTENSIONS)]
+            found = [name for name in names if is_image(folder + name)]
+            others.update(kinds_left_out(folder + name for name in names if not _is_caption(name)))
             if METADATA in names:
                 self._captions |= read_metadata(self.root, folder)
             texts = {name.removesuffix(".txt") for name in names if name.endswith(".txt")}
@@ -86,6 +94,7 @@ class CaptionFolder:
                 self._names.append(full)
                 if full not in self._captions and os.path.splitext(name)[0] not in texts:
                     bare.append(full)
+        report_left_out(self.root, others)
         if missing := self._captions.keys() - set(self._names):
             raise UserError(f"{self.root}: {METADATA} names {min(missing)}, which is not there")
         bare = [name for name in bare if name not in self._captions]
@@ -112,6 +121,10 @@ class CaptionFolder:
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self._names[index]}"
+
+
+def _is_caption(name: str) -> bool:
+    return name == METADATA or name.endswith(".txt")
 
 
 def read_metadata(root: str, folder: str) -> dict[str, tuple[str, ...]]:
@@ -181,11 +194,13 @@ def _contents(path: str) -> list[tuple[str, tuple[int, int], tuple[int, int, boo
     try:
         with epath.Path(path).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if not member.isfile() or is_left_behind(member.name):
+                    continue
                 folder, name = os.path.split(member.name)
                 key, _, extension = name.partition(".")
                 key, extension = os.path.join(folder, key), f".{extension.lower()}"
                 place = member.offset_data, member.size
-                if extension in EXTENSIONS:
+                if extension in SUFFIXES:
                     images[key] = place
                 elif extension == ".txt" or (extension == ".json" and key not in texts):
                     texts[key] = (*place, extension == ".json")

@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 from pixelflow_jax import flow
 from pixelflow_jax.config import block_unit, max_blocks
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
+from pixelflow_jax.data.pixels import Size
 from pixelflow_jax.data.sources import Source
-from pixelflow_jax.data.transforms import Size, transform
+from pixelflow_jax.data.transforms import transform
 from pixelflow_jax.text.encoder import make_text_reader
 
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black

@@ -4,6 +4,7 @@
 or, of captioned sources, a tuple of captions.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -19,7 +20,8 @@ from PIL import Image
 from pixelflow_jax import files
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.captioned_digits import captioned_digits
-from pixelflow_jax.data.captions import EXTENSIONS, SPLITS, CaptionFolder, TarSource, split_root
+from pixelflow_jax.data.captions import SPLITS, CaptionFolder, TarSource, split_root
+from pixelflow_jax.data.pixels import image_files, is_left_behind, report_left_out
 from pixelflow_jax.errors import UserError, blame, optional
 
 HELD_OUT = tuple(name for name in SPLITS if name != "train")
@@ -157,17 +159,18 @@ class FolderSource:
         self.classes = sorted(
             child.name
             for child in epath.Path(self.root).iterdir()
-            if child.is_dir() and not child.name.startswith(".")
+            if child.is_dir() and not is_left_behind(child.name)
         )
         if not self.classes:
             raise UserError(f"{self.root} holds no class folders")
-        names, labels = [], []
+        names, labels, others = [], [], collections.Counter()
         for label, name in enumerate(self.classes):
-            found = image_files(self.root, name)
+            found = image_files(self.root, name, others)
             if not found:
                 warnings.warn(f"class folder {self.root}/{name} holds no images", stacklevel=2)
             names += found
             labels += [label] * len(found)
+        report_left_out(self.root, others)
         # One fixed-width array: a list of a million strings would be copied into every worker.
         self._names = np.array([os.fsencode(name) for name in names])
         self._labels, self.num_classes = np.array(labels, np.int32), len(self.classes)
@@ -181,16 +184,6 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return f"{self.root}/{os.fsdecode(self._names[index])}"
-
-
-def image_files(root: str, folder: str = "") -> list[str]:
-    """Image files below root/folder, relative to root, in torchvision's order."""
-    return [
-        f"{where}{name}"
-        for where, names in files.walk(root, folder)
-        for name in names
-        if name.lower().endswith(EXTENSIONS)
-    ]
 
 
 def held_out(config: ConfigDict) -> tuple[Source, str]:

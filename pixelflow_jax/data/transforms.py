@@ -1,41 +1,15 @@
-"""From an encoded image to uint8 [height, width, 3], by Pillow."""
+"""From an encoded image to the pixels of a training example, by Pillow."""
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-Size = tuple[int, int]  # (height, width) in pixels
-warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks and palettes are no trouble to us
+from pixelflow_jax.data.pixels import BrokenImage, Size, decode
+
 MARGIN = 1.125  # how much larger than needed an image becomes before a random crop
-
-
-class BrokenImage(OSError):
-    """An image that cannot be decoded; the message says why."""
-
-
-def decode(data: bytes | np.ndarray) -> Image.Image:
-    """RGB; the first frame of an animation; 16-bit grey by its upper 8 bits.
-
-    Raises:
-      BrokenImage: whatever is wrong with the data.
-    """
-    if isinstance(data, np.ndarray):
-        return Image.fromarray(data)
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            # convert() would clip these at 255
-            wide = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise a dozen kinds
-        raise BrokenImage(f"{type(error).__name__}: {error}") from error
 
 
 def random_crop(image: Image.Image, size: Size, rng: np.random.Generator) -> Image.Image:

@@ -9,8 +9,9 @@ from jaxtyping import UInt8
 
 from pixelflow_jax import arrays, files
 from pixelflow_jax.config import load_config
-from pixelflow_jax.data.sources import held_out, image_files
-from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode
+from pixelflow_jax.data.pixels import BrokenImage, decode, image_files
+from pixelflow_jax.data.sources import held_out
+from pixelflow_jax.data.transforms import center_crop
 from pixelflow_jax.errors import UserError, blame
 
 OURS = ("grid.png",)  # files of a sampling run that are no samples

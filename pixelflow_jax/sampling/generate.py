@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixelflow_jax import files, images, sharding
 from pixelflow_jax.config import build_cascade, build_model
-from pixelflow_jax.data.transforms import decode
+from pixelflow_jax.data.pixels import decode
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text
