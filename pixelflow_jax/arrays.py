@@ -22,8 +22,7 @@ def write_npz(
     The file is whole or not there, and equal arrays give equal bytes. numpy.load reads it.
     """
     with (
-        files.atomic_path(path) as temporary,
-        temporary.open("wb") as raw,
+        files.create(path) as raw,
         zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive,
     ):
         for name, (shape, dtype, parts) in arrays.items():

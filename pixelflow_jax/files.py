@@ -1,43 +1,86 @@
-"""Files: local and gs:// paths alike (epath), written whole or not at all, JSON settings."""
+"""Files: local and gs:// paths alike, written whole or not at all, JSON settings.
+
+Paths are epath's, which Orbax and TFDS know too. What happens often goes past it to fsspec (gcsfs): a
+bucket's objects appear whole under their names, and each of these functions costs one or two requests.
+"""
 
 import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
+import fsspec
 from etils import epath
 
 from pixelflow_jax.errors import UserError, optional
 
+# gcsfs keeps what it once listed for ever: a step or shard of another process would never be seen.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+BLOCK = 1 << 28  # bytes of an object that travel in one request
+
+
+def _bucket(path: epath.PathLike) -> fsspec.AbstractFileSystem | None:
+    """The client, epath's, of a gs:// path; None for a local one. Raises ImportError without gcsfs."""
+    return fsspec.filesystem("gcs", finalize_on_close=True) if "://" in str(path) else None
+
 
 @contextlib.contextmanager
-def atomic_path(path: epath.PathLike, local: bool = False) -> Iterator[epath.Path]:
-    """Yields a temporary name beside `path`, renamed to it when the block ends without an error.
+def reading() -> Iterator[None]:
+    """Turns whatever a storage library raises into an OSError, so that callers need to know one."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
-    The folder is made if it is not there. With `local`, for writers that know local files only, the
-    temporary name of a gs:// path is a local one, which is copied up at the end.
+
+@contextlib.contextmanager
+def create(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Yields a file to write; it is at `path`, whole, when the block ends without an error.
+
+    Until then what was there stays. Folders are made if they are not there. Raises OSError.
     """
+    if not (bucket := _bucket(path)):
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            yield file
+        return
+    file = bucket.open(str(path), "wb", block_size=BLOCK)
+    try:
+        yield file
+    except BaseException:
+        with contextlib.suppress(Exception):
+            file.discard()
+        file.closed = True  # closing would write what there is
+        raise
+    with reading():
+        file.close()
+
+
+@contextlib.contextmanager
+def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary local name, for writers that know local files only; as `create` otherwise."""
     path = epath.Path(path)
     unique = f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary = path.parent / unique
-    if local and "://" in str(path):
-        temporary = epath.Path(tempfile.gettempdir()) / unique
-    if "://" not in str(path):  # buckets have no folders
-        path.parent.mkdir(parents=True, exist_ok=True)
+    is_local = not _bucket(path)
+    temporary = (path.parent if is_local else epath.Path(tempfile.gettempdir())) / unique
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        if temporary.parent == path.parent:
+        if is_local:
             temporary.replace(path)
         else:
-            temporary.copy(path, overwrite=True)
+            with temporary.open("rb") as file, create(path) as copy:
+                shutil.copyfileobj(file, copy, BLOCK)
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -55,17 +98,21 @@ def check_text(name: str, text: str, is_path: bool = True) -> None:
 
 
 def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
-    """(folder, names in it) of root/folder and all below, sorted as torchvision does.
+    """(folder, names of the files in it) of root/folder and all below, sorted as torchvision does.
 
     Folders are relative to root, with a "/" at their end, or "". Links are followed, but not up, and no
-    folder is listed twice.
+    folder is listed twice. In a bucket this is one request for a thousand files, however deep; folders
+    without files are not there. Files are not looked at. Raises OSError.
     """
     root = str(epath.Path(root))
     top, found = os.path.join(root, folder) if folder else root, {}
-    if "://" in root:
-        for path in epath.Path(top).rglob("*"):
-            where, _, name = str(path)[len(root) + 1 :].rpartition("/")
-            found.setdefault(where, []).append(name)
+    if bucket := _bucket(root):
+        skip = len(bucket._strip_protocol(root)) + 1
+        with reading():
+            for path in bucket.find(top):
+                where, _, name = path[skip:].rpartition("/")
+                if name:  # consoles mark a folder by an object "folder/"
+                    found.setdefault(where, []).append(name)
     else:
         for place, names in _folders(top):
             found[os.path.relpath(place, root) if place != root else ""] = names
@@ -97,19 +144,27 @@ def _leads_up(link: str) -> bool:
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    """Writes a file, whole or not at all. Raises OSError."""
+    if bucket := _bucket(path):
+        with reading():
+            bucket.pipe_file(str(path), data, chunksize=BLOCK)
+        return
+    with create(path) as file:
+        file.write(data)
 
 
 def open_file(path: epath.PathLike) -> IO[bytes]:
     """A file to read; local ones without epath's overhead, as a loader reads many.
 
+    An object of a bucket is read at once, or block by block if it is larger than BLOCK.
+
     Raises:
       OSError: if there is none, or it is a device: /dev/zero has no end.
     """
-    if "://" in str(path):
-        return epath.Path(path).open("rb")
+    if bucket := _bucket(path):
+        with reading():
+            data = read_bytes(path, 0, BLOCK)
+            return io.BytesIO(data) if len(data) < BLOCK else bucket.open(str(path), block_size=BLOCK)
     file = open(path, "rb")
     if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -117,21 +172,34 @@ def open_file(path: epath.PathLike) -> IO[bytes]:
     return file
 
 
-def read_bytes(path: epath.PathLike) -> bytes:
-    """A file's contents. Raises OSError as `open_file`."""
+def read_bytes(path: epath.PathLike, begin: int = 0, end: int | None = None) -> bytes:
+    """A file's contents, or those from one place up to another, in one request.
+
+    Raises OSError as `open_file`.
+    """
+    if bucket := _bucket(path):
+        with reading():
+            try:
+                return bucket.cat_file(str(path), begin or None, end)
+            except Exception as error:
+                if "416" not in str(error) and "satisfiable" not in str(error):  # nothing is there
+                    raise
+                return b""
     with open_file(path) as file:
-        return file.read()
+        file.seek(begin)
+        return file.read() if end is None else file.read(end - begin)
 
 
-@contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """Turns whatever a storage library raises into an OSError, so that callers need to know one."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+def remove(path: epath.PathLike) -> None:
+    """Removes a file, or a folder with all that is in it, if it is there. Raises OSError."""
+    bucket, path = _bucket(path), epath.Path(path)
+    with reading(), contextlib.suppress(FileNotFoundError):
+        if bucket:
+            bucket.rm(str(path), recursive=True)
+        elif path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink()
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -157,24 +225,34 @@ def read_json(path: epath.PathLike) -> Any:
 
 def append_line(path: epath.PathLike, line: str) -> None:
     """Appends one line to a text file, creating it if need be (buckets cannot: they get it anew)."""
-    path = epath.Path(path)
-    if "://" in str(path):
-        write_bytes(path, ((path.read_text() if path.exists() else "") + line).encode())
+    if _bucket(path):
+        write_bytes(path, (read_bytes(path) if epath.Path(path).exists() else b"") + line.encode())
         return
-    with path.open("a") as file:
+    with epath.Path(path).open("a") as file:
         file.write(line)
 
 
 def list_files(folder: epath.PathLike) -> list[str]:
-    """Names in a folder, sorted; empty if there is no such folder. Raises UserError for a file.
+    """Names in a folder, of files and folders, sorted; empty if there is no such folder.
 
-    What `atomic_path` left of a write that was killed does not count.
+    What a write that was killed left does not count. Raises UserError for a file.
     """
-    folder = epath.Path(folder)
-    if folder.exists() and not folder.is_dir():
+    names, is_file = [], False
+    if bucket := _bucket(folder):
+        with reading(), contextlib.suppress(FileNotFoundError):
+            place = bucket._strip_protocol(str(folder)).rstrip("/")
+            found = bucket.ls(place, detail=True)
+            is_file = any(entry["name"] == place and entry["type"] == "file" for entry in found)
+            names = [entry["name"][len(place) + 1 :].rstrip("/") for entry in found]
+    else:
+        folder = epath.Path(folder)
+        is_file = folder.exists() and not folder.is_dir()
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if is_file:
         raise UserError(f"{folder} is a file, but a folder is needed")
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
+    return sorted(
+        name for name in names if name and not (name.startswith(".") and name.endswith(".tmp"))
+    )
 
 
 def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:

@@ -152,6 +152,6 @@ def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
         axes.set(xlabel=label, ylabel=measure, xscale="log")
     axes.legend(fontsize="small")
-    with files.atomic_path(path) as temporary, temporary.open("wb") as file:
+    with files.create(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return True

@@ -112,7 +112,7 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
         files.write_json(folder / MANIFEST, manifest)
     missing = [k for k, name in enumerate(names) if name not in present]
     for k in progress(missing):
-        with files.atomic_path(folder / names[k], local=True) as temporary:
+        with files.atomic_path(folder / names[k]) as temporary:
             writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
             for index in range(starts[k], starts[k] + sizes[k]):
                 data, label = source[index]
