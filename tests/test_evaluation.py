@@ -1,6 +1,7 @@
 """Evaluation: metrics against truth, streaming, image sets, the command, the sweep."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from PIL import Image
 
 from pixelflow_jax import arrays, convert, evaluate, sample
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.evaluation import metrics
+from pixelflow_jax.evaluation import features, metrics
 from pixelflow_jax.evaluation.features import PcaFeatures, _flat, collect
-from pixelflow_jax.evaluation.sets import open_images
+from pixelflow_jax.evaluation.judge import Reference
+from pixelflow_jax.evaluation.sets import ImageSet, open_images
 from pixelflow_jax.training import loop
 
 import parity
@@ -75,8 +77,61 @@ def test_precision_and_recall(monkeypatch):
     heard = []
     assert metrics.precision_recall(reference, samples, watch=heard.append) == expected
     assert expected[0] != expected[1] and len(heard) == 4 + 3 + 3 + 4  # blocks, for the watchdog
-    with pytest.raises(ValueError, match="more than 3"):
+    with pytest.raises(metrics.TooFewImages, match="more than 3"):
         metrics.precision_recall(reference[:3], samples)
+
+
+def test_precision_and_recall_need_one_block_of_memory(monkeypatch):
+    """Catches copies of a block of distances, and vectors that are all held in float64."""
+    monkeypatch.setattr(metrics, "BLOCK", 256)
+    monkeypatch.setattr(metrics, "TILE", 256)
+    reference, samples = (RNG.normal(size=(2000, 64)).astype(np.float32) for _ in range(2))
+    tracemalloc.start()
+    metrics.precision_recall(reference, samples)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 256 * 2000 * 8
+
+
+def test_processes_share_the_blocks_of_distances(monkeypatch):
+    """Catches a block that two processes compute, or none."""
+    monkeypatch.setattr(metrics, "BLOCK", 16)
+    points, centres = RNG.normal(size=(50, 3)), RNG.normal(size=(41, 3))
+    truth = np.square(points[:, None] - centres).sum(-1)
+    for processes in (1, 2, 3, 60):
+        monkeypatch.setattr(metrics.jax, "process_count", lambda count=processes: count)
+        found, times = np.zeros_like(truth), np.zeros(50)
+        for process in range(processes):
+            monkeypatch.setattr(metrics.jax, "process_index", lambda index=process: index)
+            for begin, squares in metrics._square_distances(points, centres, lambda what: None):
+                found[begin : begin + len(squares)] = squares
+                times[begin : begin + len(squares)] += 1
+        np.testing.assert_allclose(found, truth, atol=1e-12)
+        assert (times == 1).all()
+
+
+def test_what_a_judgement_leaves_out(pictures, monkeypatch):
+    """Catches an error in precision and recall that is taken for too few images, and the other way."""
+    few = ImageSet("few", 3, lambda begin, end: pictures[0][begin:end])
+    reference = Reference(str(pictures[2]), None, 5)
+    assert reference.judge(few)["pca_precision"] is None
+    monkeypatch.setattr(metrics, "_radii", lambda *args: np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError):
+        reference.judge(open_images(str(pictures[1]), "samples"))
+
+
+def test_moments_take_many_batches_at_once(pictures, monkeypatch):
+    """Catches a merge a batch, which costs more than the features, and batches that are left behind."""
+    merged = []
+    monkeypatch.setattr(features, "MERGED", 6)
+    add = metrics.Moments.add
+    monkeypatch.setattr(metrics.Moments, "add", lambda m, x: (merged.append(len(x)), add(m, x)))
+    images = open_images(str(pictures[2]), "samples")
+    found = collect(PcaFeatures(images), images, 2, ("pca",))
+    assert merged == [6, 6]
+    found, vectors = found.moments["pca"], found.vectors["pca"]
+    np.testing.assert_allclose(found.mean, vectors.mean(0), atol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(vectors, rowvar=False), rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture

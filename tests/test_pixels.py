@@ -208,7 +208,8 @@ def test_numbers_of_unknown_range_are_refused(bad):
 @pytest.mark.parametrize(
     ("mode", "kind"),
     [("1", "PNG"), ("1", "TIFF"), ("L", "PNG"), ("L", "JPEG"), ("P", "GIF"), ("P", "BMP"),
-     ("RGB", "BMP"), ("CMYK", "TIFF"), ("CMYK", "JPEG"), ("YCbCr", ""), ("HSV", ""), ("LAB", "TIFF"), ("RGB", "QOI")],
+     ("RGB", "BMP"), ("CMYK", "TIFF"), ("CMYK", "JPEG"), ("YCbCr", ""), ("HSV", ""), ("LAB", "TIFF"),
+     ("RGB", "QOI")],
 )  # fmt: skip
 def test_modes_without_alpha(mode, kind):
     """Catches a mode that comes in as other colours than those that were stored."""

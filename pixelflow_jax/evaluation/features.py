@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, UInt8
@@ -14,12 +13,13 @@ from tqdm import tqdm
 
 from pixelflow_jax.convert import read_state
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.evaluation.metrics import Moments
+from pixelflow_jax.evaluation.metrics import Moments, gather
 from pixelflow_jax.evaluation.sets import ImageSet
 from pixelflow_jax.models.inception import Inception, inception_params
 
 KEPT = ("2048", "spatial", "logits_unbiased")
 PCA_DIM, PCA_SIDE, PCA_FIT = 64, 32, 10_000  # dimensions, pixels a side, images it is fitted on
+MERGED = 2000  # vectors that moments take in at once
 Features = dict[str, Float[np.ndarray, "b d"]]
 
 
@@ -127,15 +127,26 @@ def collect(
     total = -(-images.count // batch_size)
     result, kept = Collected(), {name: [] for name in keep}
     bar = tqdm(total=-(-total // processes), unit="batch", desc=images.name[-40:], disable=process > 0)
+    rows: dict[str, list[np.ndarray]] = {}  # that wait: a merge passes over a whole covariance
+
+    def merge() -> None:
+        for name, parts in rows.items():
+            moments = result.moments.setdefault(name, Moments.empty(parts[0].shape[1]))
+            moments.add(np.concatenate(parts))
+        rows.clear()
+
     with bar:
         for number, pixels in enumerate(images.batches(batch_size, process, processes)):
             watch(f"batch {number} of {images.name}")
             for name, x in extract(pixels, batch_size).items():
                 if name != "logits_unbiased":
-                    result.moments.setdefault(name, Moments.empty(x.shape[1])).add(x)
+                    rows.setdefault(name, []).append(x)
                 if name in keep:
                     kept[name].append(x)
+            if (number + 1) % max(1, MERGED // batch_size) == 0:
+                merge()
             bar.update()
+    merge()
     if processes > 1:
         _share(result, kept, batch_size, images.count)
     else:
@@ -147,7 +158,7 @@ def _share(result: Collected, kept: dict[str, list], batch_size: int, count: int
     """Gives every process the moments and the vectors of all."""
     for name in sorted(result.moments):
         own = result.moments[name]
-        parts = [_gather(x) for x in (np.array([float(own.count)]), own.mean, own.scatter)]
+        parts = [gather(x) for x in (np.array([float(own.count)]), own.mean, own.scatter)]
         merged = Moments.empty(len(own.mean))
         for size, mean, scatter in zip(*parts, strict=True):
             merged.merge(Moments(int(size[0]), mean, scatter))
@@ -155,14 +166,8 @@ def _share(result: Collected, kept: dict[str, list], batch_size: int, count: int
     processes = jax.process_count()
     rounds = -(-count // (batch_size * processes))
     for name, parts in kept.items():
-        full = np.zeros((rounds, batch_size, parts[0].shape[1]), np.float64)
+        full = np.zeros((rounds, batch_size, parts[0].shape[1]), parts[0].dtype)
         for i, part in enumerate(parts):
             full[i, : len(part)] = part
-        everyone = _gather(full)  # [process, round, batch, dim]
+        everyone = gather(full)  # [process, round, batch, dim]
         result.vectors[name] = everyone.swapaxes(0, 1).reshape(-1, full.shape[-1])[:count]
-
-
-def _gather(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "processes ..."]:
-    """A float64 array of every process, bit for bit (JAX itself would round it to float32)."""
-    words = np.ascontiguousarray(x, np.float64).view(np.uint32)
-    return np.ascontiguousarray(multihost_utils.process_allgather(words)).view(np.float64)

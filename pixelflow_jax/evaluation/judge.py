@@ -92,7 +92,7 @@ class Reference:
             result["inception_score"] = metrics.inception_score(found.vectors[extract.logits])
         result[f"{prefix}precision"] = result[f"{prefix}recall"] = None
         if self.vectors is not None:
-            with contextlib.suppress(ValueError):  # too few images
+            with contextlib.suppress(metrics.TooFewImages):
                 vectors = found.vectors[extract.pooled]
                 both = metrics.precision_recall(self.vectors, vectors, watch=self._watch)
                 result[f"{prefix}precision"], result[f"{prefix}recall"] = both

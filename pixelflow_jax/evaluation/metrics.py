@@ -7,13 +7,15 @@ numbers can be compared with the literature's.
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 import scipy.linalg
+from jax.experimental import multihost_utils
 from jaxtyping import Float
 
 SPLIT = 5000  # images a split of the Inception Score, as ADM has it
 NEIGHBOURS = 3  # whose distance makes the radius of a point of the manifold
-BLOCK = 4096  # rows of a matrix of distances at a time
+BLOCK, TILE = 1024, 4096  # rows of a matrix of distances at a time, and columns of a product
 
 
 @dataclasses.dataclass
@@ -40,7 +42,8 @@ class Moments:
         if len(x):
             x = np.asarray(x, np.float64)
             mean = x.mean(axis=0)
-            self.merge(Moments(len(x), mean, (x - mean).T @ (x - mean)))
+            x = x - mean
+            self.merge(Moments(len(x), mean, x.T @ x))
 
     def merge(self, other: "Moments") -> None:
         """Takes in the moments of other vectors (Chan, Golub and LeVeque, 1979)."""
@@ -94,6 +97,10 @@ def inception_score(logits: Float[np.ndarray, "n classes"], split: int = SPLIT) 
     return float(np.mean(scores))
 
 
+class TooFewImages(ValueError):
+    """A set in which a point has no k neighbours."""
+
+
 def precision_recall(
     reference: Float[np.ndarray, "n d"],
     samples: Float[np.ndarray, "m d"],
@@ -103,45 +110,68 @@ def precision_recall(
     """(precision, recall): the share of samples on the reference's manifold, and the other way round.
 
     A manifold is the union of balls around each point, as wide as the way to its k-th neighbour
-    (Kynkaanniemi et al., arXiv 1904.06991). `watch` hears how far the work is: 50,000 of each take it
-    many minutes.
+    (Kynkaanniemi et al., arXiv 1904.06991). All processes hold all vectors and call this together; each
+    computes every n-th block of distances, on its CPU in float64. `watch` hears how far the work is:
+    50,000 of each take it many minutes.
 
     Raises:
-      ValueError: if a set has no k neighbours for a point.
+      TooFewImages: if a set has no k neighbours for a point.
     """
     if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images on both sides")
+        raise TooFewImages(f"precision and recall need more than {k} images on both sides")
     return (
         _share_inside(samples, reference, _radii(reference, k, watch), watch),
         _share_inside(reference, samples, _radii(samples, k, watch), watch),
     )
 
 
+def gather(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "processes ..."]:
+    """An array of every process, bit for bit (JAX itself would round float64 to float32)."""
+    words = np.ascontiguousarray(x).view(np.uint32)
+    return np.ascontiguousarray(multihost_utils.process_allgather(words)).view(x.dtype)
+
+
+def _total(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The sum over processes."""
+    return x if jax.process_count() == 1 else gather(x).sum(axis=0)
+
+
 def _square_distances(
     points: np.ndarray, centres: np.ndarray, watch: Callable[[str], None]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Of all points to all centres, by blocks of points: (the first's number, block x centres)."""
-    centres = np.asarray(centres, np.float64)
-    norms = (centres**2).sum(1)
-    for begin in range(0, len(points), BLOCK):
+    """To all centres, by this process's blocks of points: (the first's number, block x centres).
+
+    The block is overwritten by the next.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    size = min(BLOCK, -(-len(points) // processes))
+    memory = np.empty((size, len(centres)))
+    for begin in range(process * size, len(points), processes * size):
         watch(f"distances of image {begin}")
-        block = np.asarray(points[begin : begin + BLOCK], np.float64)
-        squares = (block**2).sum(1)[:, None] + norms - 2 * block @ centres.T
+        block = np.asarray(points[begin : begin + size], np.float64)
+        lengths, squares = (block**2).sum(1)[:, None], memory[: len(block)]
+        for at in range(0, len(centres), TILE):
+            tile, found = np.asarray(centres[at : at + TILE], np.float64), squares[:, at : at + TILE]
+            np.matmul(2 * block, tile.T, out=found)
+            np.subtract(lengths + (tile**2).sum(1), found, out=found)
         yield begin, np.maximum(squares, 0, out=squares)
 
 
 def _radii(x: np.ndarray, k: int, watch: Callable[[str], None]) -> np.ndarray:
     """Squared distance of each point to its k-th neighbour, itself not counted."""
-    found = []
+    radii = np.zeros(len(x))
     for begin, squares in _square_distances(x, x, watch):
         rows = np.arange(len(squares))
         squares[rows, begin + rows] = -1.0  # itself comes first, whatever rounding says
-        found.append(np.partition(squares, k, axis=1)[:, k])
-    return np.concatenate(found)
+        squares.partition(k, axis=1)
+        radii[begin : begin + len(squares)] = squares[:, k]
+    return _total(radii)
 
 
 def _share_inside(
     points: np.ndarray, centres: np.ndarray, radii: np.ndarray, watch: Callable[[str], None]
 ) -> float:
-    blocks = _square_distances(points, centres, watch)
-    return sum(int((squares <= radii).any(axis=1).sum()) for _, squares in blocks) / len(points)
+    inside = np.zeros(1)
+    for _, squares in _square_distances(points, centres, watch):
+        inside += (squares <= radii).any(axis=1).sum()
+    return float(_total(inside)[0]) / len(points)
