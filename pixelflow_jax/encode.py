@@ -99,7 +99,9 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--captions={args.captions} is not a file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--captions={args.captions} is not UTF-8: {error}") from None
+        raise UserError(
+            f"--captions={args.captions} is not UTF-8, nor UTF-16 with its mark: {error}"
+        ) from None
     yield from (line.strip() for line in lines if line.strip())
 
 

@@ -4,6 +4,7 @@ Paths are epath's, which Orbax and TFDS know too. What happens often goes past i
 bucket's objects appear whole under their names, and each of these functions costs one or two requests.
 """
 
+import codecs
 import contextlib
 import io
 import json
@@ -24,6 +25,12 @@ from pixelflow_jax.errors import UserError, optional
 # gcsfs keeps what it once listed for ever: a step or shard of another process would never be seen.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 BLOCK = 1 << 28  # bytes of an object that travel in one request
+# Byte-order marks of texts; that of UTF-16 begins as that of UTF-32 does.
+MARKS = (
+    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 
 
 def _bucket(path: epath.PathLike) -> fsspec.AbstractFileSystem | None:
@@ -207,9 +214,31 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def decode_text(data: bytes) -> str:
+    """Text as editors save it: UTF-8, or UTF-16 or 32 with a byte-order mark, which does not stay.
+
+    Raises:
+      UnicodeDecodeError: also for zero bytes, as UTF-16 without a mark has them.
+    """
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+    text = data.decode(encoding)
+    if "\0" in text:
+        place = data.index(b"\0")
+        raise UnicodeDecodeError(encoding, data, place, place + 1, "a zero byte: save it as UTF-8")
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text of Unix, Windows or old Macs; line breaks of Unicode's own are text.
+
+    Of files that were put together each may bring its byte-order mark: lines lose it.
+    """
+    return [line.rstrip("\n").lstrip("\ufeff") for line in io.StringIO(text, newline=None)]
+
+
 def read_lines(path: epath.PathLike) -> list[str]:
-    """The lines of a UTF-8 file; line breaks of Unicode's own are text. Raises UnicodeDecodeError."""
-    return [line.decode() for line in read_bytes(path).splitlines()]
+    """The lines of a text file. Raises UnicodeDecodeError as `decode_text`."""
+    return split_lines(decode_text(read_bytes(path)))
 
 
 def read_json(path: epath.PathLike) -> Any:

@@ -22,26 +22,28 @@ DPG_IMAGES = 4
 def read_prompts_file(name: str) -> list[dict]:
     """[{"prompt": ..., and what else is known}] of a text file, a .jsonl, or a folder of .txt files.
 
+    Blank lines at the end do not count.
+
     Raises:
-      UserError: if it is not there, not UTF-8, or holds an empty prompt.
+      UserError: if it is not there, cannot be decoded, or holds an empty prompt.
     """
     path, flag = epath.Path(name), f"--prompts_file={name}"
     try:
         if path.is_dir():
-            found = [p for p in files.list_files(path) if p.endswith(".txt")]
-            entries = [
-                dict(prompt=files.read_bytes(path / p).decode(), name=p.removesuffix(".txt"))
-                for p in found
-            ]
+            found = [p for p in files.list_files(path) if p.lower().endswith(".txt")]
+            texts = [files.decode_text(files.read_bytes(path / p)) for p in found]
+            entries = [dict(prompt=x, name=p[: -len(".txt")]) for x, p in zip(texts, found, strict=True)]
         else:
             lines = files.read_lines(path)
-            as_json = path.suffix == ".jsonl"
+            while lines and not lines[-1].strip():
+                lines.pop()
+            as_json = path.suffix.lower() in (".jsonl", ".ndjson")
             entries = [_json(line, f"{flag}: line {n}") if as_json else {"prompt": line}
                        for n, line in enumerate(lines, 1)]  # fmt: skip
     except FileNotFoundError:
         raise UserError(f"{flag} is neither a file nor a folder") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag} is not UTF-8: {error}") from None
+        raise UserError(f"{flag} is not UTF-8, nor UTF-16 with its mark: {error}") from None
     if not entries:
         raise UserError(f"{flag} holds no prompts")
     for number, entry in enumerate(entries, 1):

@@ -125,8 +125,13 @@ def test_folder_is_laid_out_as_imagefolder(folder, caplog):
         load_source(splits, "train")
     with pytest.raises(UserError, match="not a folder"):
         load_source(data_config("folder", folder / "nowhere"))
+    flat = data_config("folder", folder / "cat")
+    assert len(load_source(flat)) == 10 and load_source(flat)[9][1] == 0
+    flat.model.num_classes = 5
     with pytest.raises(UserError, match="no class folders"):
-        load_source(data_config("folder", folder / "cat"))
+        load_source(flat)
+    with pytest.raises(UserError, match="no class folders"):
+        load_source(data_config("folder", folder / "empty"))
 
 
 @pytest.mark.filterwarnings("ignore:class folder")

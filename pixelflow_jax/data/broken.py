@@ -1,8 +1,9 @@
 """Keeps count of images that could not be read, and stops a run that has too many."""
 
 import logging
-from collections.abc import Iterable
 
+import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from pixelflow_jax.data.loader import why_broken
@@ -25,17 +26,17 @@ class BrokenImages:
         self._seen = self._count = 0
         self._found: dict[int, str] = {}
 
-    def add(self, indices: Iterable[int]) -> None:
+    def add(self, indices: Int[np.ndarray, " b"]) -> None:
         """Takes in the batch entry "broken": for every image a broken example's index, or -1.
 
         Raises:
           UserError: with the list, when the share is passed.
         """
-        for index in indices:
-            self._seen += 1
-            if index < 0:
-                continue
-            self._count += 1
+        indices = np.asarray(indices, np.int64)
+        broken = indices[indices >= 0]
+        self._seen += len(indices)
+        self._count += len(broken)
+        for index in broken.tolist():
             if index not in self._found and len(self._found) < 10_000:
                 why = why_broken(self._source, index, self._data)
                 self._found[index] = why

@@ -5,6 +5,7 @@ all else in the loader, the order is a function of (seed, step) alone.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import io
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from pixelflow_jax.errors import UserError
 
 LEAST_AREA = 0.8  # of resolution^2, that a bucket has
 THREADS, AT_ONCE = 16, 1000  # that read image headers
+HEAD = 2**16  # bytes of a file, in which most images say how large they are
 
 
 def bucket_sizes(data: ConfigDict) -> tuple[Size, ...]:
@@ -169,6 +171,10 @@ def read_sizes(
 
 
 def _size(source, index: int) -> Size:
+    head = getattr(source, "head", None)
+    with contextlib.suppress(Exception):  # some kinds have their sizes at the end
+        if head is not None:
+            return read_size(head(index, HEAD))
     try:
         return read_size(source[index][0])
     except Exception:  # broken in one of many ways: the loader replaces and counts it

@@ -23,6 +23,7 @@ from pixelflow_jax.config import block_unit, max_blocks
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
 from pixelflow_jax.data.pixels import Size
 from pixelflow_jax.data.sources import Source
+from pixelflow_jax.data.texts import some
 from pixelflow_jax.data.transforms import transform
 from pixelflow_jax.text.encoder import make_text_reader
 
@@ -52,6 +53,7 @@ class LoadExample(grain.transforms.RandomMap):
         for _ in range(REPLACEMENTS):
             try:
                 data, label = self._source[index]
+                label = some(label, self._source.name(index)) if isinstance(label, tuple) else label
                 image = transform(data, sizes, self._crop, self._flip, rng)
                 break
             except OSError:

@@ -8,6 +8,7 @@ shards and how many records each must hold.
 import hashlib
 import io
 import json
+import logging
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,10 @@ from etils import epath
 from PIL import Image
 
 from pixelflow_jax import files
+from pixelflow_jax.data.texts import some
 from pixelflow_jax.errors import UserError, blame, optional
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LABEL = struct.Struct("<i")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # random access; images are compressed already
@@ -44,6 +47,7 @@ class RecordSource:
             raise UserError(f"{path} is not packed to the end; run the same pack command again")
         self.num_classes = manifest["num_classes"]
         self.captioned = manifest.get("captioned", False)
+        self.classes, self.present = manifest.get("classes", []), manifest.get("present")
         self._names = [shard["name"] for shard in manifest["shards"]]
         self._counts = [shard["records"] for shard in manifest["shards"]]
         self._path = path
@@ -64,7 +68,14 @@ class RecordSource:
             label, body = LABEL.unpack_from(record)[0], record[LABEL.size :]
             if not self.captioned:
                 return body, label
-            return body[-1 - label :], tuple(json.loads(body[: -1 - label]))
+            captions = some(json.loads(body[: -1 - label]), self.name(index))
+            return body[-1 - label :], captions
+
+    def digest(self) -> str:
+        """Of what each shard holds, by numbers and sizes: its name and place do not count."""
+        sizes = [(epath.Path(self._path) / name).stat().length for name in self._names]
+        known = [self.num_classes, self.captioned, self._counts, sizes]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def name(self, index: int) -> str:
         shard = int(np.searchsorted(np.cumsum(self._counts), index, side="right"))
@@ -98,12 +109,14 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
         "origin": {**origin, "names": _names_digest(source)},
         "num_classes": source.num_classes,
         "classes": list(getattr(source, "classes", [])),
+        "present": getattr(source, "present", None),
         "captioned": getattr(source, "captioned", False),
         "shards": [dict(name=n, records=s) for n, s in zip(names, sizes, strict=True)],
     }
     present = files.list_files(folder)
     if MANIFEST in present:
-        if {**read_manifest(out), "complete": False} != manifest:
+        found = read_manifest(out)
+        if any(found[key] != manifest.get(key) for key in found.keys() - {"complete", "classes"}):
             raise UserError(f"--out={out} holds another packing, or its source has changed since")
     elif present:
         raise UserError(f"--out={out} holds files but no {MANIFEST}; name a new or empty folder")
@@ -115,11 +128,20 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
         with files.atomic_path(folder / names[k]) as temporary:
             writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
             for index in range(starts[k], starts[k] + sizes[k]):
-                data, label = source[index]
+                data, label = _readable(source, index)
                 writer.write(_head(label) + (data if isinstance(data, bytes) else _png(data)))
             writer.close()
     files.write_json(folder / MANIFEST, {**manifest, "complete": True})
     return len(missing)
+
+
+def _readable(source, index: int) -> tuple[bytes | np.ndarray, int | tuple[str, ...]]:
+    """An example; of one that is broken a place without image and caption, which is broken as well."""
+    try:
+        return source[index]
+    except OSError as error:
+        log.warning("broken example %d: %s", index, error)
+        return b"", () if getattr(source, "captioned", False) else 0
 
 
 def _head(label: int | tuple[str, ...]) -> bytes:

@@ -7,9 +7,11 @@ or, of captioned sources, a tuple of captions.
 import collections
 import contextlib
 import dataclasses
-import os
+import hashlib
+import logging
 import warnings
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -20,16 +22,24 @@ from PIL import Image
 from pixelflow_jax import files
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.captioned_digits import captioned_digits
-from pixelflow_jax.data.captions import SPLITS, CaptionFolder, TarSource, split_root
-from pixelflow_jax.data.pixels import image_files, is_left_behind, report_left_out
+from pixelflow_jax.data.captions import CaptionFolder, TarSource
+from pixelflow_jax.data.names import SPLITS, Strings, split_root
+from pixelflow_jax.data.pixels import image_files, is_image, is_left_behind, report_left_out
+from pixelflow_jax.data.texts import some
 from pixelflow_jax.errors import UserError, blame, optional
 
+log = logging.getLogger(__name__)
 HELD_OUT = tuple(name for name in SPLITS if name != "train")
 HOLD_OUT_EVERY = 4  # of the digits, every 4th image is kept for evaluation
 
 
 class Source(Protocol):
-    """Random access to images and their labels."""
+    """Random access to images and their labels.
+
+    Where it is known there are also `classes`, the names of all classes; `present`, the numbers of those
+    that have examples; `digest()`, a text that is another one for other examples, wherever they lie;
+    `head(index, size)`, the first bytes of an image; `captions(index)`, without the image; `captioned`.
+    """
 
     num_classes: int
 
@@ -41,8 +51,15 @@ class Source(Protocol):
         """What to call example `index` in a message: its file, or its place."""
 
 
-def open_source(data: ConfigDict, split: str | None = None) -> Source:
+def open_source(
+    data: ConfigDict,
+    split: str | None = None,
+    workdir: epath.Path | None = None,
+    watch: Callable[[str], None] = lambda what: None,
+) -> Source:
     """The source that `config.data` names; split defaults to `data.split`.
+
+    `workdir` may keep an index of what was read, and `watch` is told how far that is.
 
     Raises:
       UserError: for an unknown source or missing files.
@@ -51,20 +68,26 @@ def open_source(data: ConfigDict, split: str | None = None) -> Source:
         raise UserError(f"config.data.source must be one of {', '.join(SOURCES)}, got {data.source!r}")
     if data.source not in BUNDLED and not data.path and not (data.source == "tfds" and data.name):
         raise UserError(f"config.data.source={data.source} needs --config.data.path")
-    source = SOURCES[data.source](data, split or data.split)
+    index = (workdir, watch) if data.source == "webdataset" else ()
+    source = SOURCES[data.source](data, split or data.split, *index)
     if not len(source):
         raise UserError(f"config.data.path={data.path} holds no images")
     return source
 
 
-def load_source(config: ConfigDict, split: str | None = None) -> Source:
-    """`open_source`, if it fits the model.
+def load_source(
+    config: ConfigDict,
+    split: str | None = None,
+    workdir: epath.Path | None = None,
+    watch: Callable[[str], None] = lambda what: None,
+) -> Source:
+    """`open_source`, if it fits the model; logs if that has more classes.
 
     Raises:
       UserError: also for captions where the model takes classes, the other way round, and for labels
         that the model has no class for.
     """
-    data, source = config.data, open_source(config.data, split)
+    data, source = config.data, open_source(config.data, split, workdir, watch)
     captioned = getattr(source, "captioned", False)
     if captioned != bool(config.model.context_dim):
         raise UserError(
@@ -72,18 +95,50 @@ def load_source(config: ConfigDict, split: str | None = None) -> Source:
             f"model takes {'classes' if captioned else 'text'} (config.model.context_dim)"
         )
     classes = config.model.num_classes
+    if classes and not captioned and not source.num_classes:
+        raise UserError(
+            f"config.data.path={data.path} has images, but no class folders; config.model.num_classes "
+            f"is {classes}: sort them into folders, or set that to 0"
+        )
     if classes and source.num_classes > classes:
         raise UserError(
             f"config.data.source={data.source} has {source.num_classes} classes, but "
             f"config.model.num_classes is {classes}"
         )
+    if classes and (found := len(class_names(source))) < classes:
+        log.warning(
+            "the data have examples of %d classes, config.model.num_classes is %d: %d are never trained",
+            *(found, classes, classes - found),
+        )
     return source
 
 
+def class_names(source: Source) -> dict[int, str]:
+    """Number and name of every class that has examples, as far as the source knows that."""
+    names = getattr(source, "classes", ())
+    there = getattr(source, "present", None)
+    there = range(source.num_classes) if there is None else there
+    return {int(label): names[label] if label < len(names) else str(label) for label in there}
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What makes data the same, wherever they lie: how many examples, a digest of them, the classes."""
+    digest, classes = getattr(source, "digest", None), class_names(source)
+    return {
+        "examples": len(source),
+        "digest": digest() if digest else "",
+        "classes": {str(label): name for label, name in classes.items()},
+    }
+
+
 def captions_at(source: Source, index: int) -> tuple[str, ...]:
-    """The captions of an example, without its image where the source can do that."""
+    """The captions of an example, without its image where the source can do that.
+
+    Raises:
+      OSError: if they cannot be read, or all are blank.
+    """
     captions = getattr(source, "captions", None)
-    return captions(index) if captions else source[index][1]
+    return some(captions(index) if captions else source[index][1], source.name(index))
 
 
 def readable_captions(source: Source, index: int) -> tuple[str, ...]:
@@ -105,6 +160,10 @@ class ArraySource:
     def num_classes(self) -> int:
         return int(self.labels.max()) + 1
 
+    @property
+    def present(self) -> list[int]:
+        return np.unique(self.labels).tolist()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -113,6 +172,12 @@ class ArraySource:
 
     def name(self, index: int) -> str:
         return f"image {index}"
+
+    def digest(self) -> str:
+        """Of pixels and labels."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(self.labels.data)
+        return digest.hexdigest()
 
 
 def digits(data: ConfigDict, split: str) -> ArraySource:
@@ -148,7 +213,7 @@ def idx_files(data: ConfigDict, split: str) -> ArraySource:
 
 
 class FolderSource:
-    """A folder of class folders, as torchvision's ImageFolder lays them out.
+    """A folder of class folders, as torchvision's ImageFolder lays them out, or of images alone.
 
     Classes are the sorted names of the folders below the root (or below root/split if that exists);
     a class's images are all image files below its folder, sorted. Local or gs:// paths.
@@ -161,8 +226,6 @@ class FolderSource:
             for child in epath.Path(self.root).iterdir()
             if child.is_dir() and not is_left_behind(child.name)
         )
-        if not self.classes:
-            raise UserError(f"{self.root} holds no class folders")
         names, labels, others = [], [], collections.Counter()
         for label, name in enumerate(self.classes):
             found = image_files(self.root, name, others)
@@ -170,10 +233,16 @@ class FolderSource:
                 warnings.warn(f"class folder {self.root}/{name} holds no images", stacklevel=2)
             names += found
             labels += [label] * len(found)
+        flat = [name for name in files.list_files(self.root) if is_image(name)]
+        if names and flat:
+            log.warning("%s: %d images are in no class folder and not taken", self.root, len(flat))
+        elif flat:
+            names, labels, self.classes = flat, [0] * len(flat), []
+        elif not self.classes:
+            raise UserError(f"{self.root} holds no class folders, and no images")
         report_left_out(self.root, others)
-        # One fixed-width array: a list of a million strings would be copied into every worker.
-        self._names = np.array([os.fsencode(name) for name in names])
-        self._labels, self.num_classes = np.array(labels, np.int32), len(self.classes)
+        self._names, self._labels = Strings(names), np.array(labels, np.int32)
+        self.num_classes, self.present = len(self.classes), np.unique(self._labels).tolist()
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -182,8 +251,16 @@ class FolderSource:
         with files.reading():
             return files.read_bytes(self.name(index)), int(self._labels[index])
 
+    def head(self, index: int, size: int) -> bytes:
+        """The first bytes of an image."""
+        return files.read_bytes(self.name(index), 0, size)
+
     def name(self, index: int) -> str:
-        return f"{self.root}/{os.fsdecode(self._names[index])}"
+        return f"{self.root}/{self._names[index]}"
+
+    def digest(self) -> str:
+        """Of the images' names and their classes."""
+        return hashlib.sha256(self._names.digest().encode() + self._labels.tobytes()).hexdigest()
 
 
 def held_out(config: ConfigDict) -> tuple[Source, str]:
@@ -220,7 +297,10 @@ class TfdsSource:
             features = builder.info.features
             self.captioned = "captions" in features  # as coco_captions has them
             self.num_classes = 0 if self.captioned else features["label"].num_classes
+            self.classes = [] if self.captioned else list(features["label"].names)
+            part = builder.info.splits[split]
         self._title = f"{builder.info.full_name} {split}"
+        self._digest = f"{self._title}, {part.num_examples} examples in shards of {part.shard_lengths}"
 
     def __len__(self) -> int:
         return len(self._records)
@@ -229,11 +309,16 @@ class TfdsSource:
         with files.reading():
             record = self._records[index]
             if self.captioned:
-                return record["image"], tuple(text.decode() for text in record["captions"]["text"])
+                captions = (text.decode() for text in record["captions"]["text"])
+                return record["image"], some(captions, self.name(index))
             return record["image"], int(record["label"])
 
     def name(self, index: int) -> str:
         return f"{self._title}, example {index}"
+
+    def digest(self) -> str:
+        """What TFDS says of the dataset: name, version, split, examples in each shard."""
+        return hashlib.sha256(self._digest.encode()).hexdigest()
 
 
 BUNDLED = ("digits", "captioned_digits")  # these need no path
@@ -242,7 +327,7 @@ SOURCES = {
     "captioned_digits": captioned_digits,
     "idx": idx_files,
     "caption_folder": lambda data, split: CaptionFolder(data.path, split),
-    "webdataset": lambda data, split: TarSource(data.path, split),
+    "webdataset": lambda data, split, *index: TarSource(data.path, split, *index),
     "folder": lambda data, split: FolderSource(data.path, split),
     "tfds": lambda data, split: TfdsSource(data.path, data.name, split),
     "array_record": lambda data, split: records.RecordSource(data.path, split),

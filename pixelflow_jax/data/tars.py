@@ -1,0 +1,143 @@
+"""An index of what stands where in WebDataset tar shards."""
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Callable
+
+import fsspec
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from pixelflow_jax import files, hosts
+from pixelflow_jax.data.names import LISTED, Strings, pair, say_beside
+from pixelflow_jax.data.pixels import is_image, is_left_behind
+from pixelflow_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+INDEX = "tar_index.npz"  # in the workdir, or beside the shards
+THREADS = 8  # that read shards for it; of a bucket's, each holds files.BLOCK bytes
+
+Index = tuple[Strings, np.ndarray]  # "SHARD:KEY", and [number of the shard, what _contents says]
+
+
+def list_shards(root: str) -> list[tuple[str, int, str]]:
+    """(name, size, time of change) of the *.tar files in a folder, local or gs://, by one listing."""
+    system, place = fsspec.core.url_to_fs(root)
+    with files.reading():
+        found = system.ls(place, detail=True)
+    shards = [x for x in found if x["name"].endswith(".tar") and x["type"] == "file"]
+    changed = [str(x.get("mtime") or x.get("created")) for x in shards]
+    names = [x["name"].rpartition("/")[2] for x in shards]
+    return sorted(zip(names, (x["size"] for x in shards), changed, strict=True))
+
+
+def load_index(root: str, shards: list, places: list[epath.Path], watch: Callable[[str], None]) -> Index:
+    """The index of the shards, from the first of these places that has it, or made and put at the first.
+
+    Process 0 makes it for all. Where it cannot be written, or is not seen, each does so on its own.
+
+    Raises:
+      UserError: if a shard cannot be read, or an image has no caption.
+    """
+    found, problem = _read(shards, places), None
+    several = jax.distributed.is_initialized()
+    if not several or not np.all(multihost_utils.process_allgather(np.array(found is not None))):
+        if found is None and (not several or jax.process_index() == 0):
+            try:
+                found = _scan(root, shards, watch)
+                _write(places[0], shards, found)
+            except Exception as error:  # the others must not wait for ever
+                problem = error
+        if several:
+            hosts.barrier("the shards are read")
+            if not np.all(multihost_utils.process_allgather(np.array(problem is None))):
+                raise problem or UserError(f"process 0 cannot read the shards in {root}: see there")
+        elif problem is not None:
+            raise problem
+    return found or _read(shards, places[:1]) or _scan(root, shards, watch)
+
+
+def _read(shards: list, places: list[epath.Path]) -> Index | None:
+    for path in places:
+        with contextlib.suppress(Exception):  # there is none, or it is damaged: it is made again
+            with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as kept:
+                if kept["shards"].tobytes() == _described(shards):
+                    return Strings.of(kept["keys"], kept["ends"]), kept["places"]
+    return None
+
+
+def _write(path: epath.Path, shards: list, index: Index) -> None:
+    keys, places = index
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        shards=np.frombuffer(_described(shards), np.uint8),
+        keys=keys.data,
+        ends=keys.ends,
+        places=places,
+    )
+    with contextlib.suppress(OSError):  # a folder that may only be read
+        files.write_bytes(path, buffer.getvalue())
+
+
+def _described(shards: list) -> bytes:
+    return json.dumps(["keys to the last dot", *shards]).encode()
+
+
+def _scan(root: str, shards: list, watch: Callable[[str], None]) -> Index:
+    keys, places = [], []
+    paths = [f"{root}/{name}" for name, *_ in shards]
+    bar = tqdm(desc="contents of shards", total=len(paths), unit="shard", leave=False)
+    with bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for shard, (found, where) in enumerate(pool.map(_contents, paths)):
+            watch(f"contents of shard {shard}")
+            bar.update()
+            keys += [f"{shards[shard][0]}:{key}" for key in found]
+            places.append(np.insert(where, 0, shard, axis=1))
+    return Strings(keys), np.concatenate(places)
+
+
+def _contents(path: str) -> tuple[list[str], np.ndarray]:
+    """Keys of a shard in order, and [place, size of the image, those of the caption, is JSON]."""
+    images, texts, beside = {}, {}, []
+    try:
+        with files.reading(), files.open_file(path) as file:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if not member.isfile() or is_left_behind(member.name):
+                        continue
+                    key, _, extension = member.name.rpartition(".")
+                    kind, place = extension.lower(), (member.name, member.offset_data, member.size)
+                    if is_image(member.name):
+                        beside += [images[key][0]] if key in images else []
+                        images[key] = place
+                    elif kind == "txt" or (kind == "json" and key not in texts):
+                        texts[key] = place
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path} is not a tar file that can be read: {error}") from None
+    by_name = {text[0]: text for text in texts.values()}
+    keys = {image[0]: key for key, image in images.items()}
+    found, bare, others = pair(keys, by_name)
+    if bare:
+        raise UserError(
+            f"{path}: {len(bare)} of {len(images)} images have no caption (.txt or .json): "
+            f"{', '.join(bare[:LISTED])}"
+        )
+    say_beside(path, beside + others)
+    if alone := sorted(by_name.keys() - found.values()):
+        log.warning(
+            "%s: %d captions have no image that is read: %s",
+            *(path, len(alone), ", ".join(alone[:LISTED])),
+        )
+    chosen = [name for name in keys if name in found]
+    rows = [(*images[keys[name]][1:], *by_name[found[name]][1:]) for name in chosen]
+    is_json = [[found[name].lower().endswith(".json")] for name in chosen]
+    places = np.hstack([np.array(rows, np.int64).reshape(-1, 4), np.array(is_json).reshape(-1, 1)])
+    return [keys[name] for name in chosen], places
