@@ -29,9 +29,15 @@ class Parser(argparse.ArgumentParser):
             value, flag = getattr(found, action.dest, None), (action.option_strings or [action.dest])[0]
             if action.nargs is None and value == [] != action.default:  # argparse's way with --flag=--
                 self.error(f"{flag}: expected a value")
-            for text in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(text, str):
-                    files.check_text(flag, text, action.dest not in WORDS)
+            each = value if isinstance(value, (list, tuple)) else [value]
+            is_path = action.dest not in WORDS
+            each = [files.clean_text(flag, x, is_path) if isinstance(x, str) else x for x in each]
+            if value is not None:
+                setattr(
+                    found,
+                    action.dest,
+                    type(value)(each) if isinstance(value, (list, tuple)) else each[0],
+                )
         return found
 
     def error(self, message: str):
@@ -65,6 +71,7 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # A failed save leaves its other writes unawaited, and Python would say so after our sentence.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {sentence(message)}\n"
     sys.unraisablehook = _unraisable
     keep_freed_memory()
     try:

@@ -1,22 +1,19 @@
-"""Run configurations: every key with its default, loading, overrides, checks, and what they build."""
+"""Run configurations: every key with its default, loading, overrides, and what they build."""
 
-import ast
-import difflib
 import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, FieldReference
 
 from pixelflow_jax import files
 from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.config_keys import DTYPES, as_dict, fit, parse
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.models.attention import BACKENDS
 from pixelflow_jax.models.t5 import SPECIAL, T5Config
-from pixelflow_jax.models.transformer import REMAT_POLICIES, PixelFlow
+from pixelflow_jax.models.transformer import PixelFlow
 
 # What decides the numbers of a run: a resumed run must agree on these.
 IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
@@ -25,28 +22,6 @@ FREE = {
     *("model.remat", "model.scan_unroll", "model.attention"),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
     "text.cache",
-}
-LARGEST = 4096  # heads, width of one, layers: what is larger is a slip, or a damaged file
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_AT_LEAST = {
-    0: "sample_every keep_every optimizer.warmup_steps data.num_workers profile.num_steps",
-    1: "num_train_steps batch_size accumulation_steps log_every checkpoint_every keep_checkpoints "
-    "profile.first_step data.num_threads data.prefetch data.max_aspect_ratio mesh.context "
-    "text.num_layers text.num_heads text.head_dim text.mlp_dim model.scan_unroll sample.num_images",
-    2: "text.max_length",
-}
-BOUNDS = {key: (low, 2**32) for low, keys in _AT_LEAST.items() for key in keys.split()}
-BOUNDS |= {f"model.{key}": (1, LARGEST) for key in ("num_heads", "head_dim", "depth")}
-BOUNDS |= {"model.num_classes": (0, 10**7), "model.context_dim": (0, 10**5)}
-BOUNDS |= {"optimizer.clip_norm": (0, 2**32)}
-BOUNDS |= {"seed": (0, 2**32 - 1), "data.max_broken_share": (0, 1), "data.label_dropout": (0, 1)}
-CHOICES = {
-    "dtype": DTYPES,
-    "model.remat": REMAT_POLICIES,
-    "model.attention": ("auto", "splash", *BACKENDS),
-    "optimizer.schedule": ("constant", "cosine", "linear"),
-    "optimizer.weight_decay_on": ("matrices", "all"),
-    "data.crop": ("none", "random", "center"),
 }
 
 
@@ -155,7 +130,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: for a missing or broken file, an unknown key, a value of another type or invalid.
     """
-    file = pathlib.Path(path)
+    file = pathlib.Path(files.clean_text("--config", str(path)))
     if not file.is_file():
         file = _installed_config(path)
     spec = importlib.util.spec_from_file_location(f"pixelflow_config_{file.stem}", file)
@@ -165,48 +140,31 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # whatever a person's file raises
+    except (Exception, SystemExit) as error:  # whatever a person's file raises
         raise UserError(f"--config={file} failed: {type(error).__name__}: {error}") from error
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise UserError(f"--config.{override}: write it as --config.{key}=VALUE")
-        _override(config, key, text)
-    check_config(config)
-    return config
+    default, what = default_config().to_dict(), f"--config={file}: get_config()"
+    fit(as_dict(config, what), default, f"--config={file}: config.")
+    config = ConfigDict(config)  # one that takes values; references stay
+    with config.unlocked(), config.ignore_type():
+        for override in [overrides] if isinstance(overrides, str) else overrides:
+            key, separator, text = override.partition("=")
+            if not separator:
+                raise UserError(f"--config.{override}: write it as --config.{key}=VALUE")
+            section, _, leaf = key.rpartition(".")
+            value = parse(key, text, default)
+            (config[section] if section else config)[leaf] = value
+    return check_config(config)
 
 
 def config_from_dict(values: dict[str, Any]) -> ConfigDict:
     """A config from JSON (where tuples have become lists), with defaults for keys it lacks.
 
     Raises:
-      UserError: for a value of another kind than the default, or out of bounds.
+      UserError: for an unknown key, a value of another kind than the default, or out of bounds.
     """
     config = default_config()
-    with config.unlocked():
-        config.update(ConfigDict(_from_json("config", values, config.to_dict())))
-    _check_values(_flat(config))
+    config.update_from_flattened_dict(fit(values, config.to_dict(), stored=True))
     return config
-
-
-def _from_json(key: str, value: Any, default: Any) -> Any:
-    """A value of JSON as one like the default; None as default stands for any."""
-    if isinstance(value, list):
-        value = tuple(value)
-    if isinstance(default, dict):
-        if key == "config.model" and isinstance(value, dict) and (more := value.keys() - default.keys()):
-            raise UserError(f"{key}.{min(more)} is no key of this version of pixelflow_jax")
-        if isinstance(value, dict):
-            return {name: _from_json(f"{key}.{name}", x, default.get(name)) for name, x in value.items()}
-    elif isinstance(value, tuple) and (isinstance(default, tuple) or key == "config.model.patch_size"):
-        kinds = str if key == "config.text.words" else (int, float)
-        if all(isinstance(entry, kinds) for entry in value):
-            return value
-    elif default is None or type(value) is type(default):
-        return value
-    elif isinstance(default, float) and type(value) is int:
-        return float(value)
-    raise UserError(f"{key}={value!r}: expected a value like {default!r}")
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
@@ -219,57 +177,34 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     return found
 
 
-def _check_values(flat: dict[str, Any]) -> None:
-    """What can be said of each key alone."""
-    for key, (low, high) in BOUNDS.items():
-        if not low <= flat[key] <= high:
-            wanted = f"lie in {low}..{high}" if high < 2**32 else f"be at least {low}"
-            raise UserError(f"config.{key} must {wanted}, got {flat[key]}")
-    for key, choices in CHOICES.items():
-        if flat[key] not in choices:
-            names = ", ".join(choices)
-            raise UserError(f"config.{key} must be one of {names}, got {flat[key]!r}")
+def check_config(config: ConfigDict) -> ConfigDict:
+    """A copy of a config, with plain values of the kinds that the defaults have.
 
-
-def check_config(config: ConfigDict) -> None:
-    """Raises UserError for values that cannot work, with the key and what would be right."""
-    flat = _flat(config)
-    for key, value in flat.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, str):
-            files.check_text(f"config.{key}", value)
-        if any(isinstance(number, (int, float)) and not abs(number) <= 2**32 for number in numbers):
-            raise UserError(f"config.{key}={value} is not a number that can be")
-    _check_values(flat)
-    for key, seconds in config.hosts.items():
-        if seconds <= 0:
-            raise UserError(f"config.hosts.{key} must be positive, got {seconds}")
+    Raises:
+      UserError: for keys and values that cannot work, with the key and what would be right.
+    """
+    values, config = as_dict(config, "the config"), default_config()
+    config.update_from_flattened_dict(fit(values, config.to_dict()))
     if config.model.head_dim % 4:
         raise UserError(
             f"config.model.head_dim must be a multiple of 4 (2D rotary embedding), got "
             f"{config.model.head_dim}"
         )
-    for decay in config.ema.decays:
-        if not 0 <= decay < 1:
-            raise UserError(f"config.ema.decays must lie in [0, 1), got {decay}")
-    if any(half_life <= 0 for half_life in config.ema.half_lives):
-        raise UserError(f"config.ema.half_lives must be positive, got {config.ema.half_lives}")
     sizes = (config.mesh.data, config.mesh.fsdp)
-    if min(sizes) < -1 or 0 in sizes or sizes == (-1, -1):
+    if 0 in sizes or sizes == (-1, -1):
         raise UserError(
             f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the rest "
             f"of the devices; got {sizes[0]} and {sizes[1]}"
         )
     _check_text(config)
     cascade, patch_size = build_cascade(config), config.model.patch_size
-    if min(cascade.patches(patch_size)) < 1:
-        raise UserError(f"config.model.patch_size must be at least 1, got {patch_size}")
     if config.data.mix_sizes and len({*cascade.patches(patch_size)}) > 1:
         raise UserError("config.data.mix_sizes needs one patch_size for all stages")
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
     _check_buckets(config)
     _check_context(config, cascade)
     check_batch_size(config)
+    return config
 
 
 def _check_context(config: ConfigDict, cascade: Cascade) -> None:
@@ -295,7 +230,7 @@ def _check_text(config: ConfigDict) -> None:
 
 def _check_buckets(config: ConfigDict) -> None:
     data, unit = config.data, block_unit(config)
-    if data.max_aspect_ratio > 1 and (data.bucket_unit < 1 or data.bucket_unit % unit):
+    if data.max_aspect_ratio > 1 and data.bucket_unit % unit:
         raise UserError(
             f"config.data.bucket_unit must be a positive multiple of {unit} (patch_size x "
             f"2^(stages - 1)), got {data.bucket_unit}"
@@ -363,46 +298,6 @@ def _installed_config(path: str) -> pathlib.Path:
         known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__") if folder else []
         raise UserError(f"--config={path}: no such file; installed configs: {', '.join(known)}")
     return folder / f"{name}.py"
-
-
-def _override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets one key from text, converted to the type of its present value."""
-    known = _flat(config)
-    if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean config.{close[0]}?" if close else f"known keys: {', '.join(known)}"
-        raise UserError(f"--config.{key}: there is no such key; {hint}")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        config = config[parent]
-    old = config[leaf]
-    if key == "model.patch_size" and "," in text:
-        old = (1,)
-    config[leaf] = _parse(key, text, old)
-
-
-def _parse(key: str, text: str, old: Any) -> Any:
-    if isinstance(old, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    if isinstance(old, tuple):
-        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        kinds = (int,) if old and all(isinstance(entry, int) for entry in old) else (int, float)
-        if all(isinstance(entry, kinds) and not isinstance(entry, bool) for entry in value):
-            return value
-    elif isinstance(old, bool):
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-    elif isinstance(value, type(old)) and not isinstance(value, bool):
-        return value
-    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(old, int) and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e6 is a natural way to write a number of steps
-    raise UserError(f"--config.{key}={text}: expected a value like {old!r} ({type(old).__name__})")
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:

@@ -96,12 +96,24 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
-def check_text(name: str, text: str, is_path: bool = True) -> None:
-    """Raises UserError if a flag or key called `name` cannot be what `text` says: a path, or words."""
+def clean_text(name: str, text: str, is_path: bool = True) -> str:
+    """What a flag or key called `name` says; of a path, "~" at its begin is the home folder.
+
+    Raises:
+      UserError: if it cannot be what it is to be: a path, or words.
+    """
     if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{name} is not UTF-8 text, or holds a zero byte: {text!r}")
-    if is_path and "://" in text and not text.startswith("gs://"):
+    if not is_path:
+        return text
+    if "://" in text and not text.startswith("gs://"):
         raise UserError(f"{name}={text}: paths are local, or begin with gs://")
+    full = os.path.expanduser(text)
+    if full.startswith("~"):
+        raise UserError(
+            f"{name}={text}: {text.partition('/')[0]} is no user's folder (./{text} is a name)"
+        )
+    return full
 
 
 def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:

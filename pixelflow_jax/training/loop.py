@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pixelflow_jax import flow, sharding
-from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size
+from pixelflow_jax import files, flow, sharding
+from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size, check_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import make_batches
@@ -57,7 +58,8 @@ def train(
       CheckpointFailed: if a checkpoint cannot be written; those before it stay.
       Preempted: after a signal, when the state is saved.
     """
-    workdir = epath.Path(workdir)
+    config = check_config(config)
+    workdir = epath.Path(files.clean_text("workdir", os.fspath(workdir)))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
     source = load_source(config)
@@ -138,6 +140,7 @@ def prepare(
     Raises:
       UserError: if the batch does not fit the devices, or the data cannot be had.
     """
+    config = check_config(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
     source, model, optimizer = load_source(config), build_model(config), build_optimizer(config)
