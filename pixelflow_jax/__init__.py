@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what _HOMES says, for editors and type checkers
     from pixelflow_jax.training.loop import prepare as prepare
     from pixelflow_jax.training.loop import train as fit  # noqa: F401
 
+__version__ = "0.1.0"
 _HOMES = {
     "Cascade": "cascade",
     "Guidance": "sampling.guidance",

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def look(name: str, check: Callable[[], str]) -> bool:
 def check_versions() -> str:
     """The packages that are here, against this package's lower bounds."""
     found = []
-    for text in importlib.metadata.requires("pixelflow_jax") or ():
+    for text in dependencies():
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
@@ -121,6 +122,15 @@ def check_versions() -> str:
         if needed.name in ("jax", "flax", "orbax-checkpoint", "grain"):
             found.append(f"{needed.name} {version}")
     return f"python {sys.version.split()[0]}, {', '.join(found)}, code {code_digest()}"
+
+
+def dependencies() -> list[str]:
+    """What this package needs, as it was installed or, in a checkout that is not, by pyproject.toml."""
+    try:
+        return importlib.metadata.requires("pixelflow_jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        project = pathlib.Path(__file__).parent.parent / "pyproject.toml"
+        return tomllib.loads(project.read_text())["project"]["dependencies"] if project.exists() else []
 
 
 def check_devices() -> str:

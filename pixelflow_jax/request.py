@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pixelflow_jax import arrays, cli, files
+from pixelflow_jax import __version__, arrays, cli, files
 from pixelflow_jax.conditions import Conditions, forget_encoder, read_conditions
 from pixelflow_jax.data.pixels import is_image
 from pixelflow_jax.errors import UserError, blame
@@ -34,7 +34,7 @@ FROM_CONFIG = (
 BATCH, MAX_BATCH = 25, 256  # images at a time, if nobody says otherwise; and at most, if a picture does
 PILOTS = 8  # images that --nfe_budget is measured on
 STARTS = ("init_image", "from_noise", "interpolate", "invert")
-PACKAGES = ("pixelflow_jax", "jax", "jaxlib", "flax", "diffrax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "numpy")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -208,7 +208,8 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
         "start": described,
         "save_stages": args.save_stages,
         "uint8_rule": UINT8_RULE,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"pixelflow_jax": __version__}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if (
         args.from_png is not None
