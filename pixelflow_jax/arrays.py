@@ -73,6 +73,24 @@ def rows(path: epath.PathLike, name: str, size: int) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
 
+class Stream:
+    """Reads forwards through an array of an npz file; from the begin again where it must go back."""
+
+    def __init__(self, path: epath.PathLike, name: str):
+        self._path, self._name, self._at, self._rows = path, name, 0, None
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Rows begin to end. Raises UserError as `read_npz` does."""
+        if self._rows is None or begin < self._at:
+            self._rows, self._at = rows(self._path, self._name, 1), 0
+        while self._at < begin:
+            next(self._rows)
+            self._at += 1
+        parts = [next(self._rows) for _ in range(end - begin)]
+        self._at = end
+        return np.concatenate(parts)
+
+
 def _shape(path: epath.PathLike, name: str) -> tuple[tuple[int, ...], np.dtype]:
     shapes = array_shapes(path)
     if name not in shapes:

@@ -18,12 +18,40 @@ from pixelflow_jax.layouts import check_layout, read_prompts_file
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_tokenizer, warn_of_cuts
+from pixelflow_jax.text.tokenizer import Tokens
 
 LABEL_FLAGS, PROMPT_FLAGS = (
     ("labels", "negative_labels"),
     ("prompt", "prompts_file", "negative_prompt", "layout"),
 )
-ENCODED = 16  # texts a batch of a frozen encoder
+ENCODED, KEPT = 16, 64  # texts a batch of a frozen encoder, and batches whose states are kept
+
+
+class States:
+    """A frozen encoder's states of many texts, made when an image needs them.
+
+    A text's states do not depend on who asks: texts are encoded ENCODED at a time, always the same ones
+    together. As many as are kept are encoded at once, after which nothing here holds the encoder.
+    """
+
+    def __init__(self, encoder: TextEncoder, tokens: Tokens):
+        self._encoder, self._tokens = encoder, tokens
+        self.of_batch = functools.lru_cache(KEPT)(self._encode)
+        batches = -(-len(tokens.ids) // ENCODED)
+        if batches <= KEPT:
+            for batch in range(batches):
+                self.of_batch(batch)
+            self._encoder = None
+
+    def _encode(self, batch: int) -> Condition:
+        index = np.arange(batch * ENCODED, (batch + 1) * ENCODED) % len(self._tokens.ids)
+        found = self._encoder.condition(self._tokens.ids[index], self._tokens.mask[index])
+        return jax.tree.map(np.asarray, found)
+
+    def take(self, rows: Int[np.ndarray, " b"]) -> Condition:
+        """Those of these texts."""
+        found = [(self.of_batch(row // ENCODED), row % ENCODED) for row in rows.tolist()]
+        return {name: np.stack([part[name][place] for part, place in found]) for name in found[0][0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +65,8 @@ class Conditions:
       described: what settings.json says of it.
     """
 
-    table: Condition
-    null_table: Condition
+    table: Condition | States
+    null_table: Condition | States
     rows: Int[np.ndarray, " n"]
     null_rows: Int[np.ndarray, " n"]
     extra: dict[str, np.ndarray]
@@ -49,8 +77,11 @@ class Conditions:
 
     def of(self, index: Int[np.ndarray, " b"]) -> tuple[Condition, Condition]:
         """(condition, null condition) of these images."""
-        pairs = (self.table, self.rows), (self.null_table, self.null_rows)
-        return tuple({name: x[rows[index]] for name, x in table.items()} for table, rows in pairs)
+        pairs = (self.table, self.rows[index]), (self.null_table, self.null_rows[index])
+        return tuple(
+            x.take(rows) if isinstance(x, States) else {name: part[rows] for name, part in x.items()}
+            for x, rows in pairs
+        )
 
     def described_of(self, index: int) -> dict[str, Any]:
         """`described`, for one image."""
@@ -125,15 +156,12 @@ def _of_prompts(args, config: ConfigDict, start: Any) -> Conditions:
     if args.layout is not None:
         check_layout(args.layout, entries, count)
     rows = ((args.first_image + np.arange(count)) % len(prompts)).astype(np.int32)
-    tables = encode(args, [*prompts, negative], config)
-    table, null_table = (
-        {k: x[part] for k, x in tables.items()} for part in (slice(-1), slice(-1, None))
-    )
+    table, null_rows = encode(args, [*prompts, negative], config), np.full_like(rows, len(prompts))
     described = {"prompts": prompts, "negative_prompt": negative, "text_encoder": config.text.encoder}
-    return Conditions(table, null_table, rows, np.zeros_like(rows), {"prompt": rows}, described)
+    return Conditions(table, table, rows, null_rows, {"prompt": rows}, described)
 
 
-def encode(args, texts: list[str], config: ConfigDict) -> Condition:
+def encode(args, texts: list[str], config: ConfigDict) -> Condition | States:
     """Token ids for an encoder in the model, or a frozen encoder's states; warns of texts cut off.
 
     Raises:
@@ -150,12 +178,7 @@ def encode(args, texts: list[str], config: ConfigDict) -> Condition:
         return tokens.condition()
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     encoder = _encoder(config.text.encoder, mesh, args.dtype or config.dtype, config.model.context_dim)
-    parts = []
-    for begin in range(0, len(texts), ENCODED):
-        index = np.arange(begin, begin + ENCODED) % len(texts)
-        found = encoder.condition(tokens.ids[index], tokens.mask[index])
-        parts.append(jax.tree.map(np.asarray, found))
-    return {name: np.concatenate([part[name] for part in parts])[: len(texts)] for name in parts[0]}
+    return States(encoder, tokens)
 
 
 @functools.lru_cache(maxsize=1)  # gigabytes: the next request of a notebook or the demo has them

@@ -6,10 +6,10 @@ compute_dpg_bench.py): NAME.png for the prompt file NAME.txt, four samples as on
 """
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
 
 from pixelflow_jax import arrays, files
 from pixelflow_jax.errors import UserError
@@ -77,21 +77,41 @@ def check_layout(layout: str, entries: list[dict], count: int) -> None:
         raise UserError("--layout=dpg needs --prompts_file=FOLDER with a .txt for each prompt")
 
 
-def write_layout(layout: str, samples: epath.Path, entries: list[dict], out: epath.Path) -> None:
-    """Writes samples.npz, as files of a layout; its `prompt` says which one each image shows."""
-    pixels, prompts = (arrays.read_npz(samples, name) for name in ("arr_0", "prompt"))
+def write_layout(
+    layout: str,
+    samples: epath.Path,
+    entries: list[dict],
+    out: epath.Path,
+    watch: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Writes samples.npz, as files of a layout; its `prompt` says which one each image shows.
+
+    A few images are held at a time. `watch` is told how far this is.
+    """
+    prompts = arrays.read_npz(samples, "prompt")
+    write = _write_dpg if layout == "dpg" else _write_geneval
+    write(samples, prompts, entries, out, watch)
+
+
+def _write_geneval(samples, prompts, entries, out, watch) -> None:
     for number, entry in enumerate(entries):
-        mine = pixels[prompts == number]
-        if layout == "dpg":
-            out.mkdir(parents=True, exist_ok=True)
-            save_png(out / f"{entry['name']}.png", _two_by_two(mine))
-            continue
-        folder = out / f"{number:05d}"
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        files.write_bytes(folder / "metadata.jsonl", json.dumps(entry.get("line", entry)).encode())
-        for place, image in enumerate(mine):
-            save_png(folder / "samples" / f"{place:04d}.png", image)
+        (out / f"{number:05d}" / "samples").mkdir(parents=True, exist_ok=True)
+        line = json.dumps(entry.get("line", entry)).encode()
+        files.write_bytes(out / f"{number:05d}" / "metadata.jsonl", line)
+    seen = np.zeros(len(entries), int)
+    for number, (image,) in zip(prompts.tolist(), arrays.rows(samples, "arr_0", 1), strict=True):
+        watch(f"an image of prompt {number}")
+        save_png(out / f"{number:05d}" / "samples" / f"{seen[number]:04d}.png", image)
+        seen[number] += 1
 
 
-def _two_by_two(four: UInt8[np.ndarray, "4 h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
-    return np.concatenate([np.concatenate(list(pair), axis=1) for pair in (four[:2], four[2:])], axis=0)
+def _write_dpg(samples, prompts, entries, out, watch) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    # Images show the prompts in turn, so those of a prompt are far apart: a stream for each of the four.
+    streams = [arrays.Stream(samples, "arr_0") for _ in range(DPG_IMAGES)]
+    table = np.argsort(prompts, kind="stable").reshape(-1, DPG_IMAGES)
+    for entry, four in zip(entries, table.tolist(), strict=True):
+        watch(f"the images of {entry['name']}")
+        images = [stream.read(i, i + 1)[0] for stream, i in zip(streams, four, strict=True)]
+        rows = [np.concatenate(pair, axis=1) for pair in (images[:2], images[2:])]
+        save_png(out / f"{entry['name']}.png", np.concatenate(rows))

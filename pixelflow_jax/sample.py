@@ -86,8 +86,8 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     if jax.process_index() == 0:
         folder.finish(job.settings_of, watch)
         if args.layout is not None:
-            entries = read_prompts(args)
-            write_layout(args.layout, folder.path / "samples.npz", entries, folder.path / args.layout)
+            where = folder.path / "samples.npz", read_prompts(args), folder.path / args.layout
+            write_layout(args.layout, *where, watch)
     watch(WAITING)
     hosts.barrier("samples.npz is there")
     if jax.process_index() != 0:

@@ -87,26 +87,7 @@ def _of_npz(path: epath.Path, flag: str) -> ImageSet:
     shape, dtype = shapes.get("arr_0", ((), None))
     if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not shape[0]:
         raise UserError(f"--{flag}={path} needs uint8 images [N, H, W, 3] as arr_0, it has {shapes}")
-    stream = _Stream(path, shape[0])
-    return ImageSet(str(path), shape[0], stream.read)
-
-
-class _Stream:
-    """Reads forwards through an array of an npz file; from the begin again where it must go back."""
-
-    def __init__(self, path: epath.Path, count: int):
-        self._path, self._count, self._at, self._rows = path, count, 0, None
-
-    def read(self, begin: int, end: int) -> np.ndarray:
-        """Rows begin to end."""
-        if self._rows is None or begin < self._at:
-            self._rows, self._at = arrays.rows(self._path, "arr_0", 1), 0
-        while self._at < begin:
-            next(self._rows)
-            self._at += 1
-        parts = [next(self._rows) for _ in range(end - begin)]
-        self._at = end
-        return np.concatenate(parts)
+    return ImageSet(str(path), shape[0], arrays.Stream(path, "arr_0").read)
 
 
 def _of_folder(folder: epath.Path, flag: str, resolution: int | None) -> ImageSet:
