@@ -1,8 +1,12 @@
 """npz files as streams: arrays that do not fit in memory, written and read row by row, no pickle."""
 
 import contextlib
+import lzma
+import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -10,7 +14,8 @@ from etils import epath
 from pixelflow_jax import files
 from pixelflow_jax.errors import UserError, blame
 
-BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
+BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+          lzma.LZMAError)  # fmt: skip
 CHUNK = 1 << 24  # bytes read at a time
 
 
@@ -38,39 +43,48 @@ def write_npz(
             assert rows == shape[0], (name, rows, shape)
 
 
-def array_shapes(path: epath.PathLike) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """{name: (shape, dtype)} of an npz file. Raises UserError if it is not a whole one."""
+def array_shapes(path: epath.PathLike, *names: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """{name: (shape, dtype)} of those of the arrays `names` that an npz file has; without names, of all.
+
+    Raises UserError if it is not a whole npz file, as far as these say: others are not looked at.
+    """
     with _opened(path) as archive:
-        shapes = {}
-        for member in archive.namelist():
-            with archive.open(member) as file:
-                shapes[member.removesuffix(".npy")] = _header(file)
-        return shapes
+        members = _members(archive)
+        names = names or tuple(name for name in members if members[name].endswith(".npy"))
+        return {name: _start(archive, name)[:2] for name in names if name in members}
+
+
+def read_arrays(path: epath.PathLike, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of an npz file, by name; in column order if they are stored so.
+
+    Raises UserError if one of them is not whole or not there, or holds Python objects.
+    """
+    with _opened(path) as archive:
+        return {name: _whole(archive, name) for name in names}
 
 
 def read_npz(path: epath.PathLike, name: str) -> np.ndarray:
-    """One array of an npz file. Raises UserError if it is not whole, or has no such array."""
-    shape, dtype = _shape(path, name)
-    with _opened(path) as archive, archive.open(f"{name}.npy") as file:
-        _header(file)
-        return np.frombuffer(file.read(), dtype).reshape(shape).copy()
+    """One array of an npz file. Raises UserError as `read_arrays` does."""
+    return read_arrays(path, name)[name]
 
 
 def rows(path: epath.PathLike, name: str, size: int) -> Iterator[np.ndarray]:
-    """An array of an npz file, `size` rows at a time. Raises UserError as `read_npz` does."""
-    shape, dtype = _shape(path, name)
-    a_row = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-    with _opened(path) as archive, archive.open(f"{name}.npy") as file:
-        _header(file)
-        for begin in range(0, shape[0], size):
-            count = min(size, shape[0] - begin)
-            data = bytearray()
-            while len(data) < count * a_row:
-                part = file.read(min(CHUNK, count * a_row - len(data)))
-                if not part:
-                    raise EOFError(f"{name} ends early")
-                data += part
-            yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+    """An array of an npz file, `size` rows at a time. Raises UserError as `read_arrays` does.
+
+    An array in column order has its rows all over the file, so it is read whole.
+    """
+    with _opened(path) as archive:
+        shape, dtype, fortran, file = _start(archive, name)
+        starts = range(0, shape[0], size)
+        if fortran:
+            whole = _whole(archive, name)
+            yield from (np.ascontiguousarray(whole[begin : begin + size]) for begin in starts)
+            return
+        for begin in starts:
+            part = _read(file, (min(size, shape[0] - begin), *shape[1:]), dtype)
+            if begin == starts[-1]:
+                file.read(1)  # at the end zipfile compares the checksum
+            yield part
 
 
 class Stream:
@@ -91,34 +105,56 @@ class Stream:
         return np.concatenate(parts)
 
 
-def _shape(path: epath.PathLike, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    shapes = array_shapes(path)
-    if name not in shapes:
-        raise UserError(f"{path} has no array {name!r}; it has {', '.join(shapes) or 'none'}")
-    return shapes[name]
+def _members(archive: zipfile.ZipFile) -> dict[str, str]:
+    """{name of an array: that of its member}; numpy does without the suffix too."""
+    return {member.removesuffix(".npy"): member for member in archive.namelist()}
 
 
-def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+def _start(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, bool, IO[bytes]]:
+    """(shape, dtype, whether in column order, the member after its header)."""
+    members = _members(archive)
+    if name not in members:
+        raise UserError(
+            f"{archive.filename} has no array {name!r}; it has {', '.join(members) or 'none'}"
+        )
+    file = archive.open(members[name])
     version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in read:
+    if version not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError(f"npy version {version} is not known")
-    shape, fortran, dtype = read[version](file)
-    if fortran and len(shape) > 1:
-        raise ValueError("an array is stored column by column (Fortran order)")
+    # Version 3 differs from 2 in the encoding of field names, which nothing here asks for.
+    read = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
+    shape, fortran, dtype = getattr(np.lib.format, read)(file)
+    return shape, dtype, fortran and len(shape) > 1, file
+
+
+def _whole(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    shape, dtype, fortran, file = _start(archive, name)
+    array = _read(file, shape[::-1] if fortran else shape, dtype)
+    file.read(1)  # as above
+    return array.T if fortran else array
+
+
+def _read(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The next array of a member."""
     if dtype.hasobject:
         raise ValueError("an array holds Python objects, which are not read (they could run code)")
-    return shape, dtype
+    size, data = math.prod(shape) * dtype.itemsize, bytearray()
+    while len(data) < size:  # bit by bit: a header may claim what is not there
+        part = file.read(min(CHUNK, size - len(data)))
+        if not part:
+            raise EOFError("an array ends early")
+        data += part
+    return np.ndarray(shape, dtype, data)
 
 
 @contextlib.contextmanager
 def _opened(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
     """The open file; whatever breaks while reading is a UserError with its name."""
     with blame(f"{path} is not a whole npz file", BROKEN):
-        if not epath.Path(path).exists():
-            raise UserError(f"{path} does not exist")
-        with files.open_file(path) as raw, zipfile.ZipFile(raw) as archive:
+        try:
+            raw = files.open_file(path)
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        with raw, zipfile.ZipFile(raw) as archive:
+            archive.filename = str(path)
             yield archive

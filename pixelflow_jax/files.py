@@ -106,8 +106,8 @@ def clean_text(name: str, text: str, is_path: bool = True) -> str:
         raise UserError(f"{name} is not UTF-8 text, or holds a zero byte: {text!r}")
     if not is_path:
         return text
-    if "://" in text and not text.startswith("gs://"):
-        raise UserError(f"{name}={text}: paths are local, or begin with gs://")
+    if "://" in text and not re.match("gs://[^/]", text):
+        raise UserError(f"{name}={text}: paths are local, or begin with gs://BUCKET")
     full = os.path.expanduser(text)
     if full.startswith("~"):
         raise UserError(

@@ -66,10 +66,10 @@ def statistics_in(path: str) -> dict[str, np.ndarray]:
     place = epath.Path(path)
     if not place.exists() or place.is_dir() or path.endswith(".py"):
         return {}
-    found = arrays.array_shapes(place)
+    found = arrays.array_shapes(place, *STATISTICS)
     if not {"mu", "sigma"} <= found.keys():
         return {}
-    values = {name: arrays.read_npz(place, name) for name in STATISTICS if name in found}
+    values = arrays.read_arrays(place, *found)
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if mean in values and values[cov].shape != values[mean].shape * 2:
             raise UserError(f"{path}: {cov} is {values[cov].shape}, {mean} {values[mean].shape}")
@@ -79,14 +79,16 @@ def statistics_in(path: str) -> dict[str, np.ndarray]:
 def has_images(path: str) -> bool:
     """Whether there are images behind a reference, and not statistics alone."""
     place = epath.Path(path)
-    return path.endswith(".py") or place.is_dir() or "arr_0" in arrays.array_shapes(place)
+    return path.endswith(".py") or place.is_dir() or bool(arrays.array_shapes(place, "arr_0"))
 
 
 def _of_npz(path: epath.Path, flag: str) -> ImageSet:
-    shapes = arrays.array_shapes(path)
+    shapes = arrays.array_shapes(path, "arr_0")
     shape, dtype = shapes.get("arr_0", ((), None))
     if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not shape[0]:
-        raise UserError(f"--{flag}={path} needs uint8 images [N, H, W, 3] as arr_0, it has {shapes}")
+        kind = "Python objects" if dtype is not None and dtype.hasobject else dtype
+        has = f"that is {kind}, {shape}" if shapes else "there is no such array"
+        raise UserError(f"--{flag}={path} needs uint8 images [N, H, W, 3] as arr_0; {has}")
     return ImageSet(str(path), shape[0], arrays.Stream(path, "arr_0").read)
 
 
