@@ -49,7 +49,16 @@ PEAK_FLOPS = {kind: CHIPS[name].flops for kind, name in DEVICE_KINDS.items()} | 
 
 
 def platform_of(device: Any) -> str:
-    """What attention chooses its kernel by: "cpu", "gpu", or "tpu" with the generation, as "tpu v5e"."""
-    if device.platform != "tpu":
-        return "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    return f"tpu {DEVICE_KINDS.get(device.device_kind, 'unknown')}"
+    """What attention chooses its kernel by: "cpu", "tpu" with the generation, as "tpu v5e", or a GPU.
+
+    That is "gpu" if cuDNN's fused attention runs there: NVIDIA's, from Ampere on; else "other gpu".
+    """
+    if device.platform == "tpu":
+        return f"tpu {DEVICE_KINDS.get(device.device_kind, 'unknown')}"
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return device.platform
+    version = getattr(getattr(device, "client", None), "platform_version", "cuda")
+    amd = device.platform == "rocm" or "rocm" in version.lower()
+    generation = str(getattr(device, "compute_capability", "") or "8.0").partition(".")[0]
+    ampere = not generation.isdigit() or int(generation) >= 8
+    return "gpu" if ampere and not amd else "other gpu"

@@ -30,37 +30,53 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None, contex
     """A mesh with the axes `data`, `fsdp` and `context`; one of the first two may be -1, for the rest.
 
     With several TPU slices, `data` goes over the slow network between them (so its size is a
-    multiple of their number); `fsdp` and `context` stay inside a slice.
+    multiple of their number); `fsdp` and `context` stay inside a slice. On GPUs they stay inside a node
+    where they fit.
 
     Raises:
-      UserError: if the sizes do not fit the devices.
+      UserError: if the sizes do not fit the devices; it says which would.
     """
     devices = jax.devices() if devices is None else devices
-    known = max(data, 1) * max(fsdp, 1) * context
-    rest, left_over = divmod(len(devices), known)
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    rest = len(devices) // (max(data, 1) * max(fsdp, 1) * max(context, 1))
     sizes = [rest if size == -1 else size for size in (data, fsdp, context)]
-    if left_over or np.prod(sizes) != len(devices):
+    if np.prod(sizes) != len(devices) or sizes[0] % slices:
+        inside = len(devices) // slices
+        shared = _largest_divisor(inside, context)
+        split = _largest_divisor(inside // shared, sizes[1] or inside)
         raise UserError(
             f"config.mesh.data={data}, config.mesh.fsdp={fsdp}"
             + (f", config.mesh.context={context}" if context > 1 else "")
-            + f" do not fit {len(devices)} devices: "
-            f"their product must be that number (-1 stands for the rest)"
+            + f" do not fit {len(devices)} devices: their product must be that number (-1 is the rest)"
+            + (f", and data a multiple of the {slices} slices" if slices > 1 else "")
+            + f". What fits: --config.mesh.data=-1 --config.mesh.fsdp={split}"
+            + (f" --config.mesh.context={shared}" if context > 1 else "")
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes[0] % slices:
-        raise UserError(
-            f"config.mesh.data={sizes[0]} must be a multiple of the {slices} slices, so that fsdp "
-            f"stays inside a slice"
-        )
-    if slices > 1:
-        inner = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
-    else:
+    return Mesh(_arrange(sizes, devices, slices), (*AXES, CONTEXT))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(most, 1))
+
+
+def _arrange(sizes: list[int], devices: list, slices: int) -> np.ndarray:
+    """The devices as an array of `sizes`, neighbours along the last axes closest."""
+    if devices[0].platform != "tpu":  # nodes one after the other
+        attributes = ("slice_index", "process_index", "id")
+        place = [[getattr(d, name, None) or 0 for name in attributes] for d in devices]
+        order = sorted(range(len(devices)), key=place.__getitem__)
+        return np.array(devices)[order].reshape(sizes)
+    inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    for split in (False, True):  # whether an axis of the mesh may take a part of one of the torus
+        options = dict(devices=devices, allow_split_physical_axes=split)
         try:
-            grid = mesh_utils.create_device_mesh(sizes, devices)
-        except NotImplementedError:  # an axis of the mesh has to take a part of one of the torus
-            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, (*AXES, CONTEXT))
+            if slices > 1:
+                return mesh_utils.create_hybrid_device_mesh(inner, outer, **options)
+            return mesh_utils.create_device_mesh(sizes, **options)
+        except (NotImplementedError, AssertionError, ValueError):  # no torus, or not a whole one
+            continue
+    return np.array(devices).reshape(sizes)
 
 
 def batch_shards(mesh: Mesh) -> int:

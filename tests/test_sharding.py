@@ -1,7 +1,10 @@
 """Many devices and processes: the same numbers as one, and every large array really split."""
 
+import dataclasses
+import itertools
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from pixelflow_jax.training import loop
 from conftest import start_hosts, with_devices
 
 HERE = pathlib.Path(__file__).parent
+CONFIGS = sorted((HERE.parent / "configs").glob("[!_]*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,88 @@ def test_meshes_that_do_not_fit():
     for sizes in ((2, 1), (1, 2), (-1, 2), (3, -1)):
         with pytest.raises(UserError, match="do not fit 1 devices"):
             make_mesh(*sizes, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    slice_index: int
+    process_index: int
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+
+
+def tpu(kind: str, dims: tuple[int, int, int], slices: int) -> list[Chip]:
+    """The devices of some slices, in JAX's order; v3 has two cores a chip, a host has four chips."""
+    cores = range(2 if kind == "TPU v3" else 1)
+    places = list(itertools.product(range(slices), *map(range, dims[::-1]), cores))
+    return [
+        Chip(i, "tpu", kind, part, i // (4 * len(cores)), (x, y, z), core)
+        for i, (part, z, y, x, core) in enumerate(places)
+    ]
+
+
+def gpus(nodes: int, per_process: int = 8) -> list[Chip]:
+    """Nodes of eight GPUs, each a slice to JAX, in an order that is nobody's."""
+    found = [Chip(i, "gpu", "NVIDIA H100", i // 8, i // per_process) for i in range(8 * nodes)]
+    return found[::-1]
+
+
+SLICES = [
+    *(("TPU v5 lite", (*dims, 1)) for dims in [(2, 2), (2, 4), (4, 4), (4, 8), (8, 16), (16, 16)]),
+    *(("TPU v5p", dims) for dims in [(2, 2, 1), (2, 2, 2), (2, 2, 4), (4, 4, 4), (4, 4, 8), (8, 8, 8)]),
+    ("TPU v4", (2, 2, 2)),
+    ("TPU v4", (4, 4, 4)),
+    ("TPU v3", (4, 4, 1)),
+    ("TPU v6 lite", (4, 4, 1)),
+]
+
+
+def mesh_or_advice(sizes: tuple[int, int, int], devices: list[Chip]):
+    """The mesh; or, where the sizes do not fit, that of the sizes which the error names."""
+    data, fsdp, context = sizes
+    try:
+        return make_mesh(data, fsdp, devices, context)
+    except UserError as error:
+        named = dict(re.findall(r"--config.mesh.(\w+)=(-?\d+)", str(error).split("What fits:")[1]))
+        fsdp, context = int(named["fsdp"]), int(named.get("context", context))
+        return make_mesh(int(named["data"]), fsdp, devices, context)
+
+
+MESHES = sorted(
+    {(m.data, m.fsdp, m.context) for m in (load_config(str(path)).mesh for path in CONFIGS)}
+    | {(-1, 8, 4), (-1, 3, 1), (1, -1, 4), (-1, 16, 2), (2, 8, 4), (-1, 1, 5)}
+)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_every_mesh_fits_tpu_slices_or_says_what_does(sizes, slices):
+    """Catches a traceback for an axis that takes a part of the torus, and fsdp between slices."""
+    for kind, dims in SLICES:
+        devices = tpu(kind, dims, slices)
+        mesh = mesh_or_advice(sizes, devices)
+        assert set(mesh.devices.flat) == set(devices)
+        for inner in mesh.devices.reshape(slices, -1):  # data is the outer axis
+            assert len({device.slice_index for device in inner}) == 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 16])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_every_mesh_fits_gpu_nodes_or_says_what_does(sizes, nodes):
+    """Catches nodes taken for slices, and a group that lies in several nodes where one would hold it."""
+    for devices in (gpus(nodes), gpus(nodes, per_process=1)):
+        mesh = mesh_or_advice(sizes, devices)
+        assert set(mesh.devices.flat) == set(devices)
+        for name, axis in (("data", 0), ("context", -1)):
+            group = mesh.devices.reshape((mesh.shape[name], -1)[:: 1 if axis == 0 else -1])
+            if 8 % group.shape[1] == 0:
+                assert all(len({device.slice_index for device in row}) == 1 for row in group)
+    assert dict(make_mesh(1, -1, gpus(nodes)).shape) == {"data": 1, "fsdp": 8 * nodes, "context": 1}
 
 
 def test_local_rows_are_all_rows_of_one_process():

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.blockwise import APART, blockwise_attention
@@ -30,42 +30,55 @@ def attention(
     """softmax(q k^T / sqrt(d)) v for every batch entry and head.
 
     Args:
-      q, k, v: queries, keys and values.
-      key_mask: True where a key may be attended to; None means everywhere.
+      q, k, v: queries, keys and values, of one dtype.
+      key_mask: True for the keys that are there, False for the padding after them; None means all are.
       segments: ids of the queries' and of the keys' sequences; a query sees those with its own id. Not
         together with key_mask.
       backend: a name of BACKENDS, "splash" (TPU's kernel; elsewhere it is interpreted, for tests), or
-        "auto": the one for the platform and the shapes.
+        "auto": the one for the platform and the shapes. Einsum stands in for one that cannot.
       platform: what it will run on, as `hardware.platform_of` says it; None is JAX's default.
     """
     platform = platform or platform_of(jax.devices()[0])
     if backend == "auto":
-        backend = choose_backend(platform, q, k)
+        backend = choose_backend(platform, q, k, key_mask, segments)
+    elif not can_run(backend, platform, q, key_mask, segments):
+        backend = "einsum"
     if backend == "splash":
         from pixelflow_jax.models.splash import splash_attention  # Pallas takes a second to import
 
         generation = platform.removeprefix("tpu").strip()
         return splash_attention(q, k, v, key_mask, segments, generation, not platform.startswith("tpu"))
-    if key_mask is not None and backend == "blockwise" or segments is not None and backend == "cudnn":
-        backend = "einsum"  # those have no such masks
     return BACKENDS[backend](q, k, v, key_mask, segments)
 
 
-def choose_backend(platform: str, q: Float[Array, "b n h d"], k: Float[Array, "b m h d"]) -> str:
-    """The backend for a platform and shapes.
+def choose_backend(
+    platform: str,
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    key_mask: Bool[Array, "b m"] | None = None,
+    segments: tuple[Int[Array, "b n"], Int[Array, "b m"]] | None = None,
+) -> str:
+    """The backend for a platform and for arguments, which may be abstract.
 
-    TPU: the kernel, from a length of 128 on. GPU: cuDNN for half precision, heads of up to 128.
-    CPU: head by head from a length of 128 on. Elsewhere all at once, as where keys are masked for a
-    backend that has no such mask.
+    TPU: the kernel, from a length of 128 on. GPU: cuDNN. CPU: head by head from a length of 128 on. All
+    at once ("einsum") elsewhere, and where these cannot.
     """
-    n, m = q.shape[1], k.shape[1]
-    if platform.startswith("tpu"):
-        return "splash" if min(n, m) >= 128 else "einsum"
-    if platform == "gpu":
+    backend = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}.get(platform.partition(" ")[0])
+    long = backend == "cudnn" or min(q.shape[1], k.shape[1]) >= 128
+    return (
+        backend if backend and long and can_run(backend, platform, q, key_mask, segments) else "einsum"
+    )
+
+
+def can_run(backend: str, platform: str, q, key_mask=None, segments=None) -> bool:
+    """Whether a backend takes such queries and masks there; keys and values are as the queries are."""
+    if backend == "splash":
+        return q.dtype in (jnp.bfloat16, jnp.float32)
+    if backend == "cudnn":  # heads: the bound of Ampere's kernel, the tightest
         half = q.dtype in (jnp.bfloat16, jnp.float16)
-        fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-        return "cudnn" if half and fits else "einsum"
-    return "blockwise" if platform == "cpu" and min(n, m) >= 128 else "einsum"
+        heads = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        return platform == "gpu" and half and heads and segments is None
+    return backend != "blockwise" or key_mask is None
 
 
 def einsum_attention(q, k, v, key_mask=None, segments=None):
@@ -133,9 +146,28 @@ def _masked_attention(q, k, v, key_mask):
 
 
 def cudnn_attention(q, k, v, key_mask=None, segments=None):
-    """NVIDIA's fused kernel; without segments."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    """NVIDIA's fused kernel; without segments.
+
+    Its backward pass takes even lengths alone, so that odd ones are filled up.
+    """
+    b, n, m = len(q), q.shape[1], k.shape[1]
+    q, k, v = (fill(x, 2) for x in (q, k, v))
+    lengths = {}
+    if key_mask is not None or k.shape[1] > m:
+        there = jnp.full(b, m) if key_mask is None else key_mask.sum(axis=-1)
+        there = jnp.where(there == 0, m, there)  # masked everywhere is as good as nowhere
+        # JAX's rule for vmap wants its axis on the lengths too; this is zero, whatever q holds
+        zero = (jnp.isnan(q[:, 0, 0, 0]) & False).astype(jnp.int32)
+        lengths = dict(query_seq_lengths=zero + q.shape[1])
+        lengths |= dict(key_value_seq_lengths=zero + there.astype(jnp.int32))
+    return jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")[:, :n]
+
+
+def fill(x: Shaped[Array, "b n ..."], multiple: int, value: int = 0) -> Shaped[Array, "b n2 ..."]:
+    """`x`, filled up along n to a multiple."""
+    missing = -x.shape[1] % multiple
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
 BACKENDS = {

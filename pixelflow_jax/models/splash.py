@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from pixelflow_jax.models.attention import fill
+
 LANES = 128  # lengths are multiples of it
 # Queries and keys a block at most, forward, by generation. VMEM holds a block of scores in float32: v4
 # has 16 MiB a core, the later ones have more.
@@ -25,29 +27,23 @@ PADDING = -1  # the segment of what fills a length up
 def splash_attention(q, k, v, key_mask=None, segments=None, generation="", interpret=False):
     """As `attention`; any length, filled up to a multiple of 128.
 
-    Masked keys get no weight at all, where `einsum` adds -10000 to their scores: the same, unless all
-    keys of a sequence are masked.
+    Masked keys get no weight at all, where `einsum` adds -10000 to their scores: the same. If all keys
+    of a sequence are masked, that is as good as none.
     """
     b, n, m = len(q), q.shape[1], k.shape[1]
     padded = n % LANES or m % LANES
     if key_mask is not None:
+        key_mask |= ~key_mask.any(axis=-1, keepdims=True)
         segments = jnp.ones((b, n), jnp.int32), key_mask.astype(jnp.int32)
     elif segments is None and padded:
         segments = jnp.ones((b, n), jnp.int32), jnp.ones((b, m), jnp.int32)
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    q, k, v = (jnp.swapaxes(_fill(x), 1, 2) for x in (q, k, v))
+    q, k, v = (jnp.swapaxes(fill(x, LANES), 1, 2) for x in (q, k, v))
     if segments is not None:
-        segments = kernel.SegmentIds(*(_fill(ids.astype(jnp.int32), PADDING) for ids in segments))
+        segments = kernel.SegmentIds(*(fill(ids.astype(jnp.int32), LANES, PADDING) for ids in segments))
     run = _kernel(q.shape[1], q.shape[2], k.shape[2], generation, interpret)
     out = jax.vmap(run)(q, k, v, segments)
     return jnp.swapaxes(out, 1, 2)[:, :n]
-
-
-def _fill(x, value=0):
-    """[b, n, ...] filled up along n to a multiple of LANES."""
-    missing = -x.shape[1] % LANES
-    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
 def _block(length: int, most: int) -> int:
