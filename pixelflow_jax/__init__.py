@@ -7,7 +7,15 @@ The names below are imported when first used, so that `import pixelflow_jax` is 
 """
 
 import importlib
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING
+
+if sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv):
+    # A command that has yet to import: until cli.run takes over, Ctrl-C has nothing to save or to say.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if TYPE_CHECKING:  # what _HOMES says, for editors and type checkers
     from pixelflow_jax.cascade import Cascade as Cascade

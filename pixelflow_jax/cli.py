@@ -1,11 +1,17 @@
 """What the commands share: a parser that teaches, and errors for people."""
 
 import argparse
+import contextlib
 import ctypes
+import errno
 import importlib.util
 import inspect
 import logging
+import os
+import shutil
+import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -14,9 +20,10 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import files, hosts
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import EXIT_LOST, EXIT_PREEMPTED, Lost, UserError, sentence
+from pixelflow_jax.errors import EXIT_LOST, Lost, UserError, sentence
 
 WORDS = ("prompt", "negative_prompt")  # flags of text that may look like anything
+LITTLE = 1 << 16  # bytes that are free on a full disk
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
@@ -72,10 +79,17 @@ def run(main: Callable[[], None]) -> None:
     # A failed save leaves its other writes unawaited, and Python would say so after our sentence.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {sentence(message)}\n"
+    # Who ends at once leaves the semaphores of its workers to Python's tracker, which says so.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     sys.unraisablehook = _unraisable
+    mend_streams()
     keep_freed_memory()
+    hosts.end_at_signals()
     try:
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
         main()
+        sys.stdout.flush()  # a full disk shows here, not at Python's end
         return
     except UserError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
@@ -84,13 +98,14 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_LOST
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_which_is_full(error)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one
         print("interrupted", file=sys.stderr)
         code = 130
     except SystemExit as request:  # a command's own report
-        if request.code in (None, 0, EXIT_PREEMPTED):
+        if request.code in (None, 0):
             raise
         if not isinstance(request.code, int):
             print(request.code, file=sys.stderr)
@@ -103,7 +118,33 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
             code = 1
     hosts.leave(code)
-    sys.exit(code)
+
+
+def mend_streams() -> None:
+    """Lets a command run whose standard streams were closed, or cannot show every letter."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = os.O_RDONLY if number == 0 else os.O_WRONLY
+            null = os.open(os.devnull, mode)
+            try:
+                os.fstat(number)  # taken by a file meanwhile
+            except OSError:
+                os.dup2(null, number)
+            setattr(sys, name, open(null, "w" if number else "r"))
+        elif number and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _which_is_full(error: OSError) -> str:
+    """Where there is no space left, as far as the error does not say so itself: "" or ": the places"."""
+    if error.errno != errno.ENOSPC or error.filename is not None:
+        return ""
+    full = []
+    for place in ("/dev/shm", tempfile.gettempdir()):  # the first is where processes share memory
+        with contextlib.suppress(OSError):
+            full += [place] if shutil.disk_usage(place).free < LITTLE else []
+    return f": {' and '.join(full)}" if full else ""
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """The processes of a run: where each stands, how JAX connects them, and how they part."""
 
 import collections
+import contextlib
 import ctypes
 import glob
 import hashlib
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +31,9 @@ WORKER_NUMBER = (
 START_SILENCE = 300.0  # seconds of silence that a process may keep before its first step
 LEAVE_SECONDS = 10.0  # for the others to end, before process 0 does
 BARRIER_SECONDS = 24 * 3600  # the watchdog knows sooner if somebody is missing
+INTERRUPT_SECONDS = 1.0  # for the main thread to end by itself after a signal
+# Signals that end a process at once: with which exit code and words
+ENDS: dict[int, tuple[int, str]] = {signal.SIGINT: (130, "interrupted")}
 
 _connected: "Cluster | None" = None  # as JAX's own connection, one a process
 
@@ -162,21 +167,42 @@ def barrier(name: str) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends a process that failed at once: JAX's own way out would wait minutes for the others.
+    """Ends this process at once, whatever threads it has; of several, process 0 goes last.
 
-    Process 0 goes last, as JAX in the others aborts when it is gone. Returns if there are no others.
+    Python would join the threads, some of which wait for minutes for what a failed save never tells
+    them, and JAX would wait for the other processes, in which it aborts when process 0 is gone.
     """
-    if _connected is None:
-        return
     end = time.monotonic() + LEAVE_SECONDS
-    for link in _connected.links.values() if _connected.place.index == 0 else ():
+    for link in _connected.links.values() if _connected and _connected.place.index == 0 else ():
         while not link.is_closed() and time.monotonic() < end:
             time.sleep(0.05)
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full or not there
+            stream.flush()
     os._exit(code)
+
+
+def end_at_signals() -> None:
+    """Lets the signals of ENDS end this process though its main thread is in C and does not hear them.
+
+    Python's own handlers run in the main thread alone, which an XLA compilation holds for minutes.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+
+    def wait():
+        while received := receiver.recv(1):
+            if received[0] in ENDS:
+                time.sleep(INTERRUPT_SECONDS)
+                code, words = ENDS.get(received[0], (0, ""))
+                if code:  # it still holds
+                    print(words, file=sys.stderr)
+                    leave(code)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def host_table(cluster: Cluster) -> str:

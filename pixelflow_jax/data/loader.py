@@ -6,8 +6,10 @@ example is the same whatever process, worker or device gets it.
 """
 
 import contextlib
+import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,6 +29,11 @@ from pixelflow_jax.data.texts import some
 from pixelflow_jax.data.transforms import transform
 from pixelflow_jax.text.encoder import make_text_reader
 
+NO_GUARD = (
+    "processes that load data import the script that starts them, and this one trains in its turn, or "
+    'fails, when it is imported. Put what it does below `if __name__ == "__main__":`, or set '
+    "config.data.num_workers=0, which loads in threads"
+)
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
 
 
@@ -115,14 +122,57 @@ def make_batches(
     batches = stream.batch(len(rows))[first_step:]
     data = config.data
     if data.num_workers:
+        _try_worker()
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags; the commands here have none
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=data.prefetch)
-        return iter(batches.to_iter_dataset(options).mp_prefetch(workers, _guard_worker))
+        return _from_workers(batches.to_iter_dataset(options).mp_prefetch(workers, _guard_worker))
     threads = min(data.num_threads, data.prefetch)  # a thread works on one batch
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch)
     return iter(batches.to_iter_dataset(options))
+
+
+def _from_workers(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of worker processes. Raises OSError, which says what may help, if one has ended."""
+    try:
+        yield from batches
+    except (RuntimeError, OSError) as error:
+        ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        full = getattr(error, "errno", None) == errno.ENOSPC  # a loader writes nowhere else
+        if not ended and not full:
+            raise
+        code = int(ended[1]) if ended else 0
+        if full or code == -signal.SIGBUS:
+            why = (
+                "/dev/shm, by which they send their batches, is full: make it larger (docker run "
+                "--shm-size=8g), empty it, or set config.data.num_workers=0, which loads in threads"
+            )
+        elif code < 0:
+            why = f"one was ended by {signal.Signals(-code).name}; if memory ran out, lower their number"
+        else:
+            why = f"one ended with code {code}; what it said stands above"
+        raise OSError(f"the worker processes of the loader (config.data.num_workers): {why}") from error
+
+
+def check_main_guard() -> None:
+    """Raises RuntimeError in a worker that has come here by running the script that started it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(NO_GUARD)
+
+
+def _try_worker() -> None:
+    """Raises RuntimeError if the script that runs cannot be imported, as each new process does.
+
+    Grain would wait for batches of such processes for ever.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not spec.name.startswith("pixelflow_jax."):  # the commands here can
+        process = multiprocessing.get_context("spawn").Process(target=int)
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"{NO_GUARD} (a process ended with code {process.exitcode}, see above)")
 
 
 def _guard_worker(index: int, count: int) -> None:

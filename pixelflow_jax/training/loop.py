@@ -17,7 +17,7 @@ from pixelflow_jax import files, flow, sharding
 from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size, check_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
-from pixelflow_jax.data.loader import make_batches
+from pixelflow_jax.data.loader import check_main_guard, make_batches
 from pixelflow_jax.data.sources import Source, load_source, readable_captions
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
@@ -31,6 +31,7 @@ from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
 from pixelflow_jax.training.start import claim_workdir, new_state, start_or_resume
 from pixelflow_jax.training.step import PICTURE, TrainState, abstract_state, make_train_step
+from pixelflow_jax.training.watchdog import STARTING
 
 
 def train(
@@ -57,18 +58,33 @@ def train(
       TrainingDiverged: if a step's numbers are not finite; the last checkpoint stays.
       CheckpointFailed: if a checkpoint cannot be written; those before it stay.
       Preempted: after a signal, when the state is saved.
+      RuntimeError: if a process of the loader has come here, see `check_main_guard`.
     """
-    config = check_config(config)
+    check_main_guard()
+    config, started = check_config(config), time.perf_counter()
     workdir = epath.Path(files.clean_text("workdir", os.fspath(workdir)))
+    with PreemptionWatch() as preemption:
+        state, first = _train(config, workdir, load_initial, devices, watch, preemption)
+    seconds = time.perf_counter() - started
+    return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
+
+
+def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[TrainState, int]:
+    """`train`, from the step that is returned beside the final state."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
+
+    def starting(what):
+        watch(f"{STARTING}: {what}")
+
+    starting(f"listing {config.data.path or config.data.source}")
     source = load_source(config)
     resuming = claim_workdir(workdir, config)
-    started = time.perf_counter()
 
     model, optimizer = build_model(config), build_optimizer(config)
     manager = checkpoints.open_manager(workdir, config.keep_checkpoints, config.keep_every)
-    with PreemptionWatch() as preemption, _closing(manager):
+    with _closing(manager):
+        starting(f"reading checkpoints of {workdir}, or the parameters of the start")
         state, meta = start_or_resume(config, model, optimizer, mesh, manager, load_initial)
         first = int(state.step)
         if first > config.num_train_steps:
@@ -76,8 +92,9 @@ def train(
                 f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
             )
         train_step = make_train_step(config, model, optimizer, mesh)
-        order = make_order(source, config, workdir, watch)
+        order = make_order(source, config, workdir, starting)
         batches = device_batches(config, source, mesh, first, order)
+        starting("loading the text encoder")
         encoder = frozen_encoder(config, mesh)
         draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
@@ -89,13 +106,13 @@ def train(
             metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
         with _closing(metrics), _closing(profiler):
             if meta.get("grid_due") and config.sample_every:
-                watch(f"samples after step {first}")
+                starting(f"samples after step {first}")
                 with metrics.paused():
                     draw_samples(state, first)
             for step in range(first + 1, config.num_train_steps + 1):
                 last = step == config.num_train_steps
                 profiler.before(step, state)
-                watch(f"step {step}")
+                (starting if step == first + 1 else watch)(f"step {step}")  # the first compiles
                 with metrics.waiting():
                     batch = encoder(next(batches))
                 state, numbers = train_step(state, batch)
@@ -122,8 +139,7 @@ def train(
                     raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
         watch("last checkpoint")
         checkpoints.check_background_save(manager, wait=True)
-    seconds = time.perf_counter() - started
-    return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
+    return state, first
 
 
 def prepare(
@@ -139,7 +155,9 @@ def prepare(
 
     Raises:
       UserError: if the batch does not fit the devices, or the data cannot be had.
+      RuntimeError: as `train`.
     """
+    check_main_guard()
     config = check_config(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))

@@ -28,6 +28,7 @@ from pixelflow_jax.training.preemption import Preempted
 BEAT = 1.0  # seconds between messages
 GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over
 WAITING = "waiting for the others"  # a place where nobody is late
+STARTING = "starting"  # so begins the name of a place where a process may stay for as long as it likes
 OWN = (UserError, TrainingDiverged, Preempted)  # errors that speak for themselves
 LOST = "Checkpoints are kept: start the same command again on all, and it goes on from the newest"
 
@@ -68,12 +69,13 @@ class Watchdog:
         self._cluster = cluster
         self._index = cluster.place.index if cluster else 0
         self._step_timeout, self._heartbeat_timeout = step_timeout, heartbeat_timeout
-        self._place = (0, "starting", time.monotonic())  # how many places before, which, since when
+        self._place = (0, STARTING, time.monotonic())  # how many places before, which, since when
         self._links = dict(cluster.links) if cluster else {}
         now = time.monotonic()
         self._heard = {index: now for index in self._links}
         self._others = {index: self._place for index in self._links}
         self._verdict: str | None = None
+        self._reminded = 0.0  # of a long start, at the place that was come to then
         self._judged, self._done = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -99,7 +101,7 @@ class Watchdog:
                 link.send(message)
 
     def at(self, what: str) -> None:
-        """Notes that this process has come to `what`, such as "step 41"."""
+        """Notes that this process has come to `what`, such as "step 41" or f"{STARTING}: a download"."""
         self._place = (self._place[0] + 1, what, time.monotonic())
 
     def _watch(self) -> None:
@@ -141,7 +143,7 @@ class Watchdog:
 
     def _patience(self, index: int) -> float:
         """Seconds of silence that a process is granted: more while JAX starts, which can block it."""
-        started = self._others[index][0] > 0
+        started = not self._others[index][1].startswith(STARTING)
         return self._heartbeat_timeout if started else max(self._heartbeat_timeout, START_SILENCE)
 
     def _hear(self, index: int) -> str | None:
@@ -168,6 +170,13 @@ class Watchdog:
         places = {0: self._place, **self._others}
         newest = max(since for _, _, since in places.values())
         if self._index or time.monotonic() - newest < self._step_timeout:
+            return None
+        starting = [i for i, place in places.items() if place[1].startswith(STARTING)]
+        if starting:  # reading, loading and compiling take what they take; who is lost is heard of
+            if self._reminded != newest:
+                self._reminded = newest
+                where = places[starting[0]][1]
+                print(f"\nnote: {where}, for {self._step_timeout:g} s", file=sys.stderr, flush=True)
             return None
         busy = {i: place for i, place in places.items() if place[1] != WAITING}
         first = min(busy.values(), default=(0,))[0]
