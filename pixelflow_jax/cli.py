@@ -16,9 +16,10 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+import jax
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, hosts
+from pixelflow_jax import files, hardware, hosts
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import EXIT_LOST, Lost, UserError, sentence
 
@@ -111,12 +112,12 @@ def run(main: Callable[[], None]) -> None:
             print(request.code, file=sys.stderr)
         code = request.code if isinstance(request.code, int) else 1
     except Exception as error:
-        if isinstance(error, ImportError) and "gcsfs" in str(error):
-            print("error: gs:// paths need gcsfs: pip install 'pixelflow_jax[gcs]'", file=sys.stderr)
-            code = 2
+        why = _usual_cause(error)
+        if why:
+            print(f"error: {why}", file=sys.stderr)
         else:
             traceback.print_exc()
-            code = 1
+        code = 2 if why else 1
     hosts.leave(code)
 
 
@@ -145,6 +146,18 @@ def _which_is_full(error: OSError) -> str:
         with contextlib.suppress(OSError):
             full += [place] if shutil.disk_usage(place).free < LITTLE else []
     return f": {' and '.join(full)}" if full else ""
+
+
+def _usual_cause(error: Exception) -> str:
+    """What is behind an error that has nothing to do with where it came up; "" if nobody knows."""
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return "gs:// paths need gcsfs: pip install 'pixelflow_jax[gcs]'"
+    try:
+        if jax.config.jax_platforms:
+            hardware.local_devices()
+    except UserError as cause:
+        return sentence(cause)
+    return ""
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,13 @@ from pixelflow_jax.errors import UserError
 from pixelflow_jax.layouts import check_layout, read_prompts_file
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling import starts
-from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_tokenizer, warn_of_cuts
+from pixelflow_jax.text.encoder import (
+    JOINT,
+    TextEncoder,
+    make_tokenizer,
+    trusted_encoder,
+    warn_of_cuts,
+)
 from pixelflow_jax.text.tokenizer import Tokens
 
 LABEL_FLAGS, PROMPT_FLAGS = (
@@ -171,6 +177,8 @@ def encode(args, texts: list[str], config: ConfigDict) -> Condition | States:
         if config.text.encoder == JOINT:
             raise UserError("--text_encoder is for models without one; this one has its own")
         config.text.encoder = args.text_encoder
+    else:
+        config.text.encoder = trusted_encoder(config.text.encoder, args.checkpoint)
     length = config.text.max_length
     tokens = make_tokenizer(config)(texts, length)
     warn_of_cuts(texts, tokens.cut, length)

@@ -11,6 +11,7 @@ is taken from the browser.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -30,6 +31,7 @@ from pixelflow_jax.pipeline import Pipeline, Samples
 from pixelflow_jax.sampling.generate import save_png
 from pixelflow_jax.sampling.guidance import SCHEDULES
 from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS
+from pixelflow_jax.text.encoder import trusted_encoder
 
 KEPT = 24  # pictures of the history
 VISITS = 256  # requests whose files are kept
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="workdir of a run, or what convert wrote")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 = raw parameters")
-    parser.add_argument("--text_encoder", help="T5 folder or hub id (default: as trained)")
+    parser.add_argument("--text_encoder", help="T5 folder or hub id (see `sample`)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
@@ -55,9 +57,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, least, most in (("port", 0, 65535), ("max_steps", 1, 1000), ("max_images", 1, 64)):
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} must lie in {least}..{most}, got {getattr(args, name)}")
-    gradio = _gradio()
+    gradio = _gradio(args.host)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the pictures are deleted on the way out
-    demo = Demo(Pipeline(args.checkpoint, args.ema), args)
+    pipeline = Pipeline(args.checkpoint, args.ema)
+    if args.text_encoder is None:
+        trusted_encoder(pipeline.config.text.encoder, args.checkpoint)
+    demo = Demo(pipeline, args)
     try:
         _, url, _ = demo.page(gradio).launch(
             server_name=args.host,
@@ -81,9 +86,20 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(demo.folder, ignore_errors=True)
 
 
-def _gradio():
-    """Gradio, without its calls to the network. Raises UserError if it is not installed."""
+def _gradio(host: str):
+    """Gradio, without its calls to the network. Raises UserError if it is not installed.
+
+    It asks the page whether it is there, which is not for a proxy; and its HTTP library does not start
+    while the environment names a SOCKS proxy that it has no library for.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [os.environ[name]] if os.environ.get(name) else []
+        os.environ[name] = ",".join([*known, "127.0.0.1", "localhost", host])
+    for name, proxy in list(os.environ.items()):
+        if name.lower().endswith("_proxy") and proxy.lower().startswith("socks"):
+            if importlib.util.find_spec("socksio") is None:
+                del os.environ[name]
     return optional("gradio", "demo", "the page")
 
 

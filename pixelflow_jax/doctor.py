@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 from packaging.requirements import Requirement
 
-from pixelflow_jax import cli, hosts
+from pixelflow_jax import cli, hardware, hosts
 from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.rollcall import Cluster, code_digest
@@ -137,7 +137,7 @@ def check_devices() -> str:
     """Whether JAX sees the accelerators that are plugged in."""
     import jax
 
-    devices, local = jax.devices(), jax.local_devices()
+    local, devices = hardware.local_devices(), jax.devices()
     said = f"{len(devices)} x {devices[0].device_kind}, {len(local)} of them here"
     if devices[0].platform == "cpu":
         if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):

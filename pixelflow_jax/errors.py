@@ -36,9 +36,13 @@ def optional(module: str, extra: str, what: str) -> types.ModuleType:
     """A module of an extra. Raises UserError, with the way to install it, if it is not there."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(
             f"{what} needs the extra `{extra}` (pip install 'pixelflow_jax[{extra}]'): {sentence(error)}"
+        ) from None
+    except Exception as error:  # a library of the system's, a setting in the environment
+        raise UserError(
+            f"{what} needs {module}, which is there but cannot start: {sentence(error)}"
         ) from None
 
 

@@ -3,6 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax
+
+from pixelflow_jax.errors import UserError, sentence
+
 GIB = 2**30
 
 
@@ -62,3 +66,14 @@ def platform_of(device: Any) -> str:
     generation = str(getattr(device, "compute_capability", "") or "8.0").partition(".")[0]
     ampere = not generation.isdigit() or int(generation) >= 8
     return "gpu" if ampere and not amd else "other gpu"
+
+
+def local_devices() -> list[Any]:
+    """This process's devices. Raises UserError if JAX has none of the kind that it is told to use."""
+    try:
+        return jax.local_devices()
+    except Exception as error:  # a bare AssertionError, for JAX_PLATFORMS=cuda without the plugin
+        told = jax.config.jax_platforms
+        what = f"JAX_PLATFORMS={told}: JAX finds no such device" if told else "JAX finds no device"
+        how = "leave JAX_PLATFORMS unset, or install the extra that drives it (tpu, cuda)"
+        raise UserError(f"{what} here ({sentence(error)}); {how}") from None

@@ -49,7 +49,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--prompt", action="append", help="what to show (text models); may be given several times")
     add("--prompts_file", help='a prompt a line; .jsonl with a "prompt" each; or a folder of .txt')
     add("--layout", choices=LAYOUTS, help="also OUT/geneval or OUT/dpg, as those scorers read them")
-    add("--text_encoder", help="T5 folder or hub id (default: as trained)")
+    add("--text_encoder", help="T5 folder or hub id (default: Flan-T5, or one in the checkpoint)")
     add("--negative_prompt", help="a text to steer away from (default: the empty text)")
     add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")
     add("--first_image", type=int, default=0, help="its number (default: %(default)s); continues a set")

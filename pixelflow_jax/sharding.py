@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pixelflow_jax import hardware
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.packing import CONTEXT
 
@@ -36,7 +37,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None, contex
     Raises:
       UserError: if the sizes do not fit the devices; it says which would.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = (hardware.local_devices() and jax.devices()) if devices is None else devices
     tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     rest = len(devices) // (max(data, 1) * max(fsdp, 1) * max(context, 1))

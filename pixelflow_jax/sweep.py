@@ -4,13 +4,15 @@ Each combination has a folder of its own, so a sweep that was stopped goes on wh
 """
 
 import argparse
+import io
 import itertools
+import os
 from typing import Any
 
 from etils import epath
 
 from pixelflow_jax import files, request, sample
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.errors import UserError, optional, sentence
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
 from pixelflow_jax.sampling import solvers
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace, combinations: list[dict[str, Any]], reference:
         "num_images": args.num_images or 1000,
     }
     _claim(out, described)
+    plots = _can_plot()
     for i, cell in enumerate(combinations):
         name = (
             "_".join(f"{key}={value}" for key, value in cell.items() if value is not None) or "default"
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace, combinations: list[dict[str, Any]], reference:
         raise UserError("no combination gave images that are finite; see above")
     measure = "fid" if "fid" in rows[0] else "pca_frechet"
     files.write_bytes(out / "sweep.md", _table(rows).encode())
-    drawn = _plot(rows, measure, out / "sweep.png")
+    drawn = plots and _plot(rows, measure, out / "sweep.png")
     best = min(rows, key=lambda row: row[measure])
     where = out / ("sweep.png" if drawn else "sweep.md")
     return f"{len(rows)} combinations, best {measure} {best[measure]:.4g} with {best['name']}: {where}"
@@ -127,16 +130,44 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
-    """Quality against evaluations and against seconds, a line a solver, guidance and EMA."""
+def _figure():
+    """An empty figure that is drawn to a file. Raises UserError if matplotlib is not there, or ill."""
+    shown = os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may not have
     try:
+        optional("matplotlib", "plot", "sweep.png")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: it needs matplotlib (pip install 'pixelflow_jax[plot]')")
-        return False
+    finally:
+        if shown is not None:
+            os.environ["MPLBACKEND"] = shown
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _can_plot() -> bool:
+    """Whether sweep.png will be drawn; says why not, before the work."""
+    try:
+        _figure().savefig(io.BytesIO(), format="png")
+    except Exception as error:  # fonts, a matplotlibrc, libraries that do not fit
+        print(f"there will be no sweep.png: {sentence(error)}", flush=True)
+        return False
+    return True
+
+
+def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
+    """Draws what `_draw` does; a picture that fails costs nothing else."""
+    try:
+        _draw(rows, measure, path)
+    except Exception as error:
+        print(f"no sweep.png: {sentence(error)}", flush=True)
+        return False
+    return True
+
+
+def _draw(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> None:
+    """Quality against evaluations and against seconds, a line a solver, guidance and EMA."""
+    figure = _figure()
     for axes, key, label in zip(
         figure.subplots(1, 2),
         ("nfe", "seconds_per_image"),
@@ -154,4 +185,3 @@ def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
     axes.legend(fontsize="small")
     with files.create(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    return True

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import cli, convert
 from pixelflow_jax.errors import EXIT_PREEMPTED, UserError
-from pixelflow_jax.training.checkpoints import FOLDER, CheckpointFailed, load_params
+from pixelflow_jax.training.checkpoints import FOLDER, CheckpointFailed, find_step, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.preemption import Preempted
@@ -55,11 +55,13 @@ def check_init_from(config: ConfigDict, workdir: str) -> None:
 
 def initial_params(config: ConfigDict) -> dict:
     """The parameters that `config.init_from` names: a checkpoint of ours, or official weights."""
-    folder = epath.Path(config.init_from)
+    path, ours = epath.Path(config.init_from), True
     try:
-        if folder.name == FOLDER or any((folder / name).exists() for name in (FOLDER, "meta")):
-            return load_params(config.init_from)[0]
-        return convert.read_official(config.init_from)[0]
+        find_step(path)
+    except UserError:
+        ours = False
+    try:
+        return load_params(path)[0] if ours else convert.read_official(path)[0]
     except UserError as error:
         raise UserError(f"config.init_from={config.init_from} cannot be read: {error}") from None
 

@@ -26,19 +26,22 @@ def text_config(t5_folder):
     return config
 
 
-def ask(tmp_path, count, *flags):
+def ask(tmp_path, config, count, *flags):
     """The flags of `sample` for `count` prompts, of one to six words."""
     words = "small large red green blue six".split()
     lines = (" ".join(RNG.permutation(words)[: 1 + i % 6]) for i in range(count))
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     file = f"--prompts_file={tmp_path / 'prompts.txt'}"
-    return request.parse("", ["--checkpoint=x", "--out=y", file, *flags])
+    encoder = f"--text_encoder={config.text.encoder}"
+    return request.parse("", ["--checkpoint=x", "--out=y", file, encoder, *flags])
 
 
 def test_states_do_not_depend_on_when_they_are_made(text_config, tmp_path, monkeypatch):
     """Catches a text whose states depend on its image's batch, or that gets those of another; and the
     encoder in memory for a few prompts, which are all encoded at once."""
-    args = ask(tmp_path, 200, "--negative_prompt=blue", "--num_images=300", "--first_image=7")
+    args = ask(
+        tmp_path, text_config, 200, "--negative_prompt=blue", "--num_images=300", "--first_image=7"
+    )
     whole = read_conditions(args, text_config, None)
     assert whole.table._encoder is None
     monkeypatch.setattr(conditions, "KEPT", 2)
@@ -66,7 +69,7 @@ def test_a_process_encodes_its_share_alone(text_config, tmp_path, monkeypatch):
     encoded = []
     encode = States._encode
     monkeypatch.setattr(States, "_encode", lambda s, b: (encoded.append(b), encode(s, b))[1])
-    found = read_conditions(ask(tmp_path, 960), text_config, None)
+    found = read_conditions(ask(tmp_path, text_config, 960), text_config, None)
     assert not encoded, "before the first image"
     for chunk in chunks(960, 2 * ENCODED, 1, 3):
         found.of(chunk)

@@ -15,7 +15,7 @@ from pixelflow_jax.config import load_config
 from pixelflow_jax.convert import official_config, official_yaml, read_official
 from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.layouts import read_prompts_file
-from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.checkpoints import load_params, open_manager
 
 # Of a damaged checkpoint Orbax's other reads fail unheard; in a command, cli.run keeps them quiet
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -174,10 +174,11 @@ def test_found_checkpoints(trained, tmp_path, change, message):
     "change", [{"custom_metadata": 7}, {"commit_timestamp_nsecs": "x"}, {"no": 1}, {"deep": 1}]
 )
 def test_found_checkpoint_of_orbax(trained, tmp_path, change):
-    """Catches a traceback where Orbax's own notes of a step are damaged."""
+    """Catches a traceback where Orbax's own notes of a step are damaged; the step itself is whole."""
     run = shutil.copytree(trained, tmp_path / "run")
     path = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
     notes = json.dumps(json.loads(path.read_text()) | {"custom_metadata": {"a": 1}} | change)
     path.write_text("[" * 100_000 if "deep" in change else notes)
+    assert load_params(run)[2]["step"] == 4
     with pytest.raises(UserError, match="whole checkpoints"):
-        load_params(run)
+        open_manager(run)

@@ -163,6 +163,10 @@ def test_from_training_to_prompts(kind, tmp_path, t5_folder, capsys):
     assert (tmp_path / "run" / "samples" / "4.png").exists()
     prompts = ["a small red six on a blue background, on the left", "two " * 20]
     flags = [f"--checkpoint={run}", f"--out={tmp_path / 'out'}", "--batch_size=2"]
+    if kind == "frozen":
+        with pytest.raises(UserError, match="--text_encoder"):
+            sample.main([*flags, "--prompt=six"])
+        flags.append(f"--text_encoder={t5_folder}")
     sample.main([*flags, *(f"--prompt={prompt}" for prompt in prompts)])
     assert conditions._encoder.cache_info().currsize == 0  # nothing of it stays on the devices
     printed = capsys.readouterr()

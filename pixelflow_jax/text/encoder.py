@@ -5,6 +5,7 @@ with model.safetensors.index.json.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,7 @@ from pixelflow_jax.text.tokenizer import Tokenizer, read_tokenizer, word_tokeniz
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 HUB_FILES = (CONFIG, "*.safetensors", INDEX, "tokenizer.json", "spiece.model")
 JOINT = "joint"  # config.text.encoder of an encoder that is trained with the model
+KNOWN = tuple(f"google/flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl"))
 
 
 def make_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -60,6 +62,37 @@ def encoder_folder(name: str) -> epath.Path:
             "--text_encoder) names a T5 folder or a hub id"
         )
     return files.folder_or_hub(name, "the text encoder", HUB_FILES)
+
+
+def trusted_encoder(name: str, checkpoint: epath.PathLike) -> str:
+    """The encoder that a checkpoint's own config names, which may come from anywhere.
+
+    A folder inside the checkpoint's, or one of KNOWN; so no checkpoint chooses what is downloaded, or
+    read with somebody's rights.
+
+    Raises:
+      UserError: for another; names the flag with which a person says so.
+    """
+    if name in ("", JOINT, *KNOWN):
+        return name
+    path = files.absolute(checkpoint)
+    folders = [path]
+    for depth, step in enumerate((path, path.parent)):  # the run's folder, if this is a step's in it
+        folders += [path.parents[depth]] if step.name == "checkpoints" else []
+    for folder in map(str, folders):
+        place = os.path.join(folder, name) if "://" not in name else name
+        if _real(place).startswith(_real(folder) + "/") and epath.Path(place).is_dir():
+            return place
+    raise UserError(
+        f"--checkpoint={checkpoint} names {name} as its text encoder: no folder of its own, nor one of "
+        f"{', '.join(KNOWN)}. If that is what you want: --text_encoder={name}"
+    )
+
+
+def _real(path: str) -> str:
+    """A path without links and "..", by which to tell what is inside what."""
+    scheme, mark, rest = path.rpartition("://")
+    return f"{scheme}{mark}{os.path.normpath(rest)}" if mark else os.path.realpath(path)
 
 
 class TextEncoder:

@@ -8,6 +8,7 @@ A converted checkpoint has `params` and `meta` only.
 import contextlib
 import importlib.metadata
 import logging
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files
+from pixelflow_jax import files, hardware
 from pixelflow_jax.config import build_model, config_from_dict
 from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.models.conditioning import init_params
@@ -160,7 +161,7 @@ def _try_restore(
     restored, reason = None, ""
     with _open(folder, options) as reader:
         try:
-            restored = restore(reader, step, template), _read_meta(reader, step)
+            restored = restore(reader, step, template), _step_meta(reader, step)
         except (jax.errors.JaxRuntimeError, MemoryError):
             raise  # out of memory is not damage
         except PermissionError as error:
@@ -228,8 +229,13 @@ def restore(manager: ocp.CheckpointManager, step: int, template: TrainState) -> 
     return TrainState(counters[1], restored.params, {**restored.optimizer, "ema": ema})
 
 
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+def _step_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return _checked_meta(
+        manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    )
+
+
+def _checked_meta(meta: Any) -> dict[str, Any]:
     if not isinstance(meta, dict) or not {"step", "config"} <= meta.keys():
         raise ValueError("its meta item is not one of a checkpoint")
     return meta
@@ -243,71 +249,78 @@ def load_params(
     Of several processes, all must call it; they read the step that process 0 finds.
 
     Args:
-      checkpoint: a workdir (its newest step is taken) or one step's folder in it.
+      checkpoint: a workdir (its newest step is taken) or one step's folder, under any name.
       ema: which average, by its decay or half-life; 0 takes the raw parameters, None the first average.
 
     Raises:
       UserError: if that is no checkpoint, or it has no such average.
     """
-    folder, step = _find_step(checkpoint)
+    hardware.local_devices()
+    folder, newest = find_step(checkpoint)
     # One step for all, though a training may save meanwhile; in two parts, as JAX has 32 bits.
-    parts = multihost_utils.broadcast_one_to_all(np.array(divmod(step, 10**9), np.int32))
-    step = int(parts[0]) * 10**9 + int(parts[1])
-    with _open(folder, ocp.CheckpointManagerOptions(create=False)) as manager:
-        try:
-            meta = _read_meta(manager, step)
-            config = config_from_dict(meta["config"])
-            abstract = jax.eval_shape(lambda: init_params(build_model(config), 0))
-        except (
-            FileNotFoundError,
-            ArithmeticError,
-            KeyError,
-            ValueError,
-            TypeError,
-            RecursionError,
-        ) as error:
-            raise UserError(
-                f"{folder / str(step)} is not a whole checkpoint: {_in_short(error)}"
-            ) from None
-        known = [*config.ema.decays, *config.ema.half_lives]
-        known = known if (folder / str(step) / "ema").exists() else []
-        if ema is None:
-            ema = known[0] if known else 0.0
-        if ema and ema not in known:
-            raise UserError(f"--ema={ema}: {checkpoint} has {known or 'no averages'}; 0 is without")
-        name, target = ("ema", [abstract] * len(known)) if ema else ("params", abstract)
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(_abstract(target))})
-        try:
-            restored = manager.restore(step, args=args)[name]
-            check_fingerprints(name, restored, meta)
-        except (jax.errors.JaxRuntimeError, MemoryError):
-            raise
-        except Exception as error:  # Orbax and tensorstore raise a dozen kinds
-            raise UserError(
-                f"{folder / str(step)} is damaged, or does not fit its config: {_in_short(error)}"
-            ) from None
+    step = divmod(int(folder.name), 10**9) if newest else (0, 0)
+    parts = multihost_utils.broadcast_one_to_all(np.array(step, np.int32))
+    if newest:
+        folder = folder.parent / str(int(parts[0]) * 10**9 + int(parts[1]))
+    try:
+        meta = _checked_meta(_read(folder, "meta", ocp.args.JsonRestore()))
+        config = config_from_dict(meta["config"])
+        abstract = jax.eval_shape(lambda: init_params(build_model(config), 0))
+    except (OSError, ArithmeticError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint: {_in_short(error)}") from None
+    known = [*config.ema.decays, *config.ema.half_lives]
+    known = known if "ema" in meta.get("fingerprints", ()) or (folder / "ema").exists() else []
+    if ema is None:
+        ema = known[0] if known else 0.0
+    if ema and ema not in known:
+        raise UserError(f"--ema={ema}: {checkpoint} has {known or 'no averages'}; 0 is without")
+    name, target = ("ema", [abstract] * len(known)) if ema else ("params", abstract)
+    try:
+        restored = _read(folder, name, ocp.args.StandardRestore(_abstract(target)))
+        check_fingerprints(name, restored, meta)
+    except (jax.errors.JaxRuntimeError, MemoryError, UserError):
+        raise
+    except Exception as error:  # Orbax and tensorstore raise a dozen kinds
+        raise UserError(f"{folder} is damaged, or does not fit its config: {_in_short(error)}") from None
     return restored[known.index(ema)] if ema else restored, config, {**meta, "ema": ema}
 
 
-def _find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, int]:
-    """(folder of all steps, step) for a workdir, a `checkpoints` folder or a step's folder."""
-    path = files.absolute(checkpoint)
+def _read(folder: epath.Path, name: str, how: ocp.args.CheckpointArgs) -> Any:
+    """An item of a step's folder, which may have any name. Raises UserError if it is not there."""
+    if not (folder / name).exists():
+        raw = "; --ema=0 samples the raw parameters" if name == "ema" else ""
+        raise UserError(f"{folder / name} is missing: copy all of the checkpoint{raw}")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=ocp.args.Composite(**{name: how}))[name]
+
+
+def find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, bool]:
+    """(a step's folder, whether it is the newest of several) of a workdir, or of that folder itself.
+
+    Raises:
+      UserError: if there is none.
+    """
+    path = files.absolute(files.clean_text("--checkpoint", os.fspath(checkpoint)))
     if not path.exists():
         raise UserError(f"--checkpoint={checkpoint}: there is no such folder")
-    if STEP.fullmatch(path.name) and (path / "meta").exists():
-        return path.parent, int(path.name)
     for folder in (path / FOLDER, path):
+        if folder == path and _is_step(path):
+            return path, False
         steps = [int(name) for name in files.list_files(folder) if STEP.fullmatch(name)]
-        steps = [step for step in steps if (folder / str(step) / "meta").exists()]
+        steps = [step for step in steps if _is_step(folder / str(step))]
         # In a bucket a step has its name before all of it is there, and a mark at the end, which a run
         # that was copied there does not have.
         whole = [step for step in steps if ocp.utils.is_checkpoint_finalized(folder / str(step))]
         if steps:
-            return folder, max(whole or steps)
+            return folder / str(max(whole or steps)), True
     raise UserError(
-        f"--checkpoint={checkpoint} holds no checkpoint; give the workdir of a training run, or a "
-        f"folder that pixelflow_jax.convert wrote"
+        f"--checkpoint={checkpoint} holds no checkpoint; give the workdir of a training run, a step's "
+        f"folder, or a folder that pixelflow_jax.convert wrote"
     )
+
+
+def _is_step(folder: epath.Path) -> bool:
+    return any((folder / name).exists() for name in ("meta", "params", "ema"))
 
 
 def _abstract(tree):
