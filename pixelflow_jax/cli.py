@@ -23,7 +23,8 @@ from pixelflow_jax import files, hardware, hosts
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import EXIT_LOST, Lost, UserError, sentence
 
-WORDS = ("prompt", "negative_prompt")  # flags of text that may look like anything
+# Flags of text that may look like anything
+WORDS = ("prompt", "negative_prompt", "labels", "negative_labels")
 LITTLE = 1 << 16  # bytes that are free on a full disk
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 

@@ -2,7 +2,11 @@
 
 import argparse
 import dataclasses
+import difflib
 import functools
+import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +17,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import arrays, sharding
 from pixelflow_jax.config import DTYPES
+from pixelflow_jax.data.names import loose
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.layouts import check_layout, read_prompts_file
 from pixelflow_jax.models.conditioning import Condition
@@ -30,6 +35,7 @@ LABEL_FLAGS, PROMPT_FLAGS = (
     ("labels", "negative_labels"),
     ("prompt", "prompts_file", "negative_prompt", "layout"),
 )
+CLASS = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)')  # of a list of classes
 ENCODED, KEPT = 16, 64  # texts a batch of a frozen encoder, and batches whose states are kept
 
 
@@ -101,8 +107,78 @@ class Conditions:
         return one
 
 
-def read_conditions(args: argparse.Namespace, config: ConfigDict, start: Any) -> Conditions:
-    """What the flags ask for. Raises UserError if that does not fit the model."""
+def labels(text: str) -> tuple[int | str, ...]:
+    """Numbers or names of classes separated by commas, for argparse; quotes make a name of anything."""
+    found, place, more = [], 0, ","
+    while more and (match := CLASS.match(text, place)):
+        quoted, bare, more = match.groups()
+        name = bare if quoted is None else quoted.replace('""', '"')
+        if not name:
+            break
+        is_number = quoted is None and re.fullmatch(r"-?\d{1,18}", bare)
+        found.append(int(name) if is_number else name)
+        place = match.end()
+    else:
+        if not more:
+            return tuple(found)
+    raise argparse.ArgumentTypeError(
+        f"expected numbers or names of classes separated by commas (a name with a comma in quotes), got "
+        f"{text!r}"
+    )
+
+
+def as_flag(asked: Sequence[int | str]) -> str:
+    """Numbers and names of classes as `labels` reads them: what is a string here stays a name."""
+    return ",".join('"{}"'.format(x.replace('"', '""')) if isinstance(x, str) else str(x) for x in asked)
+
+
+def class_numbers(flag: str, asked: Sequence[int | str], names: dict[int, str], count: int) -> list[int]:
+    """The numbers of classes that are asked for by number or name.
+
+    Args:
+      names: of the classes, as far as they are known.
+      count: how many classes the model has.
+
+    Raises:
+      UserError: for a number or a name that no class has, or a name that several have.
+    """
+    return [_class_number(flag, label, names, count) for label in asked]
+
+
+def _class_number(flag: str, label: int | str, names: dict[int, str], count: int) -> int:
+    if isinstance(label, str):
+        found = [x for x, name in names.items() if name == label]
+        found = found or [x for x, name in names.items() if loose(name) == loose(label)]
+        if len(found) > 1:
+            raise UserError(f"--{flag}: the classes {found} are all called {label!r}: give a number")
+        if found:
+            return found[0]
+        if not label.isdecimal():
+            close = difflib.get_close_matches(label, names.values(), n=3, cutoff=0.5)
+            near = f"near are {as_flag(close)}; " if close else ""
+            near = near if names else "the checkpoint keeps no names of classes; "
+            raise UserError(
+                f"--{flag}: no class is called {label!r}; {near}their numbers are 0 to {count - 1}"
+            )
+        label = int(label)
+    if not 0 <= label < count:
+        raise UserError(f"--{flag}: {label} is not a class; they are 0 to {count - 1}")
+    if names.get(label, str(label)) != str(label) and str(label) in names.values():
+        print(
+            f"note: --{flag}={label} is the class {names[label]!r} by its number; the one of this name "
+            f"is --{flag}='{as_flag([str(label)])}'",
+            file=sys.stderr,
+        )
+    return label
+
+
+def read_conditions(
+    args: argparse.Namespace, config: ConfigDict, start: Any, classes: dict[str, str]
+) -> Conditions:
+    """What the flags ask for; `classes` are the names of those that training saw, by number.
+
+    Raises UserError if that does not fit the model.
+    """
     text = config.model.context_dim > 0
     for name in LABEL_FLAGS if text else PROMPT_FLAGS:
         if getattr(args, name) is not None:
@@ -110,7 +186,10 @@ def read_conditions(args: argparse.Namespace, config: ConfigDict, start: Any) ->
             raise UserError(
                 f"--checkpoint={args.checkpoint} is a {kind} model: use {other}, not --{name}"
             )
-    return _of_prompts(args, config, start) if text else _of_labels(args, config, start)
+    if text:
+        return _of_prompts(args, config, start)
+    known = {int(label): name for label, name in classes.items()} if config.model.num_classes else {}
+    return _of_labels(args, config, start, known)
 
 
 def _count(args: argparse.Namespace, start: Any, default: int) -> int:
@@ -121,19 +200,18 @@ def _count(args: argparse.Namespace, start: Any, default: int) -> int:
     return args.num_images or default
 
 
-def _of_labels(args, config: ConfigDict, start: Any) -> Conditions:
+def _of_labels(args, config: ConfigDict, start: Any, names: dict[int, str]) -> Conditions:
     classes = max(config.model.num_classes, 1)  # without classes, all are 0, which the network ignores
     for flag in LABEL_FLAGS:
-        for label in getattr(args, flag) or ():
-            if not 0 <= label < classes:
-                text = ",".join(map(str, getattr(args, flag)))
-                raise UserError(f"--{flag}={text}: {label} is not a class; they are 0 to {classes - 1}")
+        if getattr(args, flag):
+            setattr(args, flag, class_numbers(flag, getattr(args, flag), names, classes))
     if args.labels:
         pattern = np.array(args.labels)
     elif isinstance(start, starts.FromNoise):
         pattern = read_labels(args.from_noise, classes)
     else:
-        pattern = np.arange(1 if isinstance(start, starts.BetweenSeeds) else classes)
+        pattern = np.array(sorted(names) or range(classes))
+        pattern = pattern[:1] if isinstance(start, starts.BetweenSeeds) else pattern
     count = _count(args, start, len(args.labels) if args.labels else config.sample.num_images)
     number = args.first_image + np.arange(count)
     labels = pattern.astype(np.int32)[number % len(pattern)]

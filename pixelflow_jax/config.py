@@ -17,9 +17,9 @@ from pixelflow_jax.models.transformer import PixelFlow
 
 # What decides the numbers of a run: a resumed run must agree on these.
 IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
-# Of those, what changes how fast a run goes and nothing else.
+# Of those, what changes how fast a run goes, or where the same data lie (training/start.py).
 FREE = {
-    *("model.remat", "model.scan_unroll", "model.attention"),
+    *("model.remat", "model.scan_unroll", "model.attention", "data.path"),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
     "text.cache",
 }

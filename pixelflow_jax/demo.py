@@ -141,15 +141,18 @@ class Demo:
                 raise UserError("say what the picture is to show")
             return asked | prompts | {"text_encoder": self.limits.text_encoder}
         labels = self._labels()
-        if what not in labels or negative not in ["none", *labels]:
-            raise UserError(f"a class is a number from 0 to {labels[-1]}")
+        if what not in labels.values() or negative not in ["none", *labels.values()]:
+            raise UserError("choose the classes from their lists")
         return asked | dict(
             labels=[int(what)], negative_labels=None if negative == "none" else [int(negative)]
         )
 
-    def _labels(self) -> list[str]:
-        """The classes to choose from; a model without any takes 0."""
-        return [str(number) for number in range(max(self.classes, 1))]
+    def _labels(self) -> dict[str, str]:
+        """The classes to choose from, as they are shown, with their numbers; without any, 0."""
+        names = self.pipeline.classes if self.classes else {}
+        numbers = sorted(names) or range(max(self.classes, 1))
+        texts = {number: names.get(number, str(number)) for number in numbers}
+        return {t if t == str(n) else f"{n}: {t}": str(n) for n, t in texts.items()}
 
     def sizes(self) -> list[str]:
         """Sizes to choose from, as WIDTHxHEIGHT, the trained one first: up to twice its pixels."""
@@ -246,8 +249,10 @@ class Demo:
             negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT, elem_id="negative")
         else:
             labels = self._labels()
-            what = gr.Dropdown(labels, value="0", label="Class", elem_id="class")
-            negative = gr.Dropdown(["none", *labels], value="none", label="Class to steer away from")
+            choices = list(labels.items())
+            what = gr.Dropdown(choices, value=choices[0][1], label="Class", elem_id="class")
+            choices = [("none", "none"), *choices]
+            negative = gr.Dropdown(choices, value="none", label="Class to steer away from")
         adaptive = ", ".join(name for name in SOLVERS if ORDERS[name] > 2)
         solver = gr.Dropdown(
             list(SOLVERS),

@@ -30,7 +30,7 @@ from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.rollcall import Cluster, code_digest
 from pixelflow_jax.train import check_init_from
-from pixelflow_jax.training.start import holds_run
+from pixelflow_jax.training.start import check_same_data, data_of, holds_run
 
 BATCHES = 5  # read to see how fast the data comes
 CLOCK_SECONDS = 5.0  # by which clocks may differ
@@ -77,7 +77,7 @@ def examine(args, config, cluster: Cluster | None) -> list[dict[str, bool]]:
         "devices": check_devices,
         "hosts": lambda: check_hosts(cluster),
         "batch": lambda: check_batch(config),
-        "data": lambda: check_data(config),
+        "data": lambda: check_data(config, args.workdir),
         "memory": lambda: check_memory(config, args.no_compile, state_bytes),
         "workdir": lambda: check_workdir(args.workdir, config, state_bytes),
         "bucket": lambda: check_buckets(args.workdir, config),
@@ -167,8 +167,8 @@ def check_batch(config) -> str:
     return f"{config.batch_size} over mesh {dict(mesh.shape)}, {config.batch_size // shards} a device"
 
 
-def check_data(config) -> str:
-    """Reads the first batches as training would."""
+def check_data(config, workdir: str) -> str:
+    """Compares the data with those of the run that resumes, and reads the first batches."""
     from pixelflow_jax.data.buckets import Shuffled, bucket_sizes
     from pixelflow_jax.data.loader import make_batches, why_broken
     from pixelflow_jax.data.sources import load_source
@@ -176,6 +176,7 @@ def check_data(config) -> str:
     begin = time.perf_counter()
     try:
         source = load_source(config)
+        check_same_data(epath.Path(workdir), data_of(source))
         squares = Shuffled(len(source), bucket_sizes(config.data)[:1], config.seed)  # no scan of all
         batches = make_batches(source, config, order=squares)
         bad = [i for i in next(batches)["broken"] if i >= 0]

@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from pixelflow_jax import request
+from pixelflow_jax.conditions import as_flag
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.sampling.generate import make_generate, make_stages
 
@@ -75,14 +76,19 @@ class Pipeline:
         return self._loaded.params
 
     @property
+    def classes(self) -> dict[int, str]:
+        """Numbers and names of the classes that training saw; empty if the checkpoint keeps none."""
+        return {int(label): name for label, name in self._loaded.meta.get("classes", {}).items()}
+
+    @property
     def step(self) -> int:
         return self._loaded.meta["step"]
 
     def sample(self, **settings: Any) -> UInt8[np.ndarray, "n h w 3"]:
         """Images, [N, height, width, 3], uint8; `settings` are the flags of `sample`.
 
-        Such as labels=[3, 7] or prompt="a red two" (or a list), num_images, seed, solver, num_steps (one
-        number or one a stage), guidance_scale, height, width, init_image, batch_size.
+        Such as labels=[3, "dog"] or prompt="a red two" (or a list), num_images, seed, solver, num_steps
+        (one number or one a stage), guidance_scale, height, width, init_image, batch_size.
 
         Raises:
           UserError: for settings that are unknown or do not fit the model.
@@ -159,9 +165,14 @@ def _flags(settings: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         each = [value] if name != "prompt" or isinstance(value, str) else value
-        texts = (",".join(map(str, np.asarray(v).tolist())) if np.ndim(v) else str(v) for v in each)
+        texts = (as_flag(_plain(v)) if np.ndim(v) else str(v) for v in each)
         flags += [f"--{name}={text}" for text in texts]
     return flags
+
+
+def _plain(values: Any) -> list:
+    """Any sequence as a list of Python's own values; labels may be numbers beside names."""
+    return list(values) if isinstance(values, (list, tuple)) else np.asarray(values).tolist()
 
 
 def _check_finite(finite: np.ndarray, index: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pixelflow_jax import __version__, arrays, cli, files
-from pixelflow_jax.conditions import Conditions, forget_encoder, read_conditions
+from pixelflow_jax.conditions import Conditions, forget_encoder, labels, read_conditions
 from pixelflow_jax.data.pixels import is_image
 from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.images import UINT8_RULE
@@ -44,8 +44,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="workdir of a run, or a folder that convert wrote")
     add("--out", required=True, help="folder to write")
     add("--from_png", help="a picture of `sample` or the demo, to make again; other flags change it")
-    add("--labels", type=numbers, help="classes, such as 0,1,2; in turn (default: all of them)")
-    add("--negative_labels", type=numbers, help="classes to steer away from (default: the null class)")
+    add("--labels", type=labels, help="classes, such as 0,1 or cat,dog; in turn (default: all trained)")
+    add("--negative_labels", type=labels, help="classes to steer away from (default: the null class)")
     add("--prompt", action="append", help="what to show (text models); may be given several times")
     add("--prompts_file", help='a prompt a line; .jsonl with a "prompt" each; or a folder of .txt')
     add("--layout", choices=LAYOUTS, help="also OUT/geneval or OUT/dpg, as those scorers read them")
@@ -183,7 +183,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
     params, config, meta = loaded.params, loaded.config.copy_and_resolve_references(), loaded.meta
     sampler = sampler_of(args, config)
     start, described = _start(args, sampler)
-    conditions = read_conditions(args, config, start)
+    conditions = read_conditions(args, config, start, meta.get("classes", {}))
     if once:
         forget_encoder()
     if args.nfe_budget is not None:

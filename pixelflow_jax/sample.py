@@ -162,7 +162,7 @@ def invert(args: argparse.Namespace) -> str:
     args.num_images = len(found)
     params, config, meta = load_params(args.checkpoint, args.ema)
     sampler = request.sampler_of(args, config)
-    conditions = read_conditions(args, config, None)
+    conditions = read_conditions(args, config, None, meta.get("classes", {}))
     clean = np.stack(
         [fit_image(request.read_pixels(path, "invert"), sampler.height, sampler.width) for path in found]
     )

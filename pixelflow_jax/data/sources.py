@@ -11,7 +11,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from etils import epath
@@ -119,16 +119,6 @@ def class_names(source: Source) -> dict[int, str]:
     there = getattr(source, "present", None)
     there = range(source.num_classes) if there is None else there
     return {int(label): names[label] if label < len(names) else str(label) for label in there}
-
-
-def identity(source: Source) -> dict[str, Any]:
-    """What makes data the same, wherever they lie: how many examples, a digest of them, the classes."""
-    digest, classes = getattr(source, "digest", None), class_names(source)
-    return {
-        "examples": len(source),
-        "digest": digest() if digest else "",
-        "classes": {str(label): name for label, name in classes.items()},
-    }
 
 
 def captions_at(source: Source, index: int) -> tuple[str, ...]:

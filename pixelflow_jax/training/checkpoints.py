@@ -1,8 +1,8 @@
 """Checkpoints: one Orbax CheckpointManager a run, asynchronous, with the config inside.
 
 A step's folder holds the items `params`, `ema` (a list, one entry a decay), `optimizer` and `meta`
-(JSON: step, seed, data position, config, package versions), so it is all that sampling needs.
-A converted checkpoint has `params` and `meta` only.
+(JSON: step, seed, data position, config, names of the classes, package versions), so it is all that
+sampling needs. A converted checkpoint has `params` and `meta` only.
 """
 
 import contextlib
@@ -73,17 +73,19 @@ def save(
     config: ConfigDict,
     pending: Sequence[tuple[int, dict[str, Any]]] = (),
     grid_due: bool = False,
+    classes: dict[str, str] | None = None,
 ) -> None:
     """Starts saving a train state. An error of an earlier save in the background is raised here.
 
     `pending` are the metrics of steps that no logged mean holds yet; `grid_due` says that the samples
-    of this step are still to be drawn.
+    of this step are still to be drawn; `classes` are the names of the data's, by number.
 
     Raises:
       CheckpointFailed: if this save, or an earlier one in the background, cannot be written.
     """
     step, trees = int(state.step), _trees(state)
     meta = {**_meta(step, config, trees), "pending": list(pending), "grid_due": grid_due}
+    meta["classes"] = classes or {}
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["meta"] = ocp.args.JsonSave(meta)
     with _failures(manager):

@@ -18,7 +18,7 @@ from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import check_main_guard, make_batches
-from pixelflow_jax.data.sources import Source, load_source, readable_captions
+from pixelflow_jax.data.sources import Source, class_names, load_source, readable_captions
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops
@@ -29,7 +29,13 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
-from pixelflow_jax.training.start import claim_workdir, new_state, start_or_resume
+from pixelflow_jax.training.start import (
+    claim_workdir,
+    data_of,
+    holds_run,
+    new_state,
+    start_or_resume,
+)
 from pixelflow_jax.training.step import PICTURE, TrainState, abstract_state, make_train_step
 from pixelflow_jax.training.watchdog import STARTING
 
@@ -78,8 +84,10 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
         watch(f"{STARTING}: {what}")
 
     starting(f"listing {config.data.path or config.data.source}")
-    source = load_source(config)
-    resuming = claim_workdir(workdir, config)
+    holds_run(workdir, config)  # before an index is written there
+    source = load_source(config, workdir=workdir, watch=starting)
+    data = data_of(source)
+    resuming = claim_workdir(workdir, config, data)
 
     model, optimizer = build_model(config), build_optimizer(config)
     manager = checkpoints.open_manager(workdir, config.keep_checkpoints, config.keep_every)
@@ -104,6 +112,8 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
             metrics.say(f"Going on from step {first} of {workdir}")
         elif resuming:
             metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
+        if config.model.num_classes:
+            metrics.say(f"Classes of the data: {list_classes(class_names(source))}")
         with _closing(metrics), _closing(profiler):
             if meta.get("grid_due") and config.sample_every:
                 starting(f"samples after step {first}")
@@ -133,7 +143,8 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
                     watch(f"checkpoint after step {step}")
                     pending = metrics.check()  # a broken state must not replace a good checkpoint
                     with metrics.paused():
-                        checkpoints.save(manager, state, config, pending, grid_due=bool(draw and stop))
+                        due, classes = bool(draw and stop), data["classes"]
+                        checkpoints.save(manager, state, config, pending, due, classes)
                 if stop:
                     checkpoints.check_background_save(manager, wait=True)
                     raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
@@ -263,10 +274,20 @@ def make_sample_grid(
     return draw
 
 
+def list_classes(names: dict[int, str], most: int = 20) -> str:
+    """Numbers with names, on a line; of many, the first and the last (data.json has all)."""
+    listed = [f"{label} {name}" if name != str(label) else name for label, name in names.items()]
+    if len(listed) > most:
+        listed[most - 2 : -1] = [f"... ({len(listed)} in all)"]
+    return ", ".join(listed)
+
+
 def grid_conditions(config: ConfigDict, source: Source, index: np.ndarray):
     """(condition, null condition) of a grid's images: the classes in turn, or the first captions."""
     if not config.model.context_dim:
-        labels = (index % max(config.model.num_classes, 1)).astype(np.int32)
+        # Those that the data have examples of
+        classes = [*class_names(source)] if config.model.num_classes else [0]
+        labels = np.array(classes, np.int32)[index % len(classes)]
         return {"labels": labels}, {"labels": np.full_like(labels, config.model.num_classes)}
     read = make_text_reader(config)
     texts = [readable_captions(source, int(i))[0] for i in index]

@@ -1,5 +1,7 @@
-"""How a run begins: its workdir, and its state, new or restored."""
+"""How a run begins: its workdir, its data, and its state, new or restored."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +17,15 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import files
 from pixelflow_jax.config import config_from_dict, differences
+from pixelflow_jax.data.sources import Source, class_names
+from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.step import TrainState, abstract_state, init_state
 
-CONFIG = "config.json"  # in a workdir
+CONFIG, DATA = "config.json", "data.json"  # in a workdir
 
 
 def start_or_resume(
@@ -95,16 +99,73 @@ def holds_run(workdir: epath.Path, config: ConfigDict) -> bool:
                 f"--workdir={workdir} holds a run of another config; these differ: "
                 f"{'; '.join(changed)}. Name a new workdir"
             )
-    elif names:
+    elif set(names) - {INDEX}:
         raise UserError(f"--workdir={workdir} holds files but no run; name a new or empty folder")
     return path.name in names
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
-    """Writes config.json into a workdir. Returns whether there was a run; raises as `holds_run`."""
+def data_of(source: Source) -> dict[str, Any]:
+    """What makes data the same, wherever they lie: how many examples, a digest of them, the classes.
+
+    The digest is of names (and labels), or, where examples have no names, of sizes and checksums:
+    nothing is read for it that the source has not read before.
+
+    Raises:
+      UserError: if processes see different data.
+    """
+    digest, classes = getattr(source, "digest", None), class_names(source)
+    found = {
+        "examples": len(source),
+        "digest": digest() if digest else "",
+        "classes": {str(label): name for label, name in classes.items()},
+    }
+    check = hashlib.sha256(json.dumps(found).encode()).digest()[:16]
+    checks = np.atleast_2d(multihost_utils.process_allgather(np.frombuffer(check, np.uint32)))
+    if len(np.unique(checks, axis=0)) > 1:
+        others = [str(i) for i, other in enumerate(checks) if (other != checks[0]).any()]
+        raise UserError(
+            f"config.data.path shows process {', '.join(others)} other data than process 0; this one "
+            f"({jax.process_index()}) sees {len(source)} examples"
+        )
+    return found
+
+
+def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
+    """Raises UserError if the run in a workdir has taken steps on other data (see `data_of`)."""
+    steps = [x for x in files.list_files(workdir / checkpoints.FOLDER) if checkpoints.STEP.fullmatch(x)]
+    if not steps or DATA not in files.list_files(workdir):  # older versions did not keep it
+        return
+    was = files.read_json(workdir / DATA)
+    if was == data:
+        return
+    said = []
+    with blame(
+        f"{workdir / DATA} does not say what a run's data are", (KeyError, TypeError, AttributeError)
+    ):
+        if was["examples"] != data["examples"]:
+            said.append(f"{data['examples']} examples, it had {was['examples']}")
+        labels = was["classes"].keys() | data["classes"].keys()
+        for label in sorted(labels, key=int):
+            old, new = was["classes"].get(label), data["classes"].get(label)
+            if old != new:
+                said.append(f"class {label} is {new or 'without examples'}, it was {old or 'without'}")
+    said = said[:3] or ["as many examples, but with other names, sizes or labels, or in another order"]
+    raise UserError(
+        f"--workdir={workdir} holds a run on other data than config.data.path shows: {'; '.join(said)}. "
+        f"Give it the data of before, or a new workdir (--config.init_from={workdir} keeps the weights)"
+    )
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> bool:
+    """Writes config.json and data.json into a workdir; returns whether there was a run.
+
+    Raises UserError as `holds_run` and `check_same_data`.
+    """
     there = holds_run(workdir, config)
+    check_same_data(workdir, data)
     multihost_utils.sync_global_devices("every process has looked at the workdir")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(workdir / CONFIG, config.to_dict())
+        files.write_json(workdir / DATA, data)
     return there
