@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pixelflow_jax import files
-from pixelflow_jax.errors import UserError, blame, check_text
+from pixelflow_jax.errors import UserError, blame
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 KEYS = ("text", "caption", "captions", "prompt")  # of a line of metadata, or of a .json in a tar
@@ -21,7 +21,7 @@ def captions_of(values: dict[str, Any], where: str) -> tuple[str, ...]:
             if not found or not all(isinstance(text, str) for text in found):
                 raise UserError(f"{where}: {key!r} must be a text or a list of texts")
             for text in found:
-                check_text(f"{where}: {key!r}", text, is_path=False)
+                files.clean_text(f"{where}: {key!r}", text, is_path=False)
             return tuple(found)
     raise UserError(f"{where} has no caption; it needs one of the keys {', '.join(KEYS)}")
 
@@ -62,7 +62,7 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             values = json.loads(line)
-            check_text("file_name", values["file_name"])
+            files.clean_text("file_name", values["file_name"], is_path=False)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{where} is not a JSON object with a file_name: {error}") from None
         yield where, values
