@@ -164,12 +164,8 @@ def test_text_models_lower_for_gpus(case, dtype, monkeypatch):
     for module in (step, generate):
         monkeypatch.setattr(module, "platform_of", lambda device: "gpu")
     text = lowered(*case, f"dtype={dtype}")
-    masked = text.count("PADDING")  # of cuDNN's calls, those to a text: half of them
-    assert (
-        masked and 2 * masked == text.count("custom_call @__cudnn$")
-        if dtype == "bfloat16"
-        else not masked
-    )
+    masked, all_of_them = text.count("PADDING"), text.count("custom_call @__cudnn$")
+    assert (2 * masked >= all_of_them > 0) if dtype == "bfloat16" else not all_of_them
 
 
 @pytest.mark.slow

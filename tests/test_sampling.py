@@ -7,13 +7,15 @@ import pytest
 
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.sampling import sampler as sampler_room
 from pixelflow_jax.sampling.adaptive import solve_adaptive
 from pixelflow_jax.sampling.generate import make_generate
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler, class_conditions
-from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS, WITHOUT_ERROR, solve_fixed
+from pixelflow_jax.sampling.solvers import CONTROLS, ORDERS, SOLVERS, WITHOUT_ERROR, solve_fixed
 from pixelflow_jax.sampling.starts import FromSeed, image_keys
 
 from diffrax_fixed import solve_fixed_diffrax
@@ -233,3 +235,39 @@ def test_bad_settings_are_named():
     for bad in ((0,), (5, -1), ()):
         with pytest.raises(UserError, match="at least 1"):
             TimeGrid(bad)
+
+
+def controls():
+    """Every solver with every control that it has."""
+    kinds = {name: ("fixed",) if name in WITHOUT_ERROR else CONTROLS[1:] for name in SOLVERS}
+    return [
+        pytest.param(
+            name,
+            control,
+            marks=[pytest.mark.slow]
+            * ((name, control) not in (("euler", "fixed"), ("dopri5", "per_image"))),
+        )
+        for name, found in kinds.items()
+        for control in found
+    ]
+
+
+@pytest.mark.parametrize("solver, control", controls())
+def test_the_limit_of_tokens_bounds_the_memory(solver, control, monkeypatch):
+    """Catches temporaries of the network that grow with the batch, under vmap too."""
+    monkeypatch.setattr(sampler_room, "MAX_TOKENS", 2 * 2 * 64)  # two images with their two halves
+    model = PixelFlow(4, 16, 1, 2, num_classes=10)
+    times = TimeGrid((2,))
+    sampler = Sampler(model, Cascade(1), 16, 16, times, Guidance(2.0), solver, step_control=control)
+    params = jax.eval_shape(lambda: init_params(model, 0))
+
+    def temporaries(count):
+        index = jax.ShapeDtypeStruct((count,), jnp.int32)
+        conditions = ({"labels": index},) * 2
+        compiled = make_generate(sampler).lower(params, {"index": index}, *conditions).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(2), temporaries(64)
+    # What an image adds: itself and its noise; where the batch has one error control, all slopes too
+    state = 4 * 16 * 16 * 3 * (60 if control == "per_batch" else 30)
+    assert many < few + 62 * state, (few, many, (many - few) / 62 / (4 * 16 * 16 * 3))

@@ -177,9 +177,9 @@ class Sampler:
                 x = solve_fixed(self.solver, field, x, np.array(part.taus))
                 count = (len(part.taus) - 1) * evaluations_per_step(self.solver)
             elif self.control == "per_image":
-                x, count = jax.vmap(functools.partial(self._adapt_one, *args))(
-                    x, condition, null_condition
-                )
+                # Groups here, as the network sees all images at once under vmap
+                each = jax.vmap(functools.partial(self._adapt_one, *args))
+                x, count = self._by_groups(each, 1 + guided, x, condition, null_condition)
             else:
                 x, count = self._adapt(self.field(*args, condition, null_condition), x, part)
             nfe += count
@@ -215,11 +215,19 @@ class Sampler:
             for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
         ]
 
-    def _images_at_a_time(self, x: Float[Array, "b h w c"], halves: int) -> int:
-        """The largest divisor of the batch whose tokens do not pass MAX_TOKENS, or 1."""
+    def _by_groups(self, function: Callable, halves: int, x: Float[Array, "b h w c"], *rest):
+        """`function` of a batch, a group at a time: as many images as have at most MAX_TOKENS, or 1.
+
+        A group's size divides the batch, so that there is one program.
+        """
         row = halves * x.shape[1] * x.shape[2] // self.model.base_patch**2 // self.shards
         fitting = range(min(len(x), MAX_TOKENS // row), 1, -1)
-        return next((n for n in fitting if len(x) % n == 0), 1)
+        size = next((n for n in fitting if len(x) % n == 0), 1)
+        if size == len(x):
+            return function(x, *rest)
+        groups = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, *rest))
+        out = jax.lax.map(lambda group: function(*group), groups)
+        return jax.tree.map(lambda y: y.reshape(len(x), *y.shape[2:]), out)
 
     def field(
         self, params, grid: StageGrid, weight: float, condition: Condition, null_condition: Condition
@@ -254,11 +262,10 @@ class Sampler:
             return images.unpatchify(out, height, width, p)
 
         def velocity(x, tau):
-            size = self._images_at_a_time(x, len(pair))
-            if size == len(x):
+            def part(x, inputs):
                 return network(x, inputs, tau)
-            parts = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, inputs))
-            return jax.lax.map(lambda part: network(*part, tau), parts).reshape(x.shape)
+
+            return self._by_groups(part, len(pair), x, inputs)
 
         return velocity
 
