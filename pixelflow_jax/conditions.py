@@ -33,7 +33,7 @@ from pixelflow_jax.text.tokenizer import Tokens
 
 LABEL_FLAGS, PROMPT_FLAGS = (
     ("labels", "negative_labels"),
-    ("prompt", "prompts_file", "negative_prompt", "layout"),
+    ("prompt", "prompts_file", "negative_prompt", "layout", "text_encoder"),
 )
 CLASS = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)')  # of a list of classes
 ENCODED, KEPT = 16, 64  # texts a batch of a frozen encoder, and batches whose states are kept

@@ -5,19 +5,29 @@ import importlib
 import types
 from collections.abc import Iterator
 
+LONGEST = 3000
+
 
 class UserError(ValueError):
     """Bad input from a person: a flag, a file, a config value.
 
     The message says what was wrong, where it came from and what would be right. Commands print it
-    as one line without a traceback and exit with code 2; anything else that escapes is a bug.
+    as one line without a traceback and exit with code 2; anything else that escapes is a bug. A longer
+    one than LONGEST characters, such as one that quotes a value, loses its middle.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(_cut(message, LONGEST))
 
 
 def sentence(error: BaseException, limit: int = 600) -> str:
     """What an error says, on one line that a terminal can show; a long text loses its middle."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return _cut(text, limit)
+
+
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 

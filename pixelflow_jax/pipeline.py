@@ -88,7 +88,8 @@ class Pipeline:
         """Images, [N, height, width, 3], uint8; `settings` are the flags of `sample`.
 
         Such as labels=[3, "dog"] or prompt="a red two" (or a list), num_images, seed, solver, num_steps
-        (one number or one a stage), guidance_scale, height, width, init_image, batch_size.
+        (one number or one a stage), guidance_scale, height, width, batch_size; init_image is a path, one
+        of Pillow's images, an array [H, W, 3], or a list of these.
 
         Raises:
           UserError: for settings that are unknown or do not fit the model.
@@ -116,6 +117,7 @@ class Pipeline:
         job = self._job(settings)
         count = len(job.conditions)
         job = dataclasses.replace(job, batch_size=max(count, job.batch_size))
+        request.check_memory("num_images", job.batch_size, job.sampler, 4)
         run = self._program(make_stages, job)
         (_, index), nfe = next(self._batches(job)), []
         described = [job.settings_of(i) for i in range(count)]
@@ -125,10 +127,15 @@ class Pipeline:
             yield Samples(np.asarray(end.pixels)[:count], np.concatenate(nfe, axis=1), described)
 
     def _job(self, settings: dict[str, Any]) -> request.Job:
+        picture = settings.get("init_image")
+        settings = settings if picture is None else {**settings, "init_image": "pixels"}
         argv = [f"--checkpoint={self._checkpoint}", "--out=", *_flags(settings)]
         args = request.parse("", argv)
+        args.init_image = picture  # a path, or pixels, which no flag can be
         request.check_flags(args)
-        return request.prepare(args, self._loaded)
+        job = request.prepare(args, self._loaded)
+        request.check_memory("num_images", len(job.conditions), job.sampler, 1)
+        return job
 
     def _program(self, make, job: request.Job):
         """The compiled program of a job; jobs that differ in seed and conditions alone share it."""

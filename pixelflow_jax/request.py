@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from typing import Any
@@ -16,13 +17,12 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import __version__, arrays, cli, files
 from pixelflow_jax.conditions import Conditions, forget_encoder, labels, read_conditions
-from pixelflow_jax.data.pixels import is_image
-from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.errors import UserError
 from pixelflow_jax.images import UINT8_RULE
 from pixelflow_jax.layouts import LAYOUTS
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
 from pixelflow_jax.sampling.budget import plan_steps
-from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings, read_image
+from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 from pixelflow_jax.training.checkpoints import load_params
 
@@ -33,7 +33,15 @@ FROM_CONFIG = (
 )
 BATCH, MAX_BATCH = 25, 256  # images at a time, if nobody says otherwise; and at most, if a picture does
 PILOTS = 8  # images that --nfe_budget is measured on
+MOST_IMAGES, MOST_AT_ONCE, MOST_STEPS = 10_000_000, 65_536, 10_000
 STARTS = ("init_image", "from_noise", "interpolate", "invert")
+# Flags that do nothing beside one of those
+WITHOUT_EFFECT = {
+    "init_image": ("first_image",),
+    "from_noise": ("first_image", "seed"),
+    "interpolate": ("first_image", "seed"),
+    "invert": ("first_image", "seed", "num_images", "num_png", "save_stages", "layout", "context"),
+}
 PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "numpy")
 
 
@@ -88,11 +96,19 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot be right, whatever the checkpoint."""
-    for name in ("batch_size", "context", "num_images", "nfe_budget"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.num_png is not None and args.num_png < 0:
-        raise UserError(f"--num_png must not be negative, got {args.num_png}")
+    for name, least, most in (
+        ("batch_size", 1, MOST_AT_ONCE),
+        ("context", 1, MOST_AT_ONCE),
+        ("num_images", 1, MOST_IMAGES),
+        ("num_png", 0, MOST_IMAGES),
+        ("num_steps", 1, MOST_STEPS),
+        ("nfe_budget", 1, MOST_STEPS),
+    ):
+        value = getattr(args, name)
+        for number in value if isinstance(value, tuple) else [value]:
+            if number is not None and not least <= number <= most:
+                bound = f"at least {least}" if number < least else f"at most {most:,}"
+                raise UserError(f"--{name} must be {bound}, got {number}")
     if args.first_image < 0 or args.first_image + (args.num_images or 1) > 2**31:
         raise UserError(f"--first_image must lie in 0..2^31-1, got {args.first_image}")
     for seed in (args.seed, *(args.interpolate or ())):
@@ -101,9 +117,10 @@ def check_flags(args: argparse.Namespace) -> None:
     given = [name for name in STARTS if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} exclude each other")
-    if given and args.first_image:
-        raise UserError(f"--first_image and --{given[0]} exclude each other")
-    if args.init_image is None and (args.from_stage is not None or args.strength != 1):
+    for name in WITHOUT_EFFECT[given[0]] if given else ():
+        if name in args.given:
+            raise UserError(f"--{name} does nothing with --{given[0]}; leave it out")
+    if args.init_image is None and args.given & {"from_stage", "strength"}:
         raise UserError("--from_stage and --strength go with --init_image")
     if args.interpolate is not None and len(args.interpolate) != 2:
         raise UserError(f"--interpolate needs two seeds, got {len(args.interpolate)}")
@@ -218,6 +235,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
         print(f"warning: {args.from_png} was made with other weights", file=sys.stderr)
     few = 1 << (len(conditions) - 1).bit_length()  # a power of two: a session's requests share programs
     batch_size = args.batch_size or min(BATCH, few)
+    check_memory("--batch_size", batch_size, sampler, 4)
     return Job(params, sampler, start, conditions, _plain(settings), batch_size)
 
 
@@ -227,17 +245,27 @@ _FROM_PNG += ("batch_size", "labels", "negative_labels", "prompts", "negative_pr
 
 
 def parse(doc: str, argv: list[str]) -> argparse.Namespace:
-    """Parses the flags of `sample`; --from_png stands for those of the picture, which others replace."""
-    args = parser(doc).parse_args(argv)
+    """Parses the flags of `sample`; --from_png stands for those of the picture, which others replace.
+
+    `given` holds the names of those in `argv`.
+    """
+    args, bare = parser(doc).parse_args(argv), parser(doc)
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    args.given = frozenset(vars(bare.parse_args(argv)))
     if args.from_png is None:
         return args
     kept = png_settings(args.from_png)
     if kept.get("start") is not None:
-        raise UserError(f"--from_png={args.from_png} began from {kept['start']}, not from a seed alone")
+        raise UserError(
+            f"--from_png={args.from_png} began from {kept['start']}, not from a seed alone: it needs "
+            f"that image or noise, which a picture does not carry; repeat the request that made it"
+        )
+    idle = {name for start in STARTS if start in args.given for name in WITHOUT_EFFECT[start]}
     flags = []
     for name in _FROM_PNG:
         value, name = kept.get(name), "prompt" if name == "prompts" else name
-        replaced = any(arg.partition("=")[0] == f"--{name}" for arg in argv)
+        replaced = name in args.given or name in idle
         if value is None or replaced or (name == "prompt" and args.prompts_file is not None):
             continue
         if name == "num_steps" and args.nfe_budget is not None:
@@ -247,11 +275,13 @@ def parse(doc: str, argv: list[str]) -> argparse.Namespace:
         value = value[:1] if name == "prompt" and isinstance(value, list) else value
         flags.append(f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
     try:
-        return parser(doc).parse_args([*flags, *argv])
+        found = parser(doc).parse_args([*flags, *argv])
     except UserError as error:
         raise UserError(
             f"--from_png={args.from_png} carries settings that do not fit: {error}"
         ) from None
+    found.given = args.given
+    return found
 
 
 def sampler_of(args: argparse.Namespace, config: ConfigDict) -> Sampler:
@@ -273,6 +303,17 @@ def _planned(args, params: dict, sampler: Sampler, pilots) -> tuple[int, ...]:
 
     steps = plan_steps(sampler, params, args.nfe_budget, *pilots)
     return tuple(int(n) for n in multihost_utils.broadcast_one_to_all(np.array(steps)))
+
+
+def check_memory(flag: str, count: int, sampler: Sampler, size: int) -> None:
+    """Raises UserError if `count` images of `size` bytes a value are more than this machine's memory."""
+    needed = count * sampler.height * sampler.width * 3 * size
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{flag}={count}: so many images of {sampler.height}x{sampler.width} at once take "
+            f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
+        )
 
 
 def params_hash(params: dict) -> str:
@@ -301,35 +342,15 @@ def _start(args: argparse.Namespace, sampler: Sampler) -> tuple[Any, dict[str, A
     if args.init_image is None:
         return starts.FromSeed(args.seed, first=args.first_image), None
     stage = sampler.cascade.num_stages - 1 if args.from_stage is None else args.from_stage
-    found = image_files(args.init_image, "init_image")
+    pixels, place = starts.read_pictures(args.init_image, "init_image")
     before = sampler.stage_size(stage - 1)[:2] if stage > 0 else None
-    pixels = [read_pixels(path, "init_image") for path in found]
     if all(x.shape[:2] == before for x in pixels):
         fitted = np.stack([fit_image(x, *before) for x in pixels])
     else:
         fitted = np.stack([fit_image(x, sampler.height, sampler.width) for x in pixels])
     start = starts.from_images(sampler, args.seed, fitted, stage, args.strength)
-    described = {"init_image": args.init_image, "from_stage": stage, "strength": args.strength}
+    described = {"init_image": place, "from_stage": stage, "strength": args.strength}
     return start, described | {"sha256": hashlib.sha256(fitted.tobytes()).hexdigest()}
-
-
-def image_files(path: str, flag: str) -> list[epath.Path]:
-    """An image file, or those of a folder. Raises UserError if there are none."""
-    place = epath.Path(path)
-    if place.is_dir():
-        found = [place / name for name in files.list_files(place) if is_image(name)]
-        if not found:
-            raise UserError(f"--{flag}={path} holds no images")
-        return found
-    if not place.exists():
-        raise UserError(f"--{flag}={path} does not exist")
-    return [place]
-
-
-def read_pixels(path: epath.Path, flag: str) -> np.ndarray:
-    """The pixels of the image that a flag names. Raises UserError if it is not one."""
-    with blame(f"--{flag}={path} is not an image", OSError):
-        return read_image(path)
 
 
 def read_noise(path: str, sampler: Sampler) -> Noise:

@@ -16,7 +16,8 @@ Other starts than noise from --seed:
 
     --init_image=cat.png --from_stage=2 --strength=0.7     variations of an image
     --init_image=small.png --from_stage=2                  upscaling, if its size is that of stage 1
-    --invert=cat.png, then --from_noise=OUT/noise.npz      the noise of an image, and back
+    --invert=cat.png --labels=3                            the noise of an image, and back with
+    --from_noise=OUT/noise.npz                             the noise.npz that this wrote
     --interpolate=3,4                                      from one seed's noise to another's
 """
 
@@ -158,14 +159,14 @@ def invert(args: argparse.Namespace) -> str:
         raise UserError(f"--out={args.out} holds files already; name a new folder")
     if jax.process_count() > 1:
         raise UserError("--invert runs in one process")
-    found = request.image_files(args.invert, "invert")
+    found, _ = starts.read_pictures(args.invert, "invert")
     args.num_images = len(found)
     params, config, meta = load_params(args.checkpoint, args.ema)
     sampler = request.sampler_of(args, config)
+    if config.model.num_classes and not args.labels:
+        raise UserError("--invert needs the class of each image: --labels=3, or --labels=3,7 in turn")
     conditions = read_conditions(args, config, None, meta.get("classes", {}))
-    clean = np.stack(
-        [fit_image(request.read_pixels(path, "invert"), sampler.height, sampler.width) for path in found]
-    )
+    clean = np.stack([fit_image(x, sampler.height, sampler.width) for x in found])
 
     @jax.jit
     def inverted(params, clean, *conditions):

@@ -30,8 +30,8 @@ def cells(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     for name in args.solver or ():
         solvers.check_solver(name)
-    if args.num_images is not None and args.num_images < 2:
-        raise UserError(f"--num_images must be at least 2, got {args.num_images}")
+    if args.num_images is not None and not 2 <= args.num_images <= request.MOST_IMAGES:
+        raise UserError(f"--num_images must lie in 2..{request.MOST_IMAGES}, got {args.num_images}")
     lists = {name: getattr(args, name) or (None,) for name in AXES[:-1]}
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
@@ -98,7 +98,7 @@ def _cell(
         "--num_png=0",
         *(f"--{name}={value}" for name, value in cell.items() if value is not None),
     ]
-    sampling = request.parser("").parse_args(flags)
+    sampling = request.parse("", flags)
     request.check_flags(sampling)
     report, seconds = sample.run(sampling, lambda what: None)
     print(report, flush=True)

@@ -320,7 +320,8 @@ def prepare(folder: pathlib.Path) -> None:
     run_main(sample.main, [run, f"{OUT}={folder / 's'}", "--num_images=4"])
     for name in ("samples.npz", "000000.png"):
         shutil.copy(folder / "s" / name, given / name)
-    run_main(sample.main, [run, f"{OUT}={folder / 'i'}", f"--invert={given / '000000.png'}"])
+    inverted = [f"--invert={given / '000000.png'}", "--labels=0"]
+    run_main(sample.main, [run, f"{OUT}={folder / 'i'}", *inverted])
     shutil.copy(folder / "i" / "noise.npz", given / "noise.npz")
     run_main(convert.main, [f"--source={given / 'run'}", f"{OUT}={given / 'official'}", "--to=official",
                             "--format=safetensors"])  # fmt: skip

@@ -42,10 +42,10 @@ def test_states_do_not_depend_on_when_they_are_made(text_config, tmp_path, monke
     args = ask(
         tmp_path, text_config, 200, "--negative_prompt=blue", "--num_images=300", "--first_image=7"
     )
-    whole = read_conditions(args, text_config, None)
+    whole = read_conditions(args, text_config, None, {})
     assert whole.table._encoder is None
     monkeypatch.setattr(conditions, "KEPT", 2)
-    little = read_conditions(args, text_config, None)
+    little = read_conditions(args, text_config, None, {})
     for size in (1, 7, 64):
         index = RNG.integers(0, 300, size)
         for ours, theirs in zip(little.of(index), whole.of(index), strict=True):
@@ -69,7 +69,7 @@ def test_a_process_encodes_its_share_alone(text_config, tmp_path, monkeypatch):
     encoded = []
     encode = States._encode
     monkeypatch.setattr(States, "_encode", lambda s, b: (encoded.append(b), encode(s, b))[1])
-    found = read_conditions(ask(tmp_path, text_config, 960), text_config, None)
+    found = read_conditions(ask(tmp_path, text_config, 960), text_config, None, {})
     assert not encoded, "before the first image"
     for chunk in chunks(960, 2 * ENCODED, 1, 3):
         found.of(chunk)
@@ -81,7 +81,7 @@ def test_a_process_encodes_its_share_alone(text_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("first", [0, 5])
 def test_layouts_hold_few_images(tmp_path, layout, first):
     """Catches a layout that holds all pixels, or puts an image to another prompt or place."""
-    count, folder = 16, epath.Path(tmp_path)
+    count, folder = 32, epath.Path(tmp_path)
     pixels = RNG.integers(0, 256, (4 * count, 64, 64, 3), dtype=np.uint8)
     prompts = (first + np.arange(4 * count)) % count
     np.savez(folder / "samples.npz", arr_0=pixels, prompt=prompts)

@@ -74,7 +74,8 @@ def test_start_from_images():
 
     for bad, message in (
         (dict(stage=3), "must lie in 0..2"),
-        (dict(stage=1, strength=0.0), "above 0"),
+        (dict(stage=1, strength=0.0), "at least 1e-05"),
+        (dict(stage=1, strength=1e-6), "at least 1e-05"),
         (dict(stage=0), "nothing of the images"),
         (dict(images=clean[:, :12, :12]), "takes 16x16, or 8x8 to upscale"),
         (dict(images=clean[:, :8, :8], strength=0.5), "strength must be 1"),
@@ -305,7 +306,7 @@ def test_starts_by_command(trained, tmp_path):
         (["--guidance_interval=0.9,0.1"], "low < high"),
         (["--guidance_interval=0.5"], "interval"),
         (["--negative_labels=10"], "not a class"),
-        (["--num_png=-1"], "must not be negative"),
+        (["--num_png=-1"], "at least 0"),
         (["--seed=-1"], "2\\^32"),
         (["--from_stage=1"], "go with --init_image"),
         (["--invert={text}"], "is not an image"),

@@ -4,18 +4,26 @@ A start gives the sampler its noise and first place. It is a pair of halves: `in
 host, which says what images `index` start from, and `noise(sampler, inputs)` on the device.
 """
 
+import collections
 import dataclasses
+import hashlib
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt32
+from etils import epath
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
+from PIL import Image
 
-from pixelflow_jax import flow, images
-from pixelflow_jax.errors import UserError
+from pixelflow_jax import files, flow, images
+from pixelflow_jax.data.pixels import decode, is_image, kinds_left_out, report_left_out
+from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling.sampler import Noise, Sampler
+
+LEAST_STRENGTH = 1e-5  # of less, no step of the solver would remain: the image itself
 
 
 def image_keys(seed: int | UInt32[Array, " b"], index: Int[Array, " b"]) -> Key[Array, " b"]:
@@ -80,6 +88,44 @@ class FromImages(FromSeed):
         return start * images.up(clean) + (1 - start) * noise
 
 
+def read_pictures(value: Any, flag: str) -> tuple[list[UInt8[np.ndarray, "h w 3"]], str]:
+    """(pixels, the path or, of pixels in memory, a digest) of what --init_image or --invert names.
+
+    Args:
+      value: an image file or a folder of them; in Python also one of Pillow's images, an array as
+        `decode` takes it, or a list of these.
+      flag: for messages.
+
+    Raises:
+      UserError: if there are no images, or something else than images.
+    """
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str):
+        several = isinstance(value, (list, tuple)) or np.ndim(value) == 4
+        found = [_read_picture(x, flag) for x in (value if several else [value])]
+        place = f"sha256:{hashlib.sha256(b''.join(x.tobytes() for x in found)).hexdigest()}"
+    elif epath.Path(value).is_dir():
+        names = files.list_files(value)
+        report_left_out(value, collections.Counter(kinds_left_out(names)))
+        paths = [str(epath.Path(value) / name) for name in names if is_image(name)]
+        found, place = [_read_picture(path, flag) for path in paths], value
+    else:
+        found, place = [_read_picture(value, flag)], value
+    if not found:
+        raise UserError(f"--{flag}={place} holds no images")
+    return found, place
+
+
+def _read_picture(value: Any, flag: str) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(value, (str, os.PathLike)):
+        if not epath.Path(value).exists():
+            raise UserError(f"--{flag}={value} does not exist")
+        with blame(f"--{flag}={value} is not an image", OSError):
+            return np.asarray(decode(files.read_bytes(value)))
+    with blame(f"{flag} is a {type(value).__name__} that is no image", OSError):
+        return np.asarray(decode(value if isinstance(value, Image.Image) else np.asarray(value)))
+
+
 def from_images(
     sampler: Sampler, seed: int, images: Float[np.ndarray, "n h w 3"], stage: int, strength: float = 1.0
 ) -> FromImages:
@@ -87,17 +133,17 @@ def from_images(
 
     Args:
       stage: where to start: the earlier, the more is new.
-      strength: share of the stage that is still run, in (0, 1].
+      strength: share of the stage that is still run, from LEAST_STRENGTH to 1.
 
     Raises:
-      UserError: for a stage that is not there, a strength outside (0, 1], images of another size, or a
+      UserError: for a stage that is not there, another strength, images of another size, or a
         place where nothing of the images is left.
     """
     stages = sampler.cascade.num_stages
     if not 0 <= stage < stages:
         raise UserError(f"the stage to start from must lie in 0..{stages - 1}, got {stage}")
-    if not 0 < strength <= 1:
-        raise UserError(f"strength must be above 0 and at most 1, got {strength}")
+    if not LEAST_STRENGTH <= strength <= 1:
+        raise UserError(f"strength must be at least {LEAST_STRENGTH} and at most 1, got {strength}")
     full, size = (sampler.height, sampler.width), tuple(images.shape[1:3])
     before = sampler.stage_size(stage - 1)[:2] if stage else None
     if size not in (full, before):
