@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import fsspec
 from etils import epath
+from etils.epath import backend
 
 from pixelflow_jax.errors import UserError, optional
 
@@ -33,9 +34,14 @@ MARKS = (
 )
 
 
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is of a bucket."""
+    return "://" in str(path)
+
+
 def _bucket(path: epath.PathLike) -> fsspec.AbstractFileSystem | None:
     """The client, epath's, of a gs:// path; None for a local one. Raises ImportError without gcsfs."""
-    return fsspec.filesystem("gcs", finalize_on_close=True) if "://" in str(path) else None
+    return backend.fsspec_backend.fs(path) if is_remote(path) else None
 
 
 @contextlib.contextmanager
@@ -264,13 +270,19 @@ def read_json(path: epath.PathLike) -> Any:
         raise UserError(f"{path} is not a JSON file: {error}") from None
 
 
-def append_line(path: epath.PathLike, line: str) -> None:
-    """Appends one line to a text file, creating it if need be (buckets cannot: they get it anew)."""
-    if _bucket(path):
-        write_bytes(path, (read_bytes(path) if epath.Path(path).exists() else b"") + line.encode())
+def grow(path: epath.PathLike, data: bytes, begin: int) -> None:
+    """Makes a file that holds the first `begin` bytes of `data` hold all of it.
+
+    Whatever an earlier try has left behind these goes. Objects of a bucket cannot grow: they are
+    written anew. Raises OSError.
+    """
+    if _bucket(path) or not begin or not os.path.exists(path):
+        write_bytes(path, data)
         return
-    with epath.Path(path).open("a") as file:
-        file.write(line)
+    with open(path, "r+b") as file:
+        file.seek(begin)
+        file.truncate()
+        file.write(data[begin:])
 
 
 def list_files(folder: epath.PathLike) -> list[str]:

@@ -29,6 +29,7 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
+from pixelflow_jax.training.saver import Saver
 from pixelflow_jax.training.start import (
     claim_workdir,
     data_of,
@@ -38,6 +39,7 @@ from pixelflow_jax.training.start import (
 )
 from pixelflow_jax.training.step import PICTURE, TrainState, abstract_state, make_train_step
 from pixelflow_jax.training.watchdog import STARTING
+from pixelflow_jax.training.writes import retried
 
 
 def train(
@@ -107,6 +109,7 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
         draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
         costs = workload(config, mesh)
+        saver = Saver(manager)
         metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta["pending"])
         if first:
             metrics.say(f"Going on from step {first} of {workdir}")
@@ -127,12 +130,12 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
                     batch = encoder(next(batches))
                 state, numbers = train_step(state, batch)
                 metrics.add(step, numbers)
-                checkpoints.check_background_save(manager)
+                again = saver.due()
                 if step % config.log_every == 0 or last:
                     metrics.flush()
                 stop = preemption.requested(step) and not last
                 draw = config.sample_every and (step % config.sample_every == 0 or last)
-                save = step % config.checkpoint_every == 0 or last or stop
+                save = step % config.checkpoint_every == 0 or last or stop or again
                 # Before the checkpoint, so that a run that resumes there has its grid. Who stops a run
                 # waits for seconds only: then it is drawn on resume.
                 if draw and not stop:
@@ -143,13 +146,11 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
                     watch(f"checkpoint after step {step}")
                     pending = metrics.check()  # a broken state must not replace a good checkpoint
                     with metrics.paused():
+                        metrics.settle()
                         due, classes = bool(draw and stop), data["classes"]
-                        checkpoints.save(manager, state, config, pending, due, classes)
+                        saver.save(state, config, pending, due, classes, wait=stop or last)
                 if stop:
-                    checkpoints.check_background_save(manager, wait=True)
                     raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
-        watch("last checkpoint")
-        checkpoints.check_background_save(manager, wait=True)
     return state, first
 
 
@@ -267,9 +268,9 @@ def make_sample_grid(
         for place, params in enumerate(averages or [state.params]):
             pixels = jax.device_get(generate(params, *placed))
             if jax.process_index() == 0:
-                (workdir / "samples").mkdir(exist_ok=True)
                 suffix = f"_ema{names[place]}" if place else ""
-                save_grid(workdir / "samples" / f"{step}{suffix}.png", pixels[:count])
+                path = workdir / "samples" / f"{step}{suffix}.png"
+                retried(str(path), functools.partial(save_grid, path, pixels[:count]))
 
     return draw
 

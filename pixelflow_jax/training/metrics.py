@@ -11,14 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import record_writer, summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from pixelflow_jax import files
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.hardware import PEAK_FLOPS
+from pixelflow_jax.training.writes import Journal
 
 AHEAD = 3  # steps that the host may be ahead of the devices
+JOURNAL = "journal"
 FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is not
 
 
@@ -65,10 +69,9 @@ class Metrics:
         self._pending = [(step, dict(numbers)) for step, numbers in pending]
         self._carried = len(self._pending)  # steps of an earlier run: they took no time in this one
         self._since, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
-        self._tensorboard = None
         if self._writes:
-            self._drop_rows_after(first_step)
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            self._rows = Journal(self._path, self._rows_up_to(first_step))
+            self._tensorboard = TensorBoard(workdir / "tensorboard", first_step + 1)
         interval = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
             initial=first_step,
@@ -79,13 +82,19 @@ class Metrics:
             disable=not self._writes,
         )
 
-    def _drop_rows_after(self, step: int) -> None:
-        """Removes what a run that was killed noted after its last checkpoint: it comes again."""
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-            if kept != lines:
-                files.write_bytes(self._path, "".join(kept).encode())
+    def _rows_up_to(self, step: int) -> bytes:
+        """What is in metrics.jsonl, without what a run that was killed noted after its last checkpoint.
+
+        That comes again, and is removed.
+        """
+        try:
+            lines = files.read_bytes(self._path).splitlines(keepends=True)
+        except FileNotFoundError:
+            return b""
+        kept = [line for line in lines if line.endswith(b"}\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            files.write_bytes(self._path, b"".join(kept))
+        return b"".join(kept)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Notes the metrics of update number `step` (the first is 1).
@@ -131,11 +140,9 @@ class Metrics:
         self._since, self._paused, self._waited = now, 0.0, 0.0
         if not self._writes:
             return
-        files.append_line(self._path, json.dumps({"step": step, **means}) + "\n")
-        for name, value in means.items():
-            entries = enumerate(value) if isinstance(value, list) else [("", value)]
-            for index, entry in entries:
-                self._tensorboard.add_scalar(f"{name}/{index}".rstrip("/"), entry, step)
+        self._rows.write((json.dumps({"step": step, **means}) + "\n").encode())
+        self._rows.flush()
+        self._tensorboard.add(step, means)
         self._bar.set_postfix_str(
             f"loss {means['loss']:.4f}, {means['images_per_s']:.0f} images/s", refresh=False
         )
@@ -174,8 +181,48 @@ class Metrics:
         if self._writes:
             self._bar.write(message, file=sys.stderr)
 
+    def settle(self) -> None:
+        """Waits until metrics.jsonl holds all that was flushed: before a checkpoint, after which these
+        steps do not come again."""
+        if self._writes:
+            self._rows.settle()
+
     def close(self) -> None:
-        """Closes the bar and the TensorBoard file."""
+        """Closes the bar and the files. Raises OSError if one of them could not be written."""
         self._bar.close()
-        if self._tensorboard:
+        if self._writes:
             self._tensorboard.close()
+            self._rows.close()
+
+
+class TensorBoard:
+    """An events file of scalars, from step `first` on: what an earlier run noted from there is void."""
+
+    def __init__(self, folder: epath.Path, first: int):
+        self._file = EventsWriter(f"{JOURNAL}:{folder / 'events'}")
+        self._write(first, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, values: dict[str, float | list[float]]) -> None:
+        """Notes numbers, and those of lists as NAME/0, NAME/1, ..."""
+        for name, value in values.items():
+            entries = enumerate(value) if isinstance(value, list) else [("", value)]
+            for index, entry in entries:
+                scalar = summary.scalar(f"{name}/{index}".rstrip("/"), entry)
+                self._write(step, summary=scalar)
+        self._file.flush()
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._file.write_event(Event(wall_time=time.time(), step=step, **what))
+
+    def close(self) -> None:
+        """Closes the file. Raises OSError if it could not be written."""
+        self._file.close()
+
+
+class _Journals:
+    """How tensorboardX opens files whose names begin with JOURNAL."""
+
+    open = staticmethod(lambda path: Journal(path.removeprefix(f"{JOURNAL}:")))
+
+
+record_writer.register_writer_factory(JOURNAL, _Journals)
