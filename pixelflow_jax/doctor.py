@@ -170,7 +170,7 @@ def check_batch(config) -> str:
 def check_data(config, workdir: str) -> str:
     """Compares the data with those of the run that resumes, and reads the first batches."""
     from pixelflow_jax.data.buckets import Shuffled, bucket_sizes
-    from pixelflow_jax.data.loader import make_batches, why_broken
+    from pixelflow_jax.data.loader import look_at_captions, make_batches, why_broken
     from pixelflow_jax.data.sources import load_source
 
     begin = time.perf_counter()
@@ -180,6 +180,8 @@ def check_data(config, workdir: str) -> str:
         squares = Shuffled(len(source), bucket_sizes(config.data)[:1], config.seed)  # no scan of all
         batches = make_batches(source, config, order=squares)
         bad = [i for i in next(batches)["broken"] if i >= 0]
+        if config.model.context_dim and not config.text.cache:
+            look_at_captions(source, config)
     except Exception as error:
         if not config.data.path.startswith("gs://"):
             raise

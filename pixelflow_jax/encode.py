@@ -58,9 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, encoder = read_tokenizer(folder), TextEncoder(name, mesh)
     size = -(-args.batch_size // mesh.size) * mesh.size
 
+    seen, cuts = [], []  # of all texts, to warn once
+
     def encode(texts: list[str]) -> list[np.ndarray]:
         tokens = tokenizer(texts, length)
-        warn_of_cuts(texts, tokens.cut, length, "caption")
+        seen.extend(texts)
+        cuts.extend(tokens.cut)
         states: list = [None] * len(texts)
         for places, padded in length_groups(tokens.mask.sum(axis=1), size, length):
             rows = np.resize(places, size)  # one shape a length
@@ -79,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = ["", *args.negative_prompt, *all_captions(args, config)]
     progress = functools.partial(tqdm, unit="shard", file=sys.stderr)
     held, new = encode_texts(texts, encode, args.out, manifest, args.shard_size, progress)
+    warn_of_cuts(seen, cuts, length, "caption")
     print(f"{new} texts encoded, {held} in the cache: {args.out}")
 
 

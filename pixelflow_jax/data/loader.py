@@ -5,6 +5,7 @@ batch n is the positions [n B, (n + 1) B). So the place of a run in its data is 
 example is the same whatever process, worker or device gets it.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import multiprocessing
@@ -24,16 +25,17 @@ from pixelflow_jax import flow
 from pixelflow_jax.config import block_unit, max_blocks
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
 from pixelflow_jax.data.pixels import Size
-from pixelflow_jax.data.sources import Source
+from pixelflow_jax.data.sources import Source, captions_at
 from pixelflow_jax.data.texts import some
 from pixelflow_jax.data.transforms import transform
-from pixelflow_jax.text.encoder import make_text_reader
+from pixelflow_jax.text.encoder import make_text_reader, make_tokenizer, warn_of_cuts
 
 NO_GUARD = (
     "processes that load data import the script that starts them, and this one trains in its turn, or "
     'fails, when it is imported. Put what it does below `if __name__ == "__main__":`, or set '
     "config.data.num_workers=0, which loads in threads"
 )
+LOOKED_AT, THREADS = 1000, 16  # captions read before a run, to see how long they are
 REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
 
 
@@ -192,6 +194,21 @@ def _guard_worker(index: int, count: int) -> None:
 
     if parent is not None:
         threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def look_at_captions(source: Source, config: ConfigDict) -> None:
+    """Warns of captions longer than the limit, among LOOKED_AT that are spread over the data."""
+    every = max(len(source) // LOOKED_AT, 1)
+
+    def read(index: int) -> tuple[str, ...]:
+        with contextlib.suppress(OSError):
+            return captions_at(source, index)
+        return ()
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        texts = [text for found in pool.map(read, range(0, len(source), every)) for text in found]
+    length = config.text.max_length
+    warn_of_cuts(texts, make_tokenizer(config)(texts, length).cut, length, "caption")
 
 
 def why_broken(source: Source, index: int, data: ConfigDict) -> str:

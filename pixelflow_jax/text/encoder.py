@@ -160,12 +160,15 @@ def _open(path: epath.Path):
 def warn_of_cuts(
     texts: Sequence[str], cut: Sequence[int], max_length: int, what: str = "prompt"
 ) -> None:
-    """Says on stderr which texts were longer than the limit, and by how many tokens."""
-    for text, count in zip(texts, cut, strict=True):
-        if count:
-            start = text if len(text) <= 40 else text[:37] + "..."
-            print(
-                f"warning: the {what} {start!r} is {count} tokens longer than the limit of "
-                f"{max_length}: its end is cut off",
-                file=sys.stderr,
-            )
+    """Says on stderr, in a line, how many texts lose their ends, and of the longest how many tokens."""
+    count = int(np.count_nonzero(cut))
+    if not count:
+        return
+    longest = int(np.argmax(cut))
+    text = texts[longest] if len(texts[longest]) <= 40 else texts[longest][:37] + "..."
+    said = f"the {what} {text!r} is {cut[longest]} tokens longer than the limit of {max_length}"
+    if count > 1:
+        said += f", and {count - 1:,} more of {len(texts):,} are longer too: their ends are cut off"
+    else:
+        said += ": its end is cut off"
+    print(f"warning: {said}", file=sys.stderr)

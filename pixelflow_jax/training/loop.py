@@ -17,7 +17,7 @@ from pixelflow_jax import files, flow, sharding
 from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size, check_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
-from pixelflow_jax.data.loader import check_main_guard, make_batches
+from pixelflow_jax.data.loader import check_main_guard, look_at_captions, make_batches
 from pixelflow_jax.data.sources import Source, class_names, load_source, readable_captions
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
@@ -105,6 +105,8 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
         order = make_order(source, config, workdir, starting)
         batches = device_batches(config, source, mesh, first, order)
         starting("loading the text encoder")
+        if config.model.context_dim and not config.text.cache and not jax.process_index():
+            look_at_captions(source, config)
         encoder = frozen_encoder(config, mesh)
         draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
