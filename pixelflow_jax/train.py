@@ -14,8 +14,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from pixelflow_jax import cli, convert
+from pixelflow_jax import cli
 from pixelflow_jax.errors import EXIT_PREEMPTED, UserError
+from pixelflow_jax.official import read_official
 from pixelflow_jax.training.checkpoints import FOLDER, CheckpointFailed, find_step, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
@@ -61,7 +62,7 @@ def initial_params(config: ConfigDict) -> dict:
     except UserError:
         ours = False
     try:
-        return load_params(path)[0] if ours else convert.read_official(path)[0]
+        return load_params(path)[0] if ours else read_official(path)[0]
     except UserError as error:
         raise UserError(f"config.init_from={config.init_from} cannot be read: {error}") from None
 

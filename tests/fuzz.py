@@ -35,7 +35,7 @@ from pixelflow_jax import arrays, convert, doctor, encode, evaluate, pack, reque
 from pixelflow_jax import compile_check as compile_check_room
 from pixelflow_jax import demo as demo_room
 from pixelflow_jax import train as train_room
-from pixelflow_jax.config import load_config
+from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.layouts import read_prompts_file
 from pixelflow_jax.training.checkpoints import save_params
@@ -315,7 +315,7 @@ def prepare(folder: pathlib.Path) -> None:
     given = folder / "given"
     given.mkdir()
     config = load_config("configs/digits.py", [*TINY, "model.depth=1"])
-    save_params(given / "run", init_params(convert.build_model(config), 0), config)
+    save_params(given / "run", init_params(build_model(config), 0), config)
     run = f"{RUN}={given / 'run'}"
     run_main(sample.main, [run, f"{OUT}={folder / 's'}", "--num_images=4"])
     for name in ("samples.npz", "000000.png"):

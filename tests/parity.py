@@ -22,10 +22,10 @@ import optax
 from pixelflow_jax import flow, images
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.config import build_model, default_config
-from pixelflow_jax.convert import from_official, to_official
 from pixelflow_jax.models.inception import Inception, inception_params
 from pixelflow_jax.models.rope import rope_table
 from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
+from pixelflow_jax.official import from_official, to_official
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance

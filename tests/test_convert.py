@@ -10,6 +10,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from pixelflow_jax import convert
+from pixelflow_jax import official as official_room
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
@@ -27,7 +28,7 @@ def official(name):
 
 def write_folder(folder: pathlib.Path, state, config, kind="safetensors"):
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(convert.official_yaml(config)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(official_room.official_yaml(config)))
     path = folder / f"model.{kind}"
     np.savez(path, **state) if kind == "npz" else save_file(state, path)
     return folder
@@ -37,8 +38,8 @@ def write_folder(folder: pathlib.Path, state, config, kind="safetensors"):
 def test_there_and_back_is_bit_identical(name):
     """Catches an array that is transposed twice, cast, or forgotten."""
     state, config = official(name)
-    params = convert.from_official(state, config)
-    back = convert.to_official(params, config)
+    params = official_room.from_official(state, config)
+    back = official_room.to_official(params, config)
     assert back.keys() == state.keys()
     for key, array in state.items():
         np.testing.assert_array_equal(back[key], array)
@@ -51,7 +52,7 @@ def test_another_gamma_is_not_lost():
     config = official("forward_c2i")[1]
     config.cascade.gamma = -0.2
     with pytest.raises(UserError, match="cascade.gamma -1/3, not -0.2"):
-        convert.official_yaml(config)
+        official_room.official_yaml(config)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npz"])
@@ -81,7 +82,7 @@ def test_torch_files(tmp_path):
     torch.save({"model": {k: v + 1 for k, v in tensors.items()}, "ema": tensors}, source / "model.pt")
     convert.main([f"--source={source}", f"--out={tmp_path / 'ours'}"])
     params, _, _ = load_params(tmp_path / "ours")
-    back = convert.to_official(jax.device_get(params), config)
+    back = official_room.to_official(jax.device_get(params), config)
     assert all((back[key] == array).all() for key, array in state.items())
     torch.save(pathlib.Path("/tmp/x"), source / "model.pt")  # an object, which only pickle could make
     with pytest.raises(UserError, match="cannot be read"):
@@ -95,7 +96,7 @@ def test_every_problem_of_a_state_dict_is_named():
     state["extra"] = np.zeros(3, np.float32)
     state["transformer_blocks.1.mlp.fc1.weight"] = np.zeros((3, 4), np.float32)
     with pytest.raises(UserError) as error:
-        convert.from_official(state, config)
+        official_room.from_official(state, config)
     for part in ("missing: proj_out_1.bias", "left over: extra", "fc1.weight has shape (3, 4)"):
         assert part in str(error.value)
 

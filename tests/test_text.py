@@ -9,12 +9,12 @@ import pytest
 
 from pixelflow_jax import conditions, sample, sharding, train
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.convert import from_official, to_official
 from pixelflow_jax.data import captioned_digits as digits
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.layouts import read_prompts_file, write_layout
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
+from pixelflow_jax.official import from_official, to_official
 from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.generate import build_sampler, read_image
 from pixelflow_jax.sampling.starts import image_keys
@@ -113,7 +113,7 @@ def test_t5_folders_that_are_none(t5_folder, tmp_path):
         TextEncoder(str(t5_folder), mesh)
     (t5_folder / "config.json").write_text(json.dumps(values))
     (t5_folder / "model-0.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="cannot be read as .safetensors"):
         TextEncoder(str(t5_folder), mesh)
     (t5_folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="neither tokenizer.json nor spiece.model"):

@@ -5,17 +5,16 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from pixelflow_jax.convert import read_state
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.evaluation.metrics import Moments, gather
 from pixelflow_jax.evaluation.sets import ImageSet
-from pixelflow_jax.models.inception import Inception, inception_params
+from pixelflow_jax.models.inception import Inception, inception_names, inception_params
+from pixelflow_jax.weights import read_state
 
 KEPT = ("2048", "spatial", "logits_unbiased")
 PCA_DIM, PCA_SIDE, PCA_FIT = 64, 32, 10_000  # dimensions, pixels a side, images it is fitted on
@@ -34,7 +33,7 @@ class InceptionFeatures:
     pooled, spatial, logits = KEPT
 
     def __init__(self, path: str):
-        params = inception_params(read_state(epath.Path(path)))
+        params = inception_params(read_state(path, inception_names().__contains__))
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(params):
             digest.update(np.ascontiguousarray(leaf).data)

@@ -252,6 +252,18 @@ def inception_params(state: dict[str, np.ndarray]) -> dict:
     return unflatten_dict(params, sep="/")
 
 
+def inception_names() -> set[str]:
+    """The public names of the arrays that are used."""
+    shapes = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    ends = {ours: theirs for theirs, (ours, _) in UNIT.items()}
+    names = {"fc.weight", "fc.bias"}
+    for path in flatten_dict(shapes["params"]):
+        for cut in (-1, -2):
+            if path[cut:] in ends:
+                names.add(".".join((*path[:cut], ends[path[cut:]])))
+    return names
+
+
 def _our_name(name: str) -> tuple[str, tuple[int, ...]]:
     """(our path, order of axes) of an official array; ("", ()) if the name is not known."""
     if name in ("fc.weight", "fc.bias"):

@@ -18,11 +18,12 @@ from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
 from pixelflow_jax import files, sharding
-from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import Condition
-from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
+from pixelflow_jax.models.t5 import EMBED_NAMES, T5Config, T5Encoder, t5_params, weight_names
 from pixelflow_jax.text.cache import EmbeddingCache
 from pixelflow_jax.text.tokenizer import Tokenizer, read_tokenizer, word_tokenizer
+from pixelflow_jax.weights import find
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 HUB_FILES = (CONFIG, "*.safetensors", INDEX, "tokenizer.json", "spiece.model")
@@ -132,29 +133,12 @@ def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
     Raises:
       UserError: if weights are missing, unreadable, or do not fit config.json.
     """
-    if (folder / INDEX).exists():
-        index = files.read_json(folder / INDEX)
-        places = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise UserError(f"{folder / INDEX} has no weight_map of names to files")
-    elif (folder / WEIGHTS).exists():
-        places = dict.fromkeys(_open(folder / WEIGHTS).keys(), WEIGHTS)
-    else:
+    names = [name for name in (INDEX, WEIGHTS) if (folder / name).exists()]
+    if not names:
         raise UserError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
-    opened = functools.cache(lambda name: _open(folder / name))
-
-    def read(name: str) -> np.ndarray:
-        with blame(f"{folder / places[name]}: {name} cannot be read"):  # safetensors has its own kinds
-            return np.asarray(opened(places[name]).get_tensor(name))
-
-    return t5_params(read, places, config, str(folder), dtype)
-
-
-def _open(path: epath.Path):
-    from safetensors import safe_open
-
-    with blame(f"{path} is not a safetensors file"):
-        return safe_open(str(path), framework="flax")  # unlike numpy's, reads bfloat16
+    known = {name for _, _, name in weight_names(config)} | set(EMBED_NAMES)
+    found = find(folder / names[0], known.__contains__)
+    return t5_params(lambda name: found[name](), found, config, str(folder), dtype)
 
 
 def warn_of_cuts(

@@ -1,0 +1,250 @@
+"""The official network's weights and config, to ours and back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import yaml
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from pixelflow_jax import files
+from pixelflow_jax.config import build_model, check_config, default_config
+from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.models.conditioning import TEXT, init_params
+from pixelflow_jax.weights import INDEX, KINDS, State, read_state
+
+Params = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """One official array: its name, our path, and how its axes go there and back."""
+
+    official: str
+    ours: tuple[str, ...]
+    load: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    save: Callable[[np.ndarray], np.ndarray] = lambda x: x
+
+
+def _dense(official: str, *ours: str) -> list[Rule]:
+    return [
+        Rule(f"{official}.weight", (*ours, "kernel"), np.transpose, np.transpose),
+        Rule(f"{official}.bias", (*ours, "bias")),
+    ]
+
+
+def _attention(official: str, ours: str) -> list[Rule]:
+    rules = [rule for name in "qkvo" for rule in _dense(f"{official}.{name}_proj", ours, name)]
+    for name in ("q_norm", "k_norm"):
+        rules.append(Rule(f"{official}.{name}.weight", (ours, name, "scale")))
+    return rules
+
+
+def _block_rules(text: bool) -> list[Rule]:
+    """Names within `transformer_blocks.<i>` and within our stacked `blocks`."""
+    rules = _dense("norm1.linear", "modulation") + _attention("attn1", "self_attention")
+    if text:
+        rules.append(Rule("norm2.weight", ("cross_norm", "scale")))
+        rules += _attention("attn2", "cross_attention")
+    rules.append(Rule("norm3.weight", ("mlp_norm", "scale")))
+    return rules + _dense("mlp.fc1", "mlp_1") + _dense("mlp.fc2", "mlp_2")
+
+
+def _outer_rules(patch_size: int, classes: bool) -> list[Rule]:
+    """Everything outside the blocks. Their patches are (channel, row, column), ours channel last."""
+    if not isinstance(patch_size, int):
+        raise UserError(f"the official network has one patch size for all stages, not {patch_size}")
+
+    def load_patch(x):  # [D, 3, p, p] -> [p * p * 3, D]
+        return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+    def save_patch(x):
+        return x.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
+
+    rules = [
+        Rule("patch_embed.proj.weight", ("patch_embed", "kernel"), load_patch, save_patch),
+        Rule("patch_embed.proj.bias", ("patch_embed", "bias")),
+    ]
+    for official, ours in (("timestep_embedder", "time_embed"), ("latent_size_embedder", "size_embed")):
+        rules += _dense(f"{official}.linear_1", ours, "linear_1")
+        rules += _dense(f"{official}.linear_2", ours, "linear_2")
+    if classes:
+        name = "class_embedder.embedding_table.weight"
+        rules.append(Rule(name, ("class_embed", "embedding")))
+    return rules + _dense("proj_out_1", "head_modulation") + _dense("proj_out_2", "head")
+
+
+def official_names(config: ConfigDict) -> set[str]:
+    """The names of all arrays of the official network of this config."""
+    model = config.model
+    outer = {rule.official for rule in _outer_rules(model.patch_size, model.num_classes > 0)}
+    block = {rule.official for rule in _block_rules(model.context_dim > 0)}
+    return outer | {f"transformer_blocks.{i}.{name}" for i in range(model.depth) for name in block}
+
+
+def from_official(state: State, config: ConfigDict) -> Params:
+    """Our parameters (float32) from an official state dict.
+
+    Raises:
+      UserError: names every key that is missing, left over, or of a wrong shape.
+    """
+    shapes = flatten_dict(jax.eval_shape(lambda: init_params(build_model(config), 0)))
+    left, params, missing, shapeless = dict(state), {}, [], []
+    model = config.model
+
+    def take(name: str, rule: Rule, shape: tuple[int, ...]) -> np.ndarray | None:
+        if name not in left:
+            missing.append(name)
+            return None
+        theirs = np.asarray(left.pop(name), np.float32)
+        expected = rule.save(np.empty(shape, np.float32)).shape
+        if theirs.shape != expected:
+            shapeless.append(f"{name} has shape {theirs.shape}, the config needs {expected}")
+            return None
+        return rule.load(theirs)
+
+    for rule in _outer_rules(model.patch_size, model.num_classes > 0):
+        params[rule.ours] = take(rule.official, rule, shapes[rule.ours].shape)
+    for rule in _block_rules(model.context_dim > 0):
+        path = ("blocks", *rule.ours)
+        names = [f"transformer_blocks.{i}.{rule.official}" for i in range(model.depth)]
+        layers = [take(name, rule, shapes[path].shape[1:]) for name in names]
+        params[path] = None if any(x is None for x in layers) else np.stack(layers)
+    found = ("left over: ", list(left)), ("", shapeless), ("missing: ", missing)
+    problems = [what + _some(names) for what, names in found if names]
+    if problems:
+        raise UserError(f"the weights do not fit the config: {'; '.join(problems)}")
+    return unflatten_dict(params)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+
+
+def to_official(params: Params, config: ConfigDict) -> State:
+    """The official state dict (float32) from our parameters; a gate on cross-attention is folded in.
+
+    Raises:
+      UserError: if a text encoder is part of the model, which official weights have no place for.
+    """
+    if TEXT in params:
+        raise UserError("this model has a text encoder of its own, which official weights cannot hold")
+    model, state = config.model, {}
+    ours = {path: np.asarray(x) for path, x in flatten_dict(params).items()}
+    if model.context_dim and model.cross_gate:
+        gate, last = ours["blocks", "cross_gate"], ("blocks", "cross_attention", "o")
+        ours[*last, "kernel"] = ours[*last, "kernel"] * gate[:, None]
+        ours[*last, "bias"] = ours[*last, "bias"] * gate
+    for rule in _outer_rules(model.patch_size, model.num_classes > 0):
+        state[rule.official] = rule.save(ours[rule.ours])
+    for rule in _block_rules(model.context_dim > 0):
+        for i, layer in enumerate(ours["blocks", *rule.ours]):
+            state[f"transformer_blocks.{i}.{rule.official}"] = rule.save(layer)
+    return {name: np.ascontiguousarray(array) for name, array in state.items()}
+
+
+def official_config(values: dict[str, Any]) -> ConfigDict:
+    """Our config from the contents of an official config.yaml.
+
+    Raises:
+      UserError: if a key is missing or the network is of a kind that was never released.
+    """
+    try:
+        model, scheduler = values["model"]["params"], values["scheduler"]
+        config = default_config()
+        config.model.num_heads = int(model["num_attention_heads"])
+        config.model.head_dim = int(model["attention_head_dim"])
+        config.model.depth = int(model["depth"])
+        config.model.patch_size = int(model["patch_size"])
+        config.model.num_classes = int(model.get("num_classes") or 0)
+        config.model.context_dim = int(model.get("cross_attention_dim") or 0)
+        config.cascade.num_stages = int(scheduler["num_stages"])
+        data = values.get("data") or {}
+        config.data.resolution = int(data.get("resolution") or 256)
+        times = int(scheduler.get("num_train_timesteps", 1000))
+        channels = {int(model.get("in_channels", 3)), int(model.get("out_channels", 3))}
+        bias = bool(model.get("attention_bias", True))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"not an official config.yaml: {type(error).__name__} {error}") from None
+    if times != 1000 or channels != {3} or not bias:
+        raise UserError(
+            f"the official config has num_train_timesteps {times}, channels {sorted(channels)}, "
+            f"attention_bias {bias}; supported are 1000, [3] and True"
+        )
+    if config.model.context_dim:
+        config.sample.guidance_schedule = "constant"
+        config.text.encoder, config.text.max_length = "google/flan-t5-xl", 512
+    stages = max(config.cascade.num_stages, 1)
+    config.batch_size = max(config.batch_size // stages, 1) * stages
+    check_config(config)
+    return config
+
+
+def official_yaml(config: ConfigDict) -> dict[str, Any]:
+    """The contents of an official config.yaml from our config."""
+    model = config.model
+    if abs(config.cascade.gamma + 1 / 3) > 1e-6:
+        raise UserError(f"the official network has cascade.gamma -1/3, not {config.cascade.gamma}")
+    params = dict(
+        num_attention_heads=model.num_heads,
+        attention_head_dim=model.head_dim,
+        in_channels=3,
+        out_channels=3,
+        depth=model.depth,
+        num_classes=model.num_classes,
+        patch_size=model.patch_size,
+        attention_bias=True,
+    )
+    if model.context_dim:
+        params["cross_attention_dim"] = model.context_dim
+    return dict(
+        model=dict(target="pixelflow.model.PixelFlowModel", params=params),
+        scheduler=dict(
+            num_train_timesteps=1000, num_stages=config.cascade.num_stages, pyramid_shift=False
+        ),
+        data=dict(resolution=config.data.resolution),
+    )
+
+
+def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path, epath.Path]:
+    """(weights, config.yaml) of a folder, or of a weights file with a config beside it."""
+    if not source.is_file():
+        wanted = ("config.yaml", *(f"*{kind}" for kind in (*KINDS, INDEX)))
+        source = files.folder_or_hub(str(source), "--source:", wanted)
+    folder = source if source.is_dir() else source.parent
+    weights = source
+    if source.is_dir():
+        names = files.list_files(source)
+        found = [source / name for name in names if name.endswith(INDEX)][-1:]  # safetensors' is last
+        found = found or [source / name for name in names if name.endswith(KINDS)]
+        if len(found) != 1:
+            names = ", ".join(path.name for path in found) or "none"
+            raise UserError(f"--source={source} must hold one weights file, found {names}; name one")
+        weights = found[0]
+    yaml_path = epath.Path(config) if config else folder / "config.yaml"
+    if not yaml_path.exists():
+        raise UserError(f"{yaml_path} does not exist; name the official config with --config=FILE")
+    return weights, yaml_path
+
+
+def read_official(
+    source: epath.PathLike, config: str | None = None, weights: str = "auto"
+) -> tuple[Params, ConfigDict]:
+    """Our parameters and config from official ones.
+
+    Args:
+      source: a folder (or hub id) with one weights file and config.yaml, or the weights file.
+      config: the config.yaml, if it is elsewhere.
+      weights: which of several sets of weights, see `weights.find`.
+
+    Raises:
+      UserError: if a file is missing or unreadable, or an array is missing, unknown or misshapen.
+    """
+    path, yaml_path = _official_files(epath.Path(source), config)
+    with blame(f"{yaml_path} is not YAML", (yaml.YAMLError, ValueError, RecursionError)):
+        values = yaml.safe_load(files.read_bytes(yaml_path))
+    config = official_config(values)
+    state = read_state(path, official_names(config).__contains__, weights)
+    return from_official(state, config), config

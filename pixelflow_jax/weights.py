@@ -1,0 +1,195 @@
+"""Weights as other programs save them: reading files, and finding the network's arrays in them.
+
+A training's file holds several sets of weights, at some depth and under the names of wrappers. Which
+arrays are the network's is told by their own names, whatever the sets are called. No code of a file
+is run.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import io
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from pixelflow_jax import files
+from pixelflow_jax.errors import UserError, blame, optional
+
+TORCH = (".pt", ".pth", ".ckpt", ".bin")
+KINDS = (*TORCH, ".safetensors", ".npz")
+INDEX = ".index.json"  # the end of the name of a file that says which arrays are in which other file
+# Parts of names that wrappers put in, anywhere
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+AVERAGES = re.compile(r"(^|[._])(ema|shadow|average)")
+State = dict[str, np.ndarray]
+
+
+class Leaf(NamedTuple):
+    """An array of a file: the dicts that it lies in, its name there, and how to read it."""
+
+    level: tuple[str, ...]
+    name: tuple[str, ...]  # split at the dots
+    read: Callable[[], np.ndarray]
+
+
+def read_state(path: epath.PathLike, known: Callable[[str], bool], weights: str = "auto") -> State:
+    """The arrays of a file that `find` finds."""
+    return {name: read() for name, read in find(path, known, weights).items()}
+
+
+def find(
+    path: epath.PathLike, known: Callable[[str], bool], weights: str = "auto"
+) -> dict[str, Callable[[], np.ndarray]]:
+    """A network's arrays in a weights file, by their own names, each with a function that reads it.
+
+    Args:
+      path: .pt, .pth, .ckpt or .bin (PyTorch's, weights only), .safetensors, .npz (no pickle), or an
+        .index.json beside such files.
+      known: tells the names that arrays of this network have.
+      weights: which of several sets: its name as errors show it, a part of that name, or "auto": the
+        only one, or the only average.
+
+    Raises:
+      UserError: for a file that is not what its name says, without such arrays, or with several sets.
+    """
+    path = epath.Path(path)
+    if not path.name.endswith((INDEX, *KINDS)):
+        raise UserError(f"{path}: expected a {', '.join(KINDS)} or {INDEX} file")
+    leaves = list(_open(path))
+    sets = _sets(leaves, known)
+    if not sets:
+        names = [".".join((*leaf.level, *leaf.name)) for leaf in leaves]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+        raise UserError(f"{path} holds no array of this network; it holds {shown or 'no arrays at all'}")
+    fitting = [name for name in sets if weights in ("auto", name)]
+    if len(fitting) != 1:
+        averages = weights == "auto" and [name for name in sets if AVERAGES.search(name)]
+        fitting = averages or [name for name in sets if weights in name.split(".")]
+    if len(fitting) != 1:
+        asked = "" if weights == "auto" else f", of which {weights!r} tells no one"
+        raise UserError(
+            f"{path} holds these sets of weights: {', '.join(sets)}{asked}; choose one with `convert "
+            f"--weights=NAME`"
+        )
+    return sets[fitting[0]]
+
+
+def _sets(leaves: list[Leaf], known: Callable[[str], bool]) -> dict[str, dict[str, Callable]]:
+    """The sets of weights among arrays, by name: dicts, or prefixes, under which known names stand."""
+    counts: collections.Counter = collections.Counter()
+    for level, name, _ in leaves:
+        ends = (i for i in reversed(range(len(name))) if name[i] not in WRAPPERS)
+        begin = next((i for i in ends if known(_plain(name[i:]))), None)
+        if begin is not None:
+            counts[level, name[:begin]] += 1
+    most = max(counts.values(), default=0)
+    places = [place for place, count in counts.items() if 2 * count >= most]
+    sets: dict[str, dict[str, Callable]] = {".".join((*a, *b)) or ".": {} for a, b in places}
+    for level, name, read in leaves:
+        mine = [b for a, b in places if a == level and name[: len(b)] == b]
+        if mine:
+            prefix = max(mine, key=len)
+            sets[".".join((*level, *prefix)) or "."][_plain(name[len(prefix) :])] = read
+    return sets
+
+
+def _plain(name: tuple[str, ...]) -> str:
+    return ".".join(part for part in name if part not in WRAPPERS)
+
+
+def _open(path: epath.Path) -> Iterator[Leaf]:
+    if path.name.endswith(INDEX):
+        for name in _shards(path):
+            yield from _open(path.parent / name)
+        return
+    with blame(f"{path} cannot be read as {path.suffix}"):  # each reader raises its own kinds
+        if path.suffix == ".safetensors":
+            found = _open_safetensors(path)
+        elif path.suffix == ".npz":
+            file = np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False)
+            found = {name: functools.partial(file.__getitem__, name) for name in file.files}
+        else:
+            yield from list(_walk(_load_torch(path), path))
+            return
+    for name, read in found.items():
+        yield Leaf((), tuple(name.split(".")), functools.partial(_read, path, name, read))
+
+
+def _read(path: epath.Path, name: str, read: Callable) -> np.ndarray:
+    with blame(f"{path}: {name} cannot be read"):
+        return np.asarray(read())
+
+
+def _shards(path: epath.Path) -> list[str]:
+    """The files that an index names, which stand beside it."""
+    index = files.read_json(path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{path} has no weight_map of names to files")
+    names = sorted(set(places.values()))
+    for name in names:
+        if "/" in name or not name.endswith(KINDS) or not (path.parent / name).exists():
+            raise UserError(f"{path} names {name}, which is no weights file beside it")
+    return names
+
+
+def _open_safetensors(path: epath.Path) -> dict[str, Callable]:
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        local = stack.enter_context(files.open_file(path))
+        if "://" in str(path):
+            copy = stack.enter_context(tempfile.NamedTemporaryFile())
+            shutil.copyfileobj(local, copy)
+            copy.flush()
+            local = copy
+        file = safe_open(local.name, framework="flax")  # unlike numpy's, reads bfloat16
+    return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
+
+
+def load_torch() -> Any:
+    """PyTorch. Raises UserError if it is not there."""
+    return optional("torch", "convert", "a file of PyTorch's")
+
+
+def _load_torch(path: epath.Path) -> Any:
+    torch = load_torch()
+    # The official training keeps its flags in its checkpoints: a Namespace, which is data alone.
+    with files.open_file(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            if kind is None:
+                raise
+            raise UserError(
+                f"{path} cannot be read without running code: it holds an object of {kind[1]}. Save the "
+                f"weights alone: torch.save(model.state_dict(), FILE)"
+            ) from None
+
+
+def _walk(tree: Any, path: epath.Path, level: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """The tensors in dicts and lists of PyTorch's, float32 if they are numbers with fractions."""
+    if isinstance(tree, Mapping):
+        items = tree.items()
+    else:
+        items = enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    for key, value in items:
+        if hasattr(value, "detach"):
+            read = functools.partial(_read, path, str(key), functools.partial(_numpy, value))
+            yield Leaf(level, tuple(str(key).split(".")), read)
+        else:
+            yield from _walk(value, path, (*level, str(key)))
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
