@@ -25,14 +25,17 @@ from collections.abc import Callable, Iterator
 from etils import epath
 from packaging.requirements import Requirement
 
-from pixelflow_jax import cli, hardware, hosts
+from pixelflow_jax import cli, files, hardware, hosts, locks
 from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.rollcall import Cluster, code_digest
 from pixelflow_jax.train import check_init_from
+from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.start import check_same_data, data_of, holds_run
 
 BATCHES = 5  # read to see how fast the data comes
+FOLDERS = (checkpoints.FOLDER, "samples", "tensorboard", "profile", "damaged")  # of a workdir
+FILES = ("config.json", "metrics.jsonl", "image_sizes.npy")
 CLOCK_SECONDS = 5.0  # by which clocks may differ
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/zone"
 
@@ -264,19 +267,26 @@ def trial_file(workdir: epath.Path) -> Iterator[epath.Path]:
 
 
 def check_workdir(workdir: str, config, state_bytes: dict) -> str:
-    """Whether `train` would take it; writes, renames, reads and deletes a file; compares free room."""
-    path = epath.Path(workdir)
+    """Whether `train` would take it; tries what that writes, all of it; compares free room."""
+    path, free = epath.Path(workdir), None
     resumes = holds_run(path, config)
     check_init_from(config, workdir)
-    try:
-        with trial_file(path) as trial:
-            if trial.read_bytes() != b"doctor":
-                raise Problem(f"{workdir}: what was read is not what was written")
-            free = None if "://" in workdir else shutil.disk_usage(workdir).free
-    except (OSError, ImportError) as error:
-        raise Problem(
-            f"{workdir} cannot be written: {error}. Name another --workdir, or mend its rights"
-        ) from None
+    if who := locks.holder(path):
+        raise Problem(f"{workdir} is in use by {who}: wait for its end, or stop it")
+    there = set(files.list_files(path))
+    for place in [path, *(path / name for name in FOLDERS if name in there)]:
+        try:
+            with trial_file(place) as trial:
+                if trial.read_bytes() != b"doctor":
+                    raise Problem(f"{place}: what was read is not what was written")
+                free = None if "://" in workdir else shutil.disk_usage(workdir).free
+            for name in FILES if "://" not in workdir and place == path else ():
+                if name in there:
+                    (path / name).open("ab").close()
+        except (OSError, ImportError) as error:
+            raise Problem(
+                f"{place} cannot be written: {error}. Name another --workdir, or mend its rights"
+            ) from None
     said = f"{workdir} can be written, renamed in, read{'; it holds this run' if resumes else ''}"
     if free is not None and state_bytes:
         need = state_bytes["all"] * (config.keep_checkpoints + 1)

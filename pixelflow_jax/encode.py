@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from pixelflow_jax import cli, files, sharding
+from pixelflow_jax import cli, files, locks, sharding
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data.sources import captions_at, open_source
 from pixelflow_jax.errors import UserError
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     texts = ["", *args.negative_prompt, *all_captions(args, config)]
     progress = functools.partial(tqdm, unit="shard", file=sys.stderr)
-    held, new = encode_texts(texts, encode, args.out, manifest, args.shard_size, progress)
+    with locks.held(args.out, "--out"):
+        held, new = encode_texts(texts, encode, args.out, manifest, args.shard_size, progress)
     warn_of_cuts(seen, cuts, length, "caption")
     print(f"{new} texts encoded, {held} in the cache: {args.out}")
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from pixelflow_jax import arrays, cli, files, request, sweep
+from pixelflow_jax import arrays, cli, files, locks, request, sweep
 from pixelflow_jax.config import default_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.evaluation.judge import USUAL, Reference
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
             raise UserError("--sweep runs in one process; sample and evaluate each run on many")
         cells = sweep.cells(args)  # bad flags before the reference is read
         reference = _reference(args, watch)
-        return sweep.run(args, cells, reference)
+        with locks.held(args.out, "--out"):
+            return sweep.run(args, cells, reference)
     samples = open_images(args.samples, "samples", args.resolution) if args.samples else None
     reference = _reference(args, watch)
     if args.save_stats and jax.process_index() == 0:

@@ -25,6 +25,7 @@ from pixelflow_jax.errors import UserError, optional
 
 # gcsfs keeps what it once listed for ever: a step or shard of another process would never be seen.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+LOCK = ".lock"  # in a folder that a process works in, see locks.py
 BLOCK = 1 << 28  # bytes of an object that travel in one request
 # Byte-order marks of texts; that of UTF-16 begins as that of UTF-32 does.
 MARKS = (
@@ -288,7 +289,7 @@ def grow(path: epath.PathLike, data: bytes, begin: int) -> None:
 def list_files(folder: epath.PathLike) -> list[str]:
     """Names in a folder, of files and folders, sorted; empty if there is no such folder.
 
-    What a write that was killed left does not count. Raises UserError for a file.
+    What a write that was killed left does not count, nor does a lock. Raises UserError for a file.
     """
     names, is_file = [], False
     if bucket := _bucket(folder):
@@ -303,9 +304,8 @@ def list_files(folder: epath.PathLike) -> list[str]:
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     if is_file:
         raise UserError(f"{folder} is a file, but a folder is needed")
-    return sorted(
-        name for name in names if name and not (name.startswith(".") and name.endswith(".tmp"))
-    )
+    names = [name for name in names if name not in ("", LOCK)]
+    return sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
 
 
 def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:

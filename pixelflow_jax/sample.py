@@ -22,6 +22,7 @@ Other starts than noise from --seed:
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 from tqdm import tqdm
 
-from pixelflow_jax import arrays, cli, files, hosts, request
+from pixelflow_jax import arrays, cli, files, hosts, locks, request
 from pixelflow_jax.conditions import read_conditions, read_prompts
 from pixelflow_jax.config import default_config
 from pixelflow_jax.errors import UserError
@@ -44,7 +45,7 @@ from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import AXIS, fit_image, image_mesh, make_generate, save_strip
 from pixelflow_jax.sampling.output import OutputFolder, chunks
 from pixelflow_jax.training.checkpoints import load_params
-from pixelflow_jax.training.watchdog import WAITING, joined
+from pixelflow_jax.training.watchdog import STARTING, WAITING, joined
 
 
 class NotFinite(Exception):
@@ -76,8 +77,16 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> tuple[str, fl
     )
     folder.check(job.settings)
     hosts.barrier("every process has looked at the output folder")
+    with locks.held(args.out, "--out") if jax.process_index() == 0 else contextlib.nullcontext():
+        return _fill(args, job, folder, watch)
+
+
+def _fill(
+    args: argparse.Namespace, job: request.Job, folder: OutputFolder, watch: Callable[[str], None]
+) -> tuple[str, float | None]:
+    """`run` in an output folder that is its own."""
     if jax.process_index() == 0:
-        folder.claim(job.settings, watch)
+        folder.claim(job.settings, lambda what: watch(f"{STARTING}: {what}"))
     made, seconds = 0, []
     if not folder.is_complete():
         hosts.barrier("the output folder is there")
@@ -130,7 +139,7 @@ def _make(
     quiet = jax.process_index() != 0
     with tqdm(total=sum(map(len, parts)), unit="image", dynamic_ncols=True, disable=quiet) as bar:
         for chosen in parts:
-            watch(f"image {chosen[0]}")
+            watch(f"{'' if made else f'{STARTING}: '}image {chosen[0]}")  # the first compiles
             begin = time.perf_counter()
             padded = np.resize(chosen, size)  # one shape, so one compilation
             out = generate(params, job.start.inputs(padded), *job.conditions.of(padded))

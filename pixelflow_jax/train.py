@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 from pixelflow_jax import cli
 from pixelflow_jax.errors import EXIT_PREEMPTED, UserError
 from pixelflow_jax.official import read_official
-from pixelflow_jax.training.checkpoints import FOLDER, CheckpointFailed, find_step, load_params
+from pixelflow_jax.training.checkpoints import CheckpointFailed, find_step, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.preemption import Preempted
+from pixelflow_jax.training.start import has_begun
 from pixelflow_jax.training.watchdog import joined
 
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_init_from(config: ConfigDict, workdir: str) -> None:
     """Raises UserError if what a new run is to start from is not there; one that has begun is fine."""
-    begun = (epath.Path(workdir) / FOLDER).exists()
+    begun = has_begun(epath.Path(workdir))
     if config.init_from and not begun and not epath.Path(config.init_from).exists():
         raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
 

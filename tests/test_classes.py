@@ -21,11 +21,24 @@ from pixelflow_jax.data.sources import class_names, load_source
 from pixelflow_jax.demo import Demo
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.training.loop import grid_conditions, train
-from pixelflow_jax.training.start import CONFIG, DATA, check_same_data, claim_workdir, data_of, holds_run
+from pixelflow_jax.training.start import (
+    CONFIG,
+    DATA,
+    check_same_data,
+    claimed_workdir,
+    data_of,
+    holds_run,
+)
 
 from conftest import TINY
 
 NAMES = ("10", "9", 'a, "b"', "big dog", "cat", "leer")  # as class folders sort; the last is empty
+
+
+def claim(workdir, config, data) -> bool:
+    """Takes a workdir for a moment; whether there was a run."""
+    with claimed_workdir(workdir, config, data) as (there, _):
+        return there
 
 
 def png(seed: int = 0) -> bytes:
@@ -194,9 +207,9 @@ def test_data_may_move_but_not_change(folder, tmp_path, source):
     text = {"context_dim": 8, "num_classes": 0} if source in ("caption_folder", "webdataset") else {}
     config, again = config_of(first, source, **text), config_of(second, source, **text)
     workdir, data = tmp_path / "run", data_of(load_source(config))
-    assert not claim_workdir(workdir, config, data)
+    assert not claim(workdir, config, data)
     (workdir / "checkpoints" / "2").mkdir(parents=True)
-    assert data_of(load_source(again)) == data and claim_workdir(workdir, again, data)
+    assert data_of(load_source(again)) == data and claim(workdir, again, data)
     assert json.loads((workdir / CONFIG).read_text())["data"]["path"] == str(second)
     change(second, source)
     if source != "array_record":  # whose reader sees that itself, or does not
@@ -211,22 +224,22 @@ def test_data_may_move_but_not_change(folder, tmp_path, source):
 def test_what_differs_is_said(folder, tmp_path):
     """Catches a refusal that does not say why, and one of a run that has taken no step yet."""
     config, root = config_of(folder), shutil.copytree(folder, tmp_path / "data")
-    claim_workdir(tmp_path / "run", config, data_of(load_source(config)))
+    claim(tmp_path / "run", config, data_of(load_source(config)))
     (root / "cat").rename(root / "cow")
     (root / "9" / "2.png").write_bytes(png())
     data = data_of(load_source(config_of(root)))
-    assert claim_workdir(tmp_path / "run", config, data)
+    assert claim(tmp_path / "run", config, data)
     (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     data = data_of(load_source(config))
     with pytest.raises(UserError, match="10 examples, it had 11; class 4 is cat, it was cow"):
-        claim_workdir(tmp_path / "run", config, data)
+        claim(tmp_path / "run", config, data)
     other = config_of(folder)
     other.data.split = "val"
     with pytest.raises(UserError, match="data.split: 'val', was 'train'"):
         holds_run(tmp_path / "run", other)
     (tmp_path / "run" / DATA).write_text("[]")
     with pytest.raises(UserError, match="does not say"):
-        claim_workdir(tmp_path / "run", config, data)
+        claim(tmp_path / "run", config, data)
 
 
 def test_flat_folder_trains_a_model_without_classes(tmp_path, caplog):

@@ -31,7 +31,7 @@ from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
 from pixelflow_jax.training.saver import Saver
 from pixelflow_jax.training.start import (
-    claim_workdir,
+    claimed_workdir,
     data_of,
     holds_run,
     new_state,
@@ -71,25 +71,30 @@ def train(
     check_main_guard()
     config, started = check_config(config), time.perf_counter()
     workdir = epath.Path(files.clean_text("workdir", os.fspath(workdir)))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
+    check_batch_size(config, sharding.batch_shards(mesh))
     with PreemptionWatch() as preemption:
-        state, first = _train(config, workdir, load_initial, devices, watch, preemption)
+        watch(f"{STARTING}: listing {config.data.path or config.data.source}")
+        holds_run(workdir, config)  # before an index is written there
+        source = load_source(config, workdir=workdir, watch=lambda what: watch(f"{STARTING}: {what}"))
+        data = data_of(source)
+        watch(f"{STARTING}: taking {workdir}")
+        with claimed_workdir(workdir, config, data) as claim:
+            state, first = _train(
+                config, source, data["classes"], mesh, workdir, load_initial, watch, preemption, claim
+            )
     seconds = time.perf_counter() - started
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
 
 
-def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[TrainState, int]:
-    """`train`, from the step that is returned beside the final state."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
-    check_batch_size(config, sharding.batch_shards(mesh))
+def _train(
+    config, source, classes, mesh, workdir, load_initial, watch, preemption, claim
+) -> tuple[TrainState, int]:
+    """`train` in a workdir that is its own; returns the final state, and the step that it began from."""
+    resuming, check_claim = claim
 
     def starting(what):
         watch(f"{STARTING}: {what}")
-
-    starting(f"listing {config.data.path or config.data.source}")
-    holds_run(workdir, config)  # before an index is written there
-    source = load_source(config, workdir=workdir, watch=starting)
-    data = data_of(source)
-    resuming = claim_workdir(workdir, config, data)
 
     model, optimizer = build_model(config), build_optimizer(config)
     manager = checkpoints.open_manager(workdir, config.keep_checkpoints, config.keep_every)
@@ -147,10 +152,12 @@ def _train(config, workdir, load_initial, devices, watch, preemption) -> tuple[T
                 if save:
                     watch(f"checkpoint after step {step}")
                     pending = metrics.check()  # a broken state must not replace a good checkpoint
+                    check_claim()
                     with metrics.paused():
                         metrics.settle()
-                        due, classes = bool(draw and stop), data["classes"]
-                        saver.save(state, config, pending, due, classes, wait=stop or last)
+                        saver.save(
+                            state, config, pending, bool(draw and stop), classes, wait=stop or last
+                        )
                 if stop:
                     raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
     return state, first

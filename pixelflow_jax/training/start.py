@@ -1,8 +1,10 @@
 """How a run begins: its workdir, its data, and its state, new or restored."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files
+from pixelflow_jax import files, locks
 from pixelflow_jax.config import config_from_dict, differences
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
@@ -84,6 +86,12 @@ def check_shapes(params: dict, expected: dict, path: str) -> None:
             )
 
 
+def has_begun(workdir: epath.Path) -> bool:
+    """Whether a workdir holds a checkpoint, so that its run goes on from there."""
+    names = files.list_files(workdir / checkpoints.FOLDER)
+    return any(checkpoints.STEP.fullmatch(name) for name in names)
+
+
 def holds_run(workdir: epath.Path, config: ConfigDict) -> bool:
     """Whether a workdir is one of this run; it must be new or empty if not.
 
@@ -132,8 +140,7 @@ def data_of(source: Source) -> dict[str, Any]:
 
 def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
     """Raises UserError if the run in a workdir has taken steps on other data (see `data_of`)."""
-    steps = [x for x in files.list_files(workdir / checkpoints.FOLDER) if checkpoints.STEP.fullmatch(x)]
-    if not steps or DATA not in files.list_files(workdir):  # older versions did not keep it
+    if not has_begun(workdir) or DATA not in files.list_files(workdir):  # older versions did not keep it
         return
     was = files.read_json(workdir / DATA)
     if was == data:
@@ -156,16 +163,34 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
     )
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> bool:
-    """Writes config.json and data.json into a workdir; returns whether there was a run.
+@contextlib.contextmanager
+def claimed_workdir(
+    workdir: epath.Path, config: ConfigDict, data: dict[str, Any]
+) -> Iterator[tuple[bool, Callable[[], None]]]:
+    """Keeps other runs out of a workdir (see locks.py), and writes config.json and data.json there.
 
-    Raises UserError as `holds_run` and `check_same_data`.
+    What a run that has begun started from stays in its config, whatever `config.init_from` says.
+
+    Yields whether there was a run, and a check that nobody has taken the workdir since. Raises as
+    `holds_run` and `check_same_data`, and UserError if a process is in it.
     """
     there = holds_run(workdir, config)
     check_same_data(workdir, data)
+    if has_begun(workdir):
+        kept = files.read_json(workdir / CONFIG).get("init_from", "")
+        if config.init_from and jax.process_index() == 0:
+            other = f" (it began from {kept or 'random parameters'})" if kept != config.init_from else ""
+            print(
+                f"config.init_from={config.init_from} is not read: the run in {workdir} goes on "
+                f"from its own checkpoint{other}",
+                file=sys.stderr,
+            )
+        config.init_from = kept
     multihost_utils.sync_global_devices("every process has looked at the workdir")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:
+        yield there, lambda: None
+        return
+    with locks.held(workdir, "--workdir") as check:
         files.write_json(workdir / CONFIG, config.to_dict())
         files.write_json(workdir / DATA, data)
-    return there
+        yield there, check
