@@ -2,18 +2,24 @@
 
     python benchmarks/data.py                     speeds, from JPEG files and from ArrayRecord
     python benchmarks/data.py --memory            resident memory from image 5,000 to 50,000
+    python benchmarks/data.py --start             what a start costs, by 100,000 examples
 
-Needs torch and torchvision beside the extra `data`. Makes JPEG photos of ImageNet's usual size
+The first needs torch and torchvision beside the extra `data`. Makes JPEG photos of ImageNet's usual size
 (500x375) from scikit-image's pictures if --images names no folder. Every loader decodes, resizes the
 short side to 288 (Lanczos), crops 256x256 at random and flips, with as many worker processes; they
 take turns, and medians are compared.
 """
 
 import argparse
+import concurrent.futures
 import io
 import itertools
+import json
+import multiprocessing
 import pathlib
+import pickle
 import statistics
+import tarfile
 import tempfile
 import time
 
@@ -24,6 +30,7 @@ from pixelflow_jax import pack
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.training.start import data_of
 
 BATCH = 64
 
@@ -132,6 +139,88 @@ def memory(folder: str, workers: int, first: int, last: int) -> None:
     print(f"growth: {sizes[last] / sizes[first] - 1:+.1%} (bar: under 5%)")
 
 
+def make_sources(work: pathlib.Path, count: int) -> dict[str, list[tuple[str, pathlib.Path]]]:
+    """Data of `count` examples a kind, of almost no pixels; (what is measured, where it is) of each."""
+    caption = "a photo of something in front of something else, about as long as captions are"
+    for i in range(count):
+        path = work / "folder" / f"n{i % 100:08d}" / f"n{i % 100:08d}_{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    lines = []
+    (work / "captions").mkdir()
+    for i in range(count):
+        (work / "captions" / f"{i:09d}.jpg").touch()
+        lines.append(json.dumps({"file_name": f"{i:09d}.jpg", "text": f"{caption} {i}"}))
+    (work / "captions" / "metadata.jsonl").write_text("\n".join(lines))
+    (work / "tars").mkdir()
+    for shard in range(-(-count // 10_000)):
+        with tarfile.open(work / "tars" / f"{shard:05d}.tar", "w") as tar:
+            for i in range(shard * 10_000, min((shard + 1) * 10_000, count)):
+                for suffix, data in (("jpg", b"none"), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    pack.main([f"--path={work}/folder", f"--out={work}/packed"])
+    (work / "idx").mkdir()
+    for kind, shape in (("images", (count, 28, 28)), ("labels", (count,))):
+        head = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+        body = np.zeros(shape, np.uint8).tobytes()
+        (work / "idx" / f"train-{kind}-idx{len(shape)}-ubyte").write_bytes(head + body)
+    return {
+        "folder": [("folder", work / "folder")],
+        "caption_folder": [("caption_folder, metadata.jsonl", work / "captions")],
+        "webdataset": [("webdataset, first start", work / "tars"), ("webdataset, later", work / "tars")],
+        "array_record": [("array_record", work / "packed")],
+        "idx": [("idx, 28x28", work / "idx")],
+    }
+
+
+def cost_of(source: str, path: str) -> tuple[float, float, float]:
+    """(seconds to open and compare, bytes of peak memory, bytes that a worker gets) of a source."""
+    config = config_for(source, path, 0)
+    config.model.context_dim = 8 * (source in ("caption_folder", "webdataset"))
+    config.data.resolution = 28
+    data_of(load_source(default_config_of_digits()))  # imports, and JAX's own start
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest memory until then
+    before, begin = highest_memory(), time.perf_counter()
+    found = load_source(config)
+    data_of(found)
+    seconds = time.perf_counter() - begin
+    return seconds, highest_memory() - before, float(len(pickle.dumps(found)))
+
+
+def highest_memory() -> float:
+    """The most bytes that this process has held."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024.0 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def default_config_of_digits():
+    """A config of the smallest source."""
+    config = config_for("digits", "", 0)
+    config.data.resolution = 16
+    return config
+
+
+def start(count: int) -> None:
+    """Prints what opening each source costs, measured and times 10 and 1,000 examples as many."""
+    with tempfile.TemporaryDirectory() as work:
+        print(f"{count:,} examples a source, a fresh process each; then multiplied", flush=True)
+        for source, cases in make_sources(pathlib.Path(work), count).items():
+            for name, path in cases:
+                spawn = multiprocessing.get_context("spawn")
+                with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+                    seconds, peak, shipped = pool.submit(cost_of, source, str(path)).result()
+                parts = []
+                for examples in (10**6, 10**8):
+                    times = examples / count
+                    parts.append(
+                        f"{examples:.0e}: {times * seconds:,.1f} s, {times * peak / 2**30:,.2f} GiB, of "
+                        f"which a worker gets {times * shipped / 2**30:,.2f}"
+                    )
+                print(f"{name:<32} {seconds:6.2f} s; " + "; ".join(parts), flush=True)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -142,7 +231,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=30, help="timed in each round")
     parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
+    parser.add_argument("--start", action="store_true", help="measure starts in place of speed")
+    parser.add_argument("--examples", type=int, default=100_000, help="of --start")
     args = parser.parse_args()
+    if args.start:
+        start(args.examples)
+        return
     with tempfile.TemporaryDirectory() as work:
         folder = args.images or f"{work}/images"
         if not args.images:

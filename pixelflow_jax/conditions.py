@@ -158,7 +158,7 @@ def _class_number(flag: str, label: int | str, names: dict[int, str], count: int
             near = f"near are {as_flag(close)}; " if close else ""
             near = near if names else "the checkpoint keeps no names of classes; "
             raise UserError(
-                f"--{flag}: no class is called {label!r}; {near}their numbers are the whole numbers 0 to {count - 1}"
+                f"--{flag}: no class is called {label!r}; {near}give whole numbers, 0 to {count - 1}"
             )
         label = int(label)
     if not 0 <= label < count:

@@ -15,7 +15,7 @@ from pixelflow_jax import files
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.captions import TarSource
 from pixelflow_jax.data.loader import make_examples
-from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.data.sources import FolderSource, load_source
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.training.start import claim_workdir
@@ -216,3 +216,20 @@ def test_one_process_reads_and_all_agree(shards, tmp_path):
             assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
         else:
             assert all("other data than process 0" in text for text in said), said
+
+
+def test_folders_in_a_bucket_are_listed_once(tmp_path):
+    """Catches a request for each class, and other classes or another order than on a disk."""
+    pytest.importorskip("gcsfs")
+    for name in ("b/1.png", "a/x/2.png", "a/0.png", "__MACOSX/0.png", "c/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    here, said = FolderSource(str(tmp_path), "train"), "class folder .*c holds no images"
+    with Bucket() as bucket, pytest.warns(UserWarning, match=said):
+        url = bucket.upload(tmp_path, "data")
+        with bucket.count("prefix=data/&") as requests:
+            there = FolderSource(url, "train")
+        assert len([x for x in requests if "delimiter=&" in x[1] or "delimiter" not in x[1]]) <= 1
+        assert there.classes == here.classes == ["a", "b", "c"] and there.digest() == here.digest()
+        assert [there[i] for i in range(3)] == [here[i] for i in range(3)]
+        assert there.head(0, 8) == png()[:8]

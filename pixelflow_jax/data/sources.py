@@ -24,7 +24,7 @@ from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.captioned_digits import captioned_digits
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.names import SPLITS, Strings, split_root
-from pixelflow_jax.data.pixels import image_files, is_image, is_left_behind, report_left_out
+from pixelflow_jax.data.pixels import is_image, is_left_behind, kinds_left_out, report_left_out
 from pixelflow_jax.data.texts import some
 from pixelflow_jax.errors import UserError, blame, optional
 
@@ -211,19 +211,16 @@ class FolderSource:
 
     def __init__(self, path: str, split: str):
         self.root = split_root(path, split)
-        self.classes = sorted(
-            child.name
-            for child in epath.Path(self.root).iterdir()
-            if child.is_dir() and not is_left_behind(child.name)
-        )
-        names, labels, others = [], [], collections.Counter()
+        folders, others = _folders(self.root), collections.Counter()
+        flat = [name for name in folders.pop("", ()) if is_image(name)]
+        self.classes, names, labels = sorted(folders), [], []
         for label, name in enumerate(self.classes):
-            found = image_files(self.root, name, others)
+            found = [x for x in folders[name] if is_image(x)]
+            others.update(kinds_left_out(folders[name]))
             if not found:
                 warnings.warn(f"class folder {self.root}/{name} holds no images", stacklevel=2)
             names += found
             labels += [label] * len(found)
-        flat = [name for name in files.list_files(self.root) if is_image(name)]
         if names and flat:
             log.warning("%s: %d images are in no class folder and not taken", self.root, len(flat))
         elif flat:
@@ -251,6 +248,27 @@ class FolderSource:
     def digest(self) -> str:
         """Of the images' names and their classes."""
         return hashlib.sha256(self._names.digest().encode() + self._labels.tobytes()).hexdigest()
+
+
+def _folders(root: str) -> dict[str, list[str]]:
+    """The files below each folder in the root, relative to it, and in the root itself (""), sorted.
+
+    A bucket is listed once, and has no empty folders.
+    """
+    found: dict[str, list[str]] = {"": []}
+    if "://" in root:
+        for where, names in files.walk(root):
+            folder = where.partition("/")[0]
+            found.setdefault(folder, []).extend(f"{where}{name}" for name in names)
+    else:
+        for entry in epath.Path(root).iterdir():
+            if entry.is_dir():
+                walked = () if is_left_behind(entry.name) else files.walk(root, entry.name)
+                found[entry.name] = [f"{where}{name}" for where, names in walked for name in names]
+            else:
+                found[""].append(entry.name)
+    found[""].sort()
+    return {folder: names for folder, names in found.items() if not is_left_behind(folder)}
 
 
 def held_out(config: ConfigDict) -> tuple[Source, str]:
