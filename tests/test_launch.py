@@ -60,6 +60,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_ANSWERS", str(tmp_path / "answers"))
     monkeypatch.setenv("FAKE_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("POLL_SECONDS", "0.05")
+    monkeypatch.setenv("REMINDERS", "2")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     log.write_text("")
 
@@ -209,6 +210,9 @@ next() { local line; line=$(head -n 1 "$FAKE_STATE.$1"); \
 [ $(wc -l <"$FAKE_STATE.$1") -gt 1 ] && sed -i 1d "$FAKE_STATE.$1"; echo "$line"; }
 case "$*" in
   *buckets*) echo US-CENTRAL2 ;;
+  *"storage ls"*) s=$(next steps); [ "$s" = none ] && { echo matched no objects >&2; return 1; }
+    [ "$s" = silent ] && return 1
+    printf 'gs://b/runs/run1/checkpoints/%s/\n' 0 $s 9 5.orbax-checkpoint-tmp ;;
   *describe*) s=$(next states); case "$s" in
     NONE) echo NOT_FOUND >&2; return 1 ;;
     UNKNOWN) echo "503 try later" >&2; return 1 ;;
@@ -221,11 +225,12 @@ esac
 """
 
 
-def scenario(cloud, states, codes):
+def scenario(cloud, states, codes, newest=("none",)):
     cloud(SCENARIO)
     state = pathlib.Path(os.environ["FAKE_STATE"])
     state.with_suffix(".states").write_text("\n".join(states) + "\n")
     state.with_suffix(".codes").write_text("\n".join(codes) + "\n")
+    state.with_suffix(".steps").write_text("\n".join(newest) + "\n")
 
 
 def steps(ran):
@@ -261,6 +266,34 @@ def test_spot_stops_at_another_code_and_says_why(cloud, codes, code):
     got, _, err, ran = call(cloud, "spot.sh")
     assert got == code and f"ended with code {code}" in err
     assert steps(ran) == ["stop", "setup", "train", "log"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "newest", "starts", "code"),
+    [
+        (["1", "0"], ["none", "10", "10"], 2, 0),
+        (
+            ["1", "143", "75", "1", "1"],
+            ["10", "silent", "20", "20", "20", "20", "100", "100", "100"],
+            5,
+            1,
+        ),
+        (["1"], [str(step) for step in range(10, 50)], 5, 1),
+        (["1"], ["20", "20"], 1, 1),
+        (["1"], ["20", "silent"], 1, 1),
+        (["1,2"], ["20", "30"], 1, 2),
+        (["2"], ["20", "30"], 1, 2),
+    ],
+)
+def test_spot_starts_again_while_checkpoints_come(cloud, codes, newest, starts, code):
+    """Catches a paid TPU that idles after one failed write, and one that fails for ever."""
+    scenario(cloud, ["ACTIVE"], codes, newest)
+    if code == 0:
+        scenario(cloud, ["ACTIVE"] * 4 + ["NONE"], codes, newest)
+    got, _, err, ran = call(cloud, "spot.sh")
+    assert got == code and steps(ran).count("train") == starts, err
+    told = err.count(f"gcloud compute tpus queued-resources delete run1 {WHERE} --force --quiet")
+    assert told == (3 if code else 0) and ("STILL RUNS" in err) == bool(code), err
 
 
 def test_spot_gives_up_on_a_run_that_is_killed_again_and_again(cloud):
@@ -351,7 +384,7 @@ def test_gke(cloud):
     assert ran == [
         REGION,
         f"xpk workload create --cluster=c {WHERE} --workload=run1 --tpu-type=v4-32 --num-slices=2 "
-        "--docker-image=gcr.io/p/i --max-restarts=1000 --restart-on-exit-codes=75,76 "
+        "--docker-image=gcr.io/p/i --max-restarts=1000 --restart-on-exit-codes=75,76,143 "
         f"--termination-grace-period-seconds=120 --command={TRAIN} --config.batch_size=512",
     ]
     assert call(cloud, "gke.sh", "delete")[3][-1] == (
