@@ -27,11 +27,13 @@ BEHIND = (255, 255, 255, 255)  # what transparent pixels are laid over, as img2d
 
 # Pillow's decoders of pixels, the usual first. Not those that start other programs (EPS), draw (WMF) or
 # only know a kind (HDF5, MPEG).
-_WANTED = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 DIB ICO ICNS CUR PCX DCX QOI DDS PSD SGI SUN"
+_WANTED = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 DIB ICO ICNS CUR PCX DCX QOI DDS PSD SGI SUN"
 _WANTED += " XBM XPM MSP IM BLP FTEX FLI GBR PIXAR TGA"
 Image.init()
 FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
-SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in FORMATS)
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
+)
 
 # Folders and files of systems, besides the hidden ones: archives, network disks, Windows
 _SYSTEM = (
@@ -69,18 +71,11 @@ def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in SUFFIXES and not is_left_behind(path)
 
 
-def image_files(root: str, folder: str = "", others: collections.Counter | None = None) -> list[str]:
-    """Image files below root/folder, relative to root, in torchvision's order.
-
-    `others` counts the rest by suffix; without it the log says how many there are.
-    """
-    names = [where + name for where, found in files.walk(root, folder) for name in found]
-    kept = [name for name in names if is_image(name)]
-    counts = collections.Counter() if others is None else others
-    counts.update(kinds_left_out(names))
-    if others is None:
-        report_left_out(root, counts)
-    return kept
+def image_files(root: str) -> list[str]:
+    """Image files below a folder, relative to it, in torchvision's order; logs what is left out."""
+    names = [where + name for where, found in files.walk(root) for name in found]
+    report_left_out(root, collections.Counter(kinds_left_out(names)))
+    return [name for name in names if is_image(name)]
 
 
 def kinds_left_out(names: Iterable[str]) -> list[str]:
@@ -126,8 +121,9 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
 
 
 def read_size(data: bytes | IO[bytes] | np.ndarray) -> Size:
-    """(height, width) of what `decode` gives, from the header alone.
+    """(height, width) of what `decode` gives, from the header alone: the first bytes will do.
 
+    PNG files may say after the pixels how they are turned; that is seen where `data` goes so far.
     Raises whatever Pillow does where that cannot be read.
     """
     if isinstance(data, np.ndarray):

@@ -211,8 +211,9 @@ class FolderSource:
 
     def __init__(self, path: str, split: str):
         self.root = split_root(path, split)
-        folders, others = _folders(self.root), collections.Counter()
-        flat = [name for name in folders.pop("", ()) if is_image(name)]
+        folders = _folders(self.root)
+        beside = folders.pop("", [])
+        flat, others = [x for x in beside if is_image(x)], collections.Counter(kinds_left_out(beside))
         self.classes, names, labels = sorted(folders), [], []
         for label, name in enumerate(self.classes):
             found = [x for x in folders[name] if is_image(x)]
