@@ -113,7 +113,7 @@ def run(main: Callable[[], None]) -> None:
             print(request.code, file=sys.stderr)
         code = request.code if isinstance(request.code, int) else 1
     except Exception as error:
-        why = _usual_cause(error)
+        why = usual_cause(error)
         if why:
             print(f"error: {why}", file=sys.stderr)
         else:
@@ -149,7 +149,7 @@ def _which_is_full(error: OSError) -> str:
     return f": {' and '.join(full)}" if full else ""
 
 
-def _usual_cause(error: Exception) -> str:
+def usual_cause(error: Exception) -> str:
     """What is behind an error that has nothing to do with where it came up; "" if nobody knows."""
     if isinstance(error, ImportError) and "gcsfs" in str(error):
         return "gs:// paths need gcsfs: pip install 'pixelflow_jax[gcs]'"

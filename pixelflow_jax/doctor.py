@@ -104,7 +104,7 @@ def look(name: str, check: Callable[[], str]) -> bool:
     except (Problem, UserError, OSError) as error:
         mark, said = "FAIL", str(error)
     except Exception as error:  # of a storage library, mostly; a doctor must not die of the disease
-        mark, said = "FAIL", f"{type(error).__name__}: {error}"
+        mark, said = "FAIL", cli.usual_cause(error) or f"{type(error).__name__}: {error}"
     print(f"{mark:<5} {name:<9} {said}", flush=True)
     return mark != "FAIL"
 

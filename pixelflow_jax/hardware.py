@@ -75,5 +75,6 @@ def local_devices() -> list[Any]:
     except Exception as error:  # a bare AssertionError, for JAX_PLATFORMS=cuda without the plugin
         told = jax.config.jax_platforms
         what = f"JAX_PLATFORMS={told}: JAX finds no such device" if told else "JAX finds no device"
+        why = f" ({sentence(error)})" if str(error) else ""
         how = "leave JAX_PLATFORMS unset, or install the extra that drives it (tpu, cuda)"
-        raise UserError(f"{what} here ({sentence(error)}); {how}") from None
+        raise UserError(f"{what} here{why}; {how}") from None

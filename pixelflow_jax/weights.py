@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from pixelflow_jax import files
+from pixelflow_jax import files, hardware
 from pixelflow_jax.errors import UserError, blame, optional
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
@@ -144,6 +144,7 @@ def _shards(path: epath.Path) -> list[str]:
 def _open_safetensors(path: epath.Path) -> dict[str, Callable]:
     from safetensors import safe_open
 
+    hardware.local_devices()  # what it reads with goes over one
     with contextlib.ExitStack() as stack:
         local = stack.enter_context(files.open_file(path))
         if "://" in str(path):

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -219,7 +218,7 @@ class FolderSource:
             found = [x for x in folders[name] if is_image(x)]
             others.update(kinds_left_out(folders[name]))
             if not found:
-                warnings.warn(f"class folder {self.root}/{name} holds no images", stacklevel=2)
+                log.warning("class folder %s/%s holds no images", self.root, name)
             names += found
             labels += [label] * len(found)
         if names and flat:

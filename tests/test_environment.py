@@ -1,0 +1,143 @@
+"""What the environment brings: devices, proxies, a notebook's settings, home folders, libraries."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import pixelflow_jax as pf
+from pixelflow_jax import cli, request, sweep
+from pixelflow_jax.errors import UserError, optional
+from pixelflow_jax.training.checkpoints import find_step
+
+HERE = pathlib.Path(__file__).parent.parent
+
+
+def child(code, *argv, **env):
+    """A Python process at the root of the checkout, with more in its environment."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=HERE,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_device_that_is_not_there(trained, tmp_path):
+    """Catches a traceback, or words about something else, of a command that JAX has no device for."""
+    commands = f"""
+        train --workdir={tmp_path / "a"}
+        sample --checkpoint={trained} --out={tmp_path / "b"}
+        evaluate --samples={trained}/x.npz --reference=digits --features=pca --out={tmp_path / "c"}
+        convert --source={trained} --to=official --out={tmp_path / "d"}
+        demo --checkpoint={trained}
+        doctor --workdir={tmp_path / "e"} --no_compile
+    """.strip().splitlines()
+    code = """
+import importlib, sys
+from pixelflow_jax import cli
+for line in sys.argv[1:]:
+    name, *argv = line.split()
+    try:
+        importlib.import_module(f"pixelflow_jax.{name}").main(argv)
+    except SystemExit as end:
+        print(name, "ends with", end.code)
+    except Exception as error:
+        print(name, "says", cli.usual_cause(error) or error)
+"""
+    ended = child(code, *commands, JAX_PLATFORMS="cuda")
+    assert ended.returncode == 0 and "AssertionError" not in ended.stdout, ended.stdout + ended.stderr
+    for line in commands[:-1]:
+        name = line.split()[0]
+        assert f"{name} says JAX_PLATFORMS=cuda: JAX finds no such device here;" in ended.stdout
+    assert "FAIL  devices   JAX_PLATFORMS=cuda" in ended.stdout and "doctor ends with 1" in ended.stdout
+
+
+def test_warnings_show_no_source():
+    """Catches a line of our source in what a person reads."""
+    code = """
+import warnings
+from pixelflow_jax import cli
+cli.run(lambda: warnings.warn("something to know", stacklevel=1))
+"""
+    assert child(code).stderr == "warning: something to know\n"
+
+
+def test_plots_do_not_depend_on_a_notebook():
+    """Catches a sweep that a notebook's MPLBACKEND ends when all its work is done."""
+    code = """
+import io, os
+from pixelflow_jax import sweep
+assert sweep._can_plot()
+print(os.environ["MPLBACKEND"])
+"""
+    backend = "module://matplotlib_inline.backend_nowhere"
+    ended = child(code, MPLBACKEND=backend)
+    assert ended.returncode == 0 and ended.stdout.strip() == backend, ended.stderr
+
+
+def test_a_plot_that_fails(monkeypatch, tmp_path, capsys):
+    """Catches a sweep that is lost with its picture."""
+
+    def fail(*args):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(sweep, "_draw", fail)
+    assert sweep._plot([], "fid", tmp_path / "sweep.png") is False
+    monkeypatch.setattr(sweep, "_figure", fail)
+    assert sweep._can_plot() is False
+    assert "no fonts" in capsys.readouterr().out
+
+
+def test_extras_that_are_there_but_ill(tmp_path, monkeypatch):
+    """Catches advice to install what is installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ill_one.py").write_text("raise ImportError('a SOCKS proxy needs socksio')")
+    (tmp_path / "ill_two.py").write_text("1 / 0")
+    for module, why in (("ill_one", "a SOCKS proxy needs socksio"), ("ill_two", "division by zero")):
+        with pytest.raises(UserError, match=f"{module}, which is there but cannot start: {why}"):
+            optional(module, "demo", "the page")
+    with pytest.raises(UserError, match="the page needs the extra `demo`"):
+        optional("not_there_at_all", "demo", "the page")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "socks5h://u:p@h:1"])
+def test_the_demo_behind_a_proxy(trained, proxy):
+    """Catches a page that asks a proxy for itself, or a proxy that is taken for a missing extra."""
+    pytest.importorskip("gradio", reason="gradio is the extra `demo`")
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+    command = [sys.executable, "-m", "pixelflow_jax.demo", f"--checkpoint={trained}", "--port=0"]
+    env = {**os.environ, **dict.fromkeys(names, proxy)}
+    demo = subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "Ctrl-C ends it" in demo.stdout.readline()
+    finally:
+        demo.terminate()
+        demo.wait()
+        demo.stdout.close()
+
+
+def test_home(trained, tmp_path, monkeypatch):
+    """Catches a folder named "~", from a flag or from Python."""
+    monkeypatch.setenv("HOME", str(trained.parent))
+    flags = [
+        "--checkpoint=~/run",
+        "--out=~/x",
+        "--prompts_file=~",
+        "--prompt=~/x",
+        "--init_image=~/a.png",
+    ]
+    args = request.parser("").parse_args(flags)
+    home = str(trained.parent)
+    assert (args.checkpoint, args.out, args.prompts_file) == (f"{home}/run", f"{home}/x", home)
+    assert args.prompt == ["~/x"] and args.init_image == f"{home}/a.png"
+    assert find_step("~/run")[0] == find_step(trained)[0]
+    with pytest.raises(UserError, match="--out=~nobody-here/x: ~nobody-here is no user's folder"):
+        request.parser("").parse_args(["--checkpoint=x", "--out=~nobody-here/x"])
+    with pytest.raises(UserError, match="holds a run of another config"):
+        pf.fit(pf.load_config("digits"), "~/run")
+    assert cli.parser("").parse_args([]) is not None
