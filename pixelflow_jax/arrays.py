@@ -49,18 +49,18 @@ def array_shapes(path: epath.PathLike, *names: str) -> dict[str, tuple[tuple[int
     Raises UserError if it is not a whole npz file, as far as these say: others are not looked at.
     """
     with _opened(path) as archive:
-        members = _members(archive)
-        names = names or tuple(name for name in members if members[name].endswith(".npy"))
-        return {name: _start(archive, name)[:2] for name in names if name in members}
+        there = _members(archive)
+        chosen = [name for name in names if name in there] if names else _arrays(archive)
+        return {name: _start(archive, name)[:2] for name in chosen}
 
 
 def read_arrays(path: epath.PathLike, *names: str) -> dict[str, np.ndarray]:
-    """Arrays of an npz file, by name; in column order if they are stored so.
+    """Arrays of an npz file, by name, or all; in column order if they are stored so.
 
     Raises UserError if one of them is not whole or not there, or holds Python objects.
     """
     with _opened(path) as archive:
-        return {name: _whole(archive, name) for name in names}
+        return {name: _whole(archive, name) for name in names or _arrays(archive)}
 
 
 def read_npz(path: epath.PathLike, name: str) -> np.ndarray:
@@ -108,6 +108,10 @@ class Stream:
 def _members(archive: zipfile.ZipFile) -> dict[str, str]:
     """{name of an array: that of its member}; numpy does without the suffix too."""
     return {member.removesuffix(".npy"): member for member in archive.namelist()}
+
+
+def _arrays(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name, member in _members(archive).items() if member.endswith(".npy")]
 
 
 def _start(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, bool, IO[bytes]]:

@@ -32,7 +32,6 @@ def _export_official(args: argparse.Namespace) -> str:
     params, config, _ = load_params(args.source)
     state = to_official(jax.device_get(params), config)
     out = epath.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     if args.format == "safetensors":
         from safetensors.numpy import save
 
@@ -61,7 +60,6 @@ def _import_inception(args: argparse.Namespace) -> str:
     from safetensors.numpy import save
 
     out = epath.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     kept = {name: np.ascontiguousarray(array) for name, array in state.items()}
     files.write_bytes(out / "inception.safetensors", save(kept))
     return f"{_count(params)} parameters of FID's Inception-v3"

@@ -190,7 +190,9 @@ def open_file(path: epath.PathLike) -> IO[bytes]:
     if bucket := _bucket(path):
         with reading():
             data = read_bytes(path, 0, BLOCK)
-            return io.BytesIO(data) if len(data) < BLOCK else bucket.open(str(path), block_size=BLOCK)
+            if len(data) < BLOCK:
+                return io.BytesIO(data)
+            return bucket.open(str(path), block_size=BLOCK // 8, cache_type="readahead")
     file = open(path, "rb")
     if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -291,21 +293,33 @@ def list_files(folder: epath.PathLike) -> list[str]:
 
     What a write that was killed left does not count, nor does a lock. Raises UserError for a file.
     """
-    names, is_file = [], False
-    if bucket := _bucket(folder):
-        with reading(), contextlib.suppress(FileNotFoundError):
-            place = bucket._strip_protocol(str(folder)).rstrip("/")
-            found = bucket.ls(place, detail=True)
-            is_file = any(entry["name"] == place and entry["type"] == "file" for entry in found)
-            names = [entry["name"][len(place) + 1 :].rstrip("/") for entry in found]
-    else:
+    names = [name for name in _entries(folder) if name != LOCK]
+    return [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
+
+
+def list_folders(folder: epath.PathLike) -> list[str]:
+    """Names of the folders in a folder, sorted. Raises UserError as `list_files`."""
+    return [name for name, is_folder in _entries(folder).items() if is_folder]
+
+
+def _entries(folder: epath.PathLike) -> dict[str, bool]:
+    """{name in a folder: whether it is a folder}, sorted; a bucket's by one listing."""
+    if not (bucket := _bucket(folder)):
         folder = epath.Path(folder)
-        is_file = folder.exists() and not folder.is_dir()
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    if is_file:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, but a folder is needed")
+        entries = sorted(os.scandir(folder), key=lambda x: x.name) if folder.is_dir() else []
+        return {entry.name: entry.is_dir() for entry in entries}
+    place = bucket._strip_protocol(str(folder)).rstrip("/")
+    try:
+        with reading():
+            found = bucket.ls(place, detail=True)
+    except FileNotFoundError:
+        return {}
+    if any(entry["name"] == place and entry["type"] == "file" for entry in found):
         raise UserError(f"{folder} is a file, but a folder is needed")
-    names = [name for name in names if name not in ("", LOCK)]
-    return sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
+    entries = {entry["name"].rstrip("/")[len(place) + 1 :]: entry["type"] for entry in found}
+    return {name: kind == "directory" for name, kind in sorted(entries.items()) if name}
 
 
 def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:

@@ -95,7 +95,6 @@ def write_layout(
 
 def _write_geneval(samples, prompts, entries, out, watch) -> None:
     for number, entry in enumerate(entries):
-        (out / f"{number:05d}" / "samples").mkdir(parents=True, exist_ok=True)
         line = json.dumps(entry.get("line", entry)).encode()
         files.write_bytes(out / f"{number:05d}" / "metadata.jsonl", line)
     seen = np.zeros(len(entries), int)
@@ -106,7 +105,6 @@ def _write_geneval(samples, prompts, entries, out, watch) -> None:
 
 
 def _write_dpg(samples, prompts, entries, out, watch) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     # Images show the prompts in turn, so those of a prompt are far apart: a stream for each of the four.
     streams = [arrays.Stream(samples, "arr_0") for _ in range(DPG_IMAGES)]
     table = np.argsort(prompts, kind="stable").reshape(-1, DPG_IMAGES)

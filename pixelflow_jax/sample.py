@@ -133,8 +133,6 @@ def _make(
     mine = chunks(folder.count, size, jax.process_index(), jax.process_count())
     missing = folder.missing()
     parts = [part for chunk in mine if len(part := chunk[np.isin(chunk, missing)])]
-    if args.save_stages:
-        (folder.path / "stages").mkdir(exist_ok=True)
     made, seconds = 0, []
     quiet = jax.process_index() != 0
     with tqdm(total=sum(map(len, parts)), unit="image", dynamic_ncols=True, disable=quiet) as bar:
@@ -193,7 +191,6 @@ def invert(args: argparse.Namespace) -> str:
         raise UserError("the inversion is not finite; try --dtype=float32, or smaller --rtol and --atol")
     names = ["start", *(f"block_{stage}" for stage in range(1, len(joined)))]
     out = epath.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     written = dict(zip(names, joined, strict=True)) | conditions.extra
     arrays.write_npz(out / "noise.npz", {name: (x.shape, x.dtype, [x]) for name, x in written.items()})
     return (

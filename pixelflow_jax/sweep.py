@@ -79,7 +79,6 @@ def _claim(out: epath.Path, described: dict[str, Any]) -> None:
                 f"--out={out} holds a sweep of another checkpoint, reference or number of images; name "
                 f"a new folder"
             )
-    out.mkdir(parents=True, exist_ok=True)
     files.write_json(path, described)
 
 

@@ -28,12 +28,12 @@ class Bucket:
     Attributes:
       url: gs://..., for paths.
       requests: (method, path with its query) of all that it was asked, in order.
-      refuse: a function of (method, path) whose True answers 503.
+      refuse: a function of (method, path) whose True answers with `status` alone.
     """
 
     def __init__(self):
         self.url, self.requests, self.refuse = f"gs://{NAME}", [], lambda method, path: False
-        self.lock = threading.RLock()
+        self.lock, self.status = threading.RLock(), 503
 
     def __enter__(self) -> "Bucket":
         from gcp_storage_emulator.handlers.buckets import create_bucket
@@ -128,11 +128,11 @@ def _handler():
             super().__init__(bucket.storage, *args)
 
         def answer(self, method: str) -> None:
+            self.bucket.requests.append((method, self.path))
+            if self.bucket.refuse(method, self.path):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                return self.plain(self.bucket.status, {})
             with self.bucket.lock:
-                self.bucket.requests.append((method, self.path))
-                if self.bucket.refuse(method, self.path):
-                    self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                    return self.plain(503, {})
                 if moved := MOVE.match(self.path):
                     return self.move(moved)
                 if not self.as_expected(method):

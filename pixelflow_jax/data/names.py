@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from etils import epath
 
+from pixelflow_jax import files
 from pixelflow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ def split_root(path: str, split: str) -> str:
         raise UserError(f"config.data.path={path} is not a folder")
     if (root / split).is_dir():
         return str(root / split)
-    there = [name for name in SPLITS if (root / name).is_dir()]
+    folders = files.list_folders(root)
+    there = [name for name in SPLITS if name in folders]
     if there or split != "train":
         raise UserError(
             f"config.data.split={split!r}: there is no {path}/{split}; splits there: "

@@ -121,7 +121,6 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
     elif present:
         raise UserError(f"--out={out} holds files but no {MANIFEST}; name a new or empty folder")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / MANIFEST, manifest)
     missing = [k for k, name in enumerate(names) if name not in present]
     for k in progress(missing):

@@ -5,6 +5,7 @@ a run that was stopped goes on without making an image twice. When all are there
 together from them, in which equal requests give equal bytes, and the shards go.
 """
 
+import collections
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -65,21 +66,21 @@ class OutputFolder:
         `watch` is told how far this is.
         """
         files.write_json(self.path / "settings.json", settings)
-        self._shards.mkdir(exist_ok=True)
         for begin, end, path in self._found():
             watch(f"looking at {path.name}")
             try:
-                whole = arrays.array_shapes(path).get("arr_0") == ((end - begin, *self.size), np.uint8)
+                shapes = arrays.array_shapes(path, "arr_0")
+                whole = shapes.get("arr_0") == ((end - begin, *self.size), np.uint8)
             except UserError as error:
                 log.warning("%s; its images are made again", error)
                 whole = False
             if not whole:
-                path.unlink()
+                files.remove(path)
 
     def is_complete(self) -> bool:
         """Whether samples.npz is there and whole; a damaged one counts as missing."""
         try:
-            shapes = arrays.array_shapes(self.path / "samples.npz")
+            shapes = arrays.array_shapes(self.path / "samples.npz", "arr_0")
         except UserError:
             return False
         return shapes.get("arr_0") == ((self.count, *self.size), np.uint8)
@@ -109,8 +110,7 @@ class OutputFolder:
         """
         if not self.is_complete():
             self._assemble(watch)
-        if self._shards.exists():
-            self._shards.rmtree()
+        files.remove(self._shards)
         first, seen = [], 0
         for pixels in arrays.rows(self.path / "samples.npz", "arr_0", 64):
             watch(f"PNG file {seen}")
@@ -140,20 +140,23 @@ class OutputFolder:
         return sorted(entry for entry in found if entry[0] < entry[1] <= self.count)
 
     def _assemble(self, watch: Callable[[str], None]) -> None:
-        found = self._found()
-        shapes = arrays.array_shapes(found[0][2])
+        """Reads each shard once: images go straight to samples.npz, the small arrays wait for them."""
+        found, kept = self._found(), collections.defaultdict(list)
 
-        def joined(name: str) -> Iterator[np.ndarray]:
+        def pixels() -> Iterator[np.ndarray]:
             done = 0
             for begin, end, path in found:
                 if end > done:
-                    watch(f"{name} of image {begin}")
+                    watch(f"image {begin}")
                     assert begin <= done, f"images {done} to {begin} are missing"
-                    yield arrays.read_npz(path, name)[done - begin :]
+                    for name, part in arrays.read_arrays(path).items():
+                        kept[name].append(part[done - begin :])
+                    yield kept["arr_0"].pop()
                     done = end
 
+        shapes = arrays.array_shapes(found[0][2])
         parts: dict[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]] = {
-            name: ((self.count, *shape[1:]), dtype, joined(name))
+            name: ((self.count, *shape[1:]), dtype, pixels() if name == "arr_0" else kept[name])
             for name, (shape, dtype) in shapes.items()
         }
         for name, array in self.extra.items():

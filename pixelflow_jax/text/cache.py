@@ -148,7 +148,6 @@ def encode_texts(
         if found != manifest:
             raise UserError(f"--out={out} holds states of another encoder or length; name a new folder")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / MANIFEST, manifest)
     cache = EmbeddingCache(out)
     missing = [text for text in dict.fromkeys(texts) if text not in cache]

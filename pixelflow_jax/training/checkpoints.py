@@ -206,11 +206,10 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
     log.warning("checkpoint %d is moved to %s", step, manager.directory.parent / "damaged")
     aside = manager.directory.parent / "damaged" / str(step)
     if jax.process_index() == 0:
-        aside.parent.mkdir(exist_ok=True)
         # A bucket has no empty folders, and renames into one that exists only.
-        (aside.parent / "README.txt").write_text("Checkpoints that could not be restored.\n")
-        if aside.exists():
-            aside.rmtree()
+        note = b"Checkpoints that could not be restored.\n"
+        files.write_bytes(aside.parent / "README.txt", note)
+        files.remove(aside)
         (manager.directory / str(step)).rename(aside)
     multihost_utils.sync_global_devices("damaged checkpoint set aside")
     manager.reload()
