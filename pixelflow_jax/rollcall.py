@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import ipaddress
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -25,8 +27,13 @@ from flax.traverse_util import flatten_dict
 
 from pixelflow_jax.errors import Lost, UserError
 
+log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 HELLO_SECONDS = 5.0  # for whoever connects to say who it is
+MAX_HELLO = 1 << 20  # bytes of a message before it is known who sends it: records have some thousands
+MAX_MESSAGE = 1 << 28  # and after: the records of all
+SEND_SECONDS = 60.0  # for a process to take what it is sent
+STRANGERS = 64  # connections that may wait at a time; of more, the oldest ends
 SHOWN = 10  # disagreements that an error lists
 
 
@@ -43,9 +50,9 @@ class Place:
 class Link:
     """JSON lines over a connection to another process."""
 
-    def __init__(self, connection: socket.socket):
-        self.socket = connection
-        self._received = b""
+    def __init__(self, connection: socket.socket, limit: int = MAX_MESSAGE):
+        self.socket, self.limit = connection, limit  # bytes of a message
+        self._received = bytearray()
 
     def send(self, message: dict[str, Any]) -> None:
         """Sends one message. Raises OSError if the other side is gone."""
@@ -66,13 +73,16 @@ class Link:
             if not data:
                 raise ConnectionError("closed")
             self._received += data
-            if not self._received.startswith(b"{"):
+            if not self._received.startswith(b"{") or len(self._received) > self.limit:
                 raise ConnectionError("not one of ours")
-        line, self._received = self._received.split(b"\n", 1)
+        line, _, self._received = self._received.partition(b"\n")
         try:
-            return json.loads(line)
-        except ValueError:
-            raise ConnectionError("not one of ours") from None
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise ConnectionError("not one of ours")
+        return message
 
     def close(self) -> None:
         """Hangs up."""
@@ -156,34 +166,62 @@ def roll_call(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
 
 
 def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: dict) -> None:
-    """On process 0: adds those who come in time. Raises as `roll_call` does."""
-    end = time.monotonic() + timeout
-    with _listen(place.address) as listener:
+    """On process 0: adds those who come in time. Raises as `roll_call` does.
+
+    Whoever connects is heard beside the others, so that a stranger who says nothing holds up nobody.
+    """
+    end, waiting = time.monotonic() + timeout, {}  # socket: (link, when it has to have said who it is)
+    with _listen(place.address) as listener, contextlib.ExitStack() as stack:
+        stack.callback(lambda: [link.close() for link, _ in waiting.values()])
         while len(records) < place.count:
-            listener.settimeout(max(0.01, end - time.monotonic()))
-            try:
-                link = Link(listener.accept()[0])
-            except TimeoutError:
-                raise Lost(_missing(place, records, timeout)) from None
-            try:
-                hello = link.receive(HELLO_SECONDS) or {}
-                index, count, record = int(hello["index"]), hello["count"], dict(hello["record"])
-            except (OSError, KeyError, TypeError, ValueError):
-                link.close()  # a port scanner, or a process that was stopped meanwhile
-                continue
-            if index in links and not links[index].is_closed():
-                links[-1] = link  # so that it hears the verdict too
-                raise UserError(
-                    f"two processes say that they are process {index}: on {records[index]['hostname']} "
-                    f"and on {record['hostname']}. Start each process once, with an index of its own"
-                )
-            links[index], records[index] = link, record
-            offsets[index] = time.time() - float(hello["time"])
-            if count != place.count:
-                raise UserError(
-                    f"process 0 was told of {place.count} processes, but process {index} "
-                    f"({record['hostname']}) of {count}: start all with the same number"
-                )
+            left = end - time.monotonic()
+            if left <= 0:
+                raise Lost(_missing(place, records, timeout))
+            for ready in select.select([listener, *waiting], [], [], min(left, 1.0))[0]:
+                if ready is listener:
+                    with contextlib.suppress(OSError):  # gone already, or no descriptor is free
+                        connection = listener.accept()[0]
+                        connection.settimeout(SEND_SECONDS)
+                        waiting[connection] = (
+                            Link(connection, MAX_HELLO),
+                            time.monotonic() + HELLO_SECONDS,
+                        )
+                elif ready in waiting:
+                    _hear(place, waiting, ready, records, links, offsets)
+            late = [x for x, (_, until) in waiting.items() if until < time.monotonic()]
+            for connection in {*late, *list(waiting)[: max(0, len(waiting) - STRANGERS)]}:
+                waiting.pop(connection)[0].close()
+
+
+def _hear(place: Place, waiting: dict, connection: socket.socket, records, links, offsets) -> None:
+    """Takes what a connection has said so far; adds its process when that is a whole record."""
+    link, _ = waiting[connection]
+    try:
+        hello = link.receive(0)
+        if hello is None:
+            return
+        index, count, record = int(hello["index"]), int(hello["count"]), dict(hello["record"])
+        offset, host = time.time() - float(hello["time"]), str(record["hostname"])
+        if not 0 < index < max(place.count, count):
+            raise ValueError(index)
+        flatten_dict(record)  # not too deep to be compared
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        waiting.pop(connection)[0].close()  # a port scanner, or a process that was stopped meanwhile
+        return
+    del waiting[connection]
+    link.limit = MAX_MESSAGE
+    if index in links and not links[index].is_closed():
+        links[-1] = link  # so that it hears the verdict too
+        raise UserError(
+            f"two processes say that they are process {index}: on {records[index]['hostname']} "
+            f"and on {host}. Start each process once, with an index of its own"
+        )
+    links[index], records[index], offsets[index] = link, record, offset
+    if count != place.count:
+        raise UserError(
+            f"process 0 was told of {place.count} processes, but process {index} ({host}) of {count}: "
+            f"start all with the same number"
+        )
 
 
 def _missing(place: Place, records: dict[int, dict], timeout: float) -> str:
@@ -197,11 +235,46 @@ def _missing(place: Place, records: dict[int, dict], timeout: float) -> str:
 
 
 def _listen(address: str) -> socket.socket:
-    port = int(address.rpartition(":")[2])
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
+    """Listens where the others look for process 0, and, as far as can be told, nowhere else.
+
+    The name may lead to an address that this machine does not have (a proxy's, a public one), or to
+    one that others cannot reach (Debian's 127.0.1.1): then it listens on all interfaces, and says so.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
     try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
+        found = [entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except OSError:
+        found = []
+    own = [x for x in found if _is_here(x) and (host in (x, "localhost") or not _is_loopback(x))]
+    if own:
+        return _bound(address, own[0], int(port))
+    log.warning(
+        "the roll call listens on all interfaces, as %s is no address of this machine that others see",
+        host,
+    )
+    return _bound(address, "", int(port))
+
+
+def _is_loopback(ip: str) -> bool:
+    return ipaddress.ip_address(ip.partition("%")[0]).is_loopback
+
+
+def _is_here(ip: str) -> bool:
+    """Whether an address is of this machine."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as trial:
+            trial.bind((ip, 0))
+            return True
+    except OSError:
+        return False
+
+
+def _bound(address: str, ip: str, port: int) -> socket.socket:
+    both = not ip and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in ip else socket.AF_INET
+    try:
+        return socket.create_server((ip, port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
         raise UserError(
             f"process 0 cannot listen at {address}: {error.strerror}. Is a process of an earlier run "
