@@ -45,6 +45,7 @@ def encoded(image, kind, **options):
 def shown(data):
     """What `decode` gives, whose size must be that of the header."""
     found = np.asarray(decode(data))
+    np.testing.assert_array_equal(found, np.asarray(decode(decode(data))))
     assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
     assert read_size(data) == found.shape[:2]
     return found.astype(int)

@@ -113,7 +113,10 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
             turn, image = _orientation(image), _opaque(image, _raw_mode(tiles))
         else:
             turn = _orientation(image)
-        return image.transpose(_TURNS[turn]) if turn in _TURNS else image
+        if turn in _TURNS:
+            image = image.transpose(_TURNS[turn])
+            image.info.clear()  # it is not to be turned again
+        return image
     except BrokenImage:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds
