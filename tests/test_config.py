@@ -79,9 +79,8 @@ def test_no_door_takes_what_cannot_be(door, tmp_path):
         for value in wrong:
             with pytest.raises(UserError, match=key.replace(".", r"\.")):
                 enter(tmp_path, key, value)
-        for name in (f"{key}x", f"{key[:-1]}_", f"{section}x.{leaf}".removeprefix("x.")):
-            if name == key:
-                continue
+        wrong_names = (f"{key}x", f"{key[:-1]}_", f"{section}x.{leaf}".removeprefix("x."))
+        for name in {*wrong_names[: 3 if door == "flag" else 1]} - {key}:
             with pytest.raises(UserError) as error:
                 enter(tmp_path, name, 1)
             assert f"{name} is no key" in str(error.value)

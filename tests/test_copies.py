@@ -90,7 +90,9 @@ def test_parts_that_are_missing(run, part, all_of_it):
         load_params(run, 0 if part == "params" else None)
 
 
-@pytest.mark.parametrize("part", ["params", "optimizer", "ema"])
+@pytest.mark.parametrize(
+    "part", ["ema", *(pytest.param(x, marks=pytest.mark.slow) for x in ("params", "optimizer"))]
+)
 def test_resume_says_what_is_missing(run, part, caplog):
     """Catches a resume without a part of the state, or from an older step without a word."""
     shutil.rmtree(run / STEP / part)

@@ -1,12 +1,15 @@
 """What a checkpoint from elsewhere may lead to: nothing outside it, whatever its config says."""
 
+import argparse
 import os
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from pixelflow_jax import demo, sample
+from pixelflow_jax.conditions import encode
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
@@ -55,10 +58,21 @@ def hostile(tmp_path_factory):
     config.model.context_dim, config.text.words = 16, ()
     config.text.encoder = config.init_from = config.data.path = config.text.cache = str(outside)
     config.data.source = "caption_folder"
-    save_params(folder / "a", jax.jit(lambda: init_params(build_model(config), 0))(), config)
+    shapes = jax.eval_shape(lambda: init_params(build_model(config), 0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    save_params(folder / "a", params, config)
     return folder
 
 
+def test_prompts_wait_for_a_word(tmp_path):
+    """Catches sampling that follows the checkpoint before anybody has said that it may."""
+    config = load_config("t2i_tiny", ["text.encoder=someone/model", "text.words=()"])
+    args = argparse.Namespace(text_encoder=None, checkpoint=str(tmp_path))
+    with pytest.raises(UserError, match="--text_encoder=someone/model"):
+        encode(args, ["six"], config)
+
+
+@pytest.mark.slow
 def test_sampling_reads_nothing_else(hostile, tmp_path, t5_folder):
     """Catches a key of a checkpoint's config that makes sampling or the demo read or fetch something."""
     flags = [f"--checkpoint={hostile / 'a'}", "--prompt=six", f"--out={tmp_path / 'out'}"]
