@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -43,6 +44,38 @@ def test_doctor_sees_what_train_would_refuse(trained, tmp_path, tiny_flags, caps
         assert re.search(f"FAIL +workdir .*{said}", capsys.readouterr().out)
     doctor.main([*tiny_flags, "--no_compile", f"--workdir={trained}"])
     assert "it holds this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "source", ["folder", "caption_folder", "webdataset", "array_record", "idx", "tfds", "tfds mnist"]
+)
+def test_the_doctor_says_which_data_are_not_there(source, tmp_path, tiny_flags, capsys):
+    """Catches a library's words about formats where a folder is missing, or a dataset in it."""
+    source, _, name = source.partition(" ")
+    flags = [*tiny_flags, "--no_compile", f"--workdir={tmp_path / 'run'}", f"--config.data.name={name}"]
+    missing = [tmp_path / "none"] if not name else [tmp_path / "none", tmp_path]
+    for path in missing:
+        with pytest.raises(SystemExit):
+            doctor.main([*flags, f"--config.data.source={source}", f"--config.data.path={path}"])
+        said = capsys.readouterr().out
+        assert re.search(r"FAIL +data .*(none is not there|there is no .*/mnist/)", said), said
+
+
+@pytest.mark.parametrize("name", [*doctor.FOLDERS, *doctor.FILES])
+def test_the_doctor_tries_all_that_training_writes(trained, tmp_path, tiny_flags, capsys, name):
+    """Catches "all is well" where checkpoints, samples or metrics cannot be written."""
+    run = pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+    bad = run / name
+    if name in doctor.FILES:  # the other kind stands in the way, as root may write anything
+        bad.unlink(missing_ok=True)
+        bad.mkdir()
+    else:
+        shutil.rmtree(bad, ignore_errors=True)
+        bad.touch()
+    with pytest.raises(SystemExit):
+        doctor.main([*tiny_flags, "--no_compile", f"--workdir={run}"])
+    said = capsys.readouterr().out
+    assert re.search(rf"FAIL +workdir .*{name}", said), said
 
 
 def test_hosts_that_share_a_new_workdir(tmp_path):

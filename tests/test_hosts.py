@@ -164,6 +164,60 @@ def test_waiting_is_not_hanging(fast, capfd):
     assert "process 1 (h1) is late: at 'image 2'" in said and "wait at 'waiting for" in said, said
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_start_may_take_its_time(fast, capfd, count):
+    """Catches a download, restore or compilation that is taken for a hang, or a hang after."""
+
+    def starts(dog, hangs):
+        with dog:
+            for what in ("listing", "a download", "step 1"):
+                dog.at(f"{watchdog.STARTING}: {what}")
+                time.sleep(0.8)
+            for step in range(2, 6):
+                dog.at(f"step {step}")
+            time.sleep(2.0 if hangs else 0.0)
+
+    for hangs in (False, True):
+        with watched(count, step_timeout=0.4) as dogs:
+            assert together(*[(starts, dog, hangs) for dog in dogs]) == [None] * count
+        said = capfd.readouterr().err
+        assert all(f"note: starting: {what}, for 0.4 s" in said for what in ("listing", "a download"))
+        assert fast == [76] * count * hangs and ("'step 5'" in said) is hangs, said
+
+
+def test_who_is_lost_at_the_start_is_heard_of(fast, capfd):
+    """Catches patience with a start that waits for a process that is gone."""
+    with watched(2, step_timeout=60.0) as dogs:
+
+        def waits(dog):
+            with dog:
+                dog.at(f"{watchdog.STARTING}: step 1")
+                time.sleep(2.0)
+
+        def die():
+            time.sleep(0.3)
+            for link in dogs[1]._links.values():
+                link.socket.shutdown(socket.SHUT_RDWR)
+
+        together((waits, dogs[0]), (die,))
+    assert fast == [76] and "process 1 (h1) is gone" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["load_source", "start_or_resume", "make_order", "frozen_encoder"])
+def test_a_real_start_may_take_its_time(tmp_path, tiny_flags, place):
+    """Catches a part of the start that does not say that it is one."""
+    code = (
+        "import time; from pixelflow_jax import cli, train; from pixelflow_jax.training import loop\n"
+        f"real = loop.{place}\n"
+        "def slow(*args, **kwargs):\n    time.sleep(40)\n    return real(*args, **kwargs)\n"
+        f"loop.{place} = slow\ncli.run(train.main)"
+    )
+    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}", "--config.hosts.step_timeout=15"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "note: starting: " in done.stderr, done.stderr
+
+
 def test_an_error_of_one_reaches_the_others(fast, capfd):
     """Catches hosts that wait minutes for one that has stopped with a good reason of its own."""
     own = UserError("its disk is full")

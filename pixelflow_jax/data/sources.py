@@ -67,6 +67,9 @@ def open_source(
         raise UserError(f"config.data.source must be one of {', '.join(SOURCES)}, got {data.source!r}")
     if data.source not in BUNDLED and not data.path and not (data.source == "tfds" and data.name):
         raise UserError(f"config.data.source={data.source} needs --config.data.path")
+    local = data.source not in BUNDLED and "://" not in data.path
+    if local and data.path and not epath.Path(data.path).exists():
+        raise UserError(f"config.data.path={data.path} is not there")
     index = (workdir, watch) if data.source == "webdataset" else ()
     source = SOURCES[data.source](data, split or data.split, *index)
     if not len(source):
@@ -300,6 +303,8 @@ class TfdsSource:
             builder = (
                 tfds.builder(name, data_dir=path or None) if name else tfds.builder_from_directory(path)
             )
+            if name and not epath.Path(builder.data_dir).exists():
+                raise UserError(f"{where}: there is no {builder.data_dir}; prepare the dataset there")
             decoders = {"image": tfds.decode.SkipDecoding()}
             self._records = builder.as_data_source(split=split, decoders=decoders)
             features = builder.info.features
