@@ -203,22 +203,23 @@ def default_config_of_digits():
 
 
 def start(count: int) -> None:
-    """Prints what opening each source costs, measured and times 10 and 1,000 examples as many."""
-    with tempfile.TemporaryDirectory() as work:
-        print(f"{count:,} examples a source, a fresh process each; then multiplied", flush=True)
-        for source, cases in make_sources(pathlib.Path(work), count).items():
-            for name, path in cases:
-                spawn = multiprocessing.get_context("spawn")
-                with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-                    seconds, peak, shipped = pool.submit(cost_of, source, str(path)).result()
-                parts = []
-                for examples in (10**6, 10**8):
-                    times = examples / count
-                    parts.append(
-                        f"{examples:.0e}: {times * seconds:,.1f} s, {times * peak / 2**30:,.2f} GiB, of "
-                        f"which a worker gets {times * shipped / 2**30:,.2f}"
-                    )
-                print(f"{name:<32} {seconds:6.2f} s; " + "; ".join(parts), flush=True)
+    """Prints what opening each source costs at `count` examples, and on a line through a tenth of it."""
+    costs: dict[str, list[np.ndarray]] = {}
+    for examples in (count // 10, count):
+        with tempfile.TemporaryDirectory() as work:
+            for source, cases in make_sources(pathlib.Path(work), examples).items():
+                for name, path in cases:
+                    spawn = multiprocessing.get_context("spawn")
+                    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+                        found = pool.submit(cost_of, source, str(path)).result()
+                    costs.setdefault(name, []).append(np.array(found))
+    print(f"{'':<32} {'examples':>12} {'seconds':>9} {'GiB':>8} {'GiB a worker':>13}")
+    for name, (few, many) in costs.items():
+        for examples in (count, 10**6, 10**8):
+            slope = np.maximum(many - few, 0) / (count - count // 10)
+            seconds, peak, shipped = many + (examples - count) * slope
+            sizes = f"{peak / 2**30:>8.2f} {shipped / 2**30:>13.2f}"
+            print(f"{name:<32} {examples:>12,} {seconds:>9.1f} {sizes}", flush=True)
 
 
 def main() -> None:
