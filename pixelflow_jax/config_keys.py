@@ -25,7 +25,8 @@ INTERVALS = {
     "[1, 2147483647]": "num_train_steps",  # steps are int32
     "[1, inf)": "batch_size accumulation_steps log_every checkpoint_every keep_checkpoints mesh.context "
     "data.resolution data.max_aspect_ratio data.bucket_unit data.num_threads data.prefetch "
-    "profile.first_step sample.num_steps sample.num_images",
+    "profile.first_step",
+    "[1, 10000]": "sample.num_steps",
     # heads, width of one, layers: what is larger is a slip, or a damaged file
     "[1, 4096]": "model.num_heads model.head_dim model.depth model.patch_size model.scan_unroll "
     "text.num_layers text.num_heads text.head_dim",
@@ -35,6 +36,7 @@ INTERVALS = {
     "optimizer.clip_norm",
     "[0, 100000]": "model.context_dim",
     "[0, 10000000]": "model.num_classes",
+    "[1, 10000000]": "sample.num_images",
     "[0, 100]": "optimizer.learning_rate optimizer.weight_decay",
     "[0, 1]": "data.label_dropout data.max_broken_share optimizer.eps sample.guidance_interval",
     "[0, 1)": "optimizer.b1 optimizer.b2 ema.decays",
