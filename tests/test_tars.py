@@ -18,7 +18,7 @@ from pixelflow_jax.data.loader import make_examples
 from pixelflow_jax.data.sources import FolderSource, load_source
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.errors import UserError
-from pixelflow_jax.training.start import claim_workdir
+from pixelflow_jax.training.start import holds_run
 
 from bucket import Bucket
 from conftest import start_hosts
@@ -76,9 +76,7 @@ def test_index_is_kept_and_made_anew(shards, tmp_path):
     for damaged in (b"", kept[:-99], flipped, b"x"):
         (tmp_path / "run" / INDEX).write_bytes(damaged)
         assert opened(shards, tmp_path / "run")[1] == 2
-    assert (
-        claim_workdir(epath.Path(tmp_path / "run"), load_config("digits"), {}) is False
-    )  # no run is there
+    assert holds_run(epath.Path(tmp_path / "run"), load_config("digits")) is False  # no run is there
     (shards / INDEX).unlink()
     write_shard(shards / "2.tar", 6)
     other, read = opened(shards)
