@@ -17,7 +17,7 @@ from pixelflow_jax import pack
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.loader import make_batches, make_examples
-from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.data.sources import class_names, load_source
 from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode, random_crop, transform
 from pixelflow_jax.errors import UserError
 
@@ -275,7 +275,7 @@ def test_tfds_without_network_or_tensorflow(tmp_path):
         def _info(self):
             features = {
                 "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(num_classes=4),
+                "label": tfds.features.ClassLabel(names=[f"kind {i}" for i in range(4)]),
             }
             return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
@@ -293,6 +293,9 @@ def test_tfds_without_network_or_tensorflow(tmp_path):
         config = data_config("tfds", path, name=name)
         source = load_source(config)
         assert len(source) == 8 and source.num_classes == 4
+        assert class_names(source) == {i: f"kind {i}" for i in range(4)}
+        half = load_source(config, "train[:50%]")
+        assert len(half) == 4 and half.digest() != source.digest()
         found = {source[i][1]: source[i][0] for i in range(4)}
         assert all(data.startswith(b"\x89PNG") for data in found.values())
         batch = take(config, 1)[0]
