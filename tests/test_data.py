@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from pixelflow_jax import pack
-from pixelflow_jax.config import default_config
+from pixelflow_jax.config import default_config, load_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.loader import make_batches, make_examples
-from pixelflow_jax.data.sources import class_names, load_source
+from pixelflow_jax.data.sources import class_names, load_source, readable_captions
 from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode, random_crop, transform
 from pixelflow_jax.errors import UserError
 
@@ -321,3 +321,43 @@ def test_sources_that_are_not_there():
             load_source(data_config(source))
     with pytest.raises(UserError, match="one of digits"):
         load_source(data_config("imagenet"))
+
+
+def test_tfds_examples_without_a_caption_are_broken(tmp_path):
+    """Catches an example without a caption that ends a run, or the packing of a dataset."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class TinyTold(tfds.core.GeneratorBasedBuilder):
+        """Six pictures, a third of them without a caption."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+            }
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(6):
+                told = [] if i % 3 == 0 else [{"text": f"no. {i}"}, {"text": ""}]
+                yield i, {"image": io.BytesIO(encoded(picture(seed=i), "PNG")), "captions": told}
+
+    TinyTold.pkg_dir_path = pathlib.Path(tmp_path)
+    TinyTold(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    flags = ["--source=tfds", f"--path={tmp_path}", "--name=tiny_told"]
+    pack.main([*flags, f"--out={tmp_path / 'packed'}"])
+    for source, path, name in (
+        ("tfds", tmp_path, "tiny_told"),
+        ("array_record", tmp_path / "packed", ""),
+    ):
+        config = load_config("t2i_tiny", ["data.crop=center", "batch_size=12"])
+        config.data.update(source=source, path=str(path), name=name)
+        broken = take(config, 1)[0]["broken"]
+        assert len({*broken.tolist()} - {-1}) == 2
+        captions = [readable_captions(load_source(config), i) for i in range(6)]
+        assert all(found[0].startswith("no. ") for found in captions)
