@@ -2,23 +2,29 @@
 
 import json
 import pathlib
+import struct
+import tarfile
 import threading
 
+import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from pixelflow_jax import arrays, evaluate, files, pack, sample
+from pixelflow_jax import arrays, convert, doctor, encode, evaluate, files, pack, sample
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.sources import open_source
 from pixelflow_jax.errors import UserError
+from pixelflow_jax.layouts import read_prompts_file, write_layout
 from pixelflow_jax.sampling.output import OutputFolder
+from pixelflow_jax.train import initial_params
 from pixelflow_jax.training import loop, saver, writes
 from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
 from pixelflow_jax.training.preemption import Preempted
 
 from bucket import Bucket
-from conftest import TINY
+from conftest import TINY, start_hosts
 
 
 @pytest.fixture
@@ -248,8 +254,75 @@ def test_sample_and_evaluate(run):
                    f"--out={place}/folder.json"])  # fmt: skip
 
 
-def test_pack(bucket, tmp_path):
-    """Catches `pack` from a bucket or into one."""
-    path = bucket.upload(pictures(tmp_path / "data"), "data")
+def write_tar(path: pathlib.Path, folder: pathlib.Path) -> bytes:
+    """A WebDataset shard of captioned pictures."""
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*.*")):
+            tar.add(file, file.name)
+    return path.read_bytes()
+
+
+def test_sources(bucket, tmp_path):
+    """Catches a kind of source that cannot be read from a bucket, or reads it all at each start."""
+    folder = pictures(tmp_path / "data")
+    bucket.put("tars/0.tar", write_tar(tmp_path / "0.tar", folder))
+    path = bucket.upload(folder, "data")
     pack.main([f"--path={path}", f"--out={bucket.url}/packed", "--shard_size=4"])
     assert len(bucket.names("packed/")) == 3
+    images = np.zeros((5, 28, 28), np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", np.zeros(5, np.uint8))):
+        head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+        bucket.put(f"idx/train-{name}-ubyte", head + array.tobytes())
+    # array_record reads by C++ of its own, which asks Google alone.
+    for place, kind, count in (("tars", "webdataset", 6), ("idx", "idx", 5)):
+        overrides = [f"data.source={kind}", f"data.path={bucket.url}/{place}", "data.resolution=32"]
+        data = load_config("configs/digits.py", overrides).data
+        for _ in range(2):
+            with bucket.count(".tar") as asked:
+                source = open_source(data)
+                assert len(source) == count and source[count - 1][0] is not None
+        assert len(asked) <= 1  # the image and its caption together; the index is kept
+
+
+@pytest.mark.slow
+def test_other_commands(run, tmp_path, t5_folder, capsys):
+    """Catches `convert`, `doctor`, `encode` and lists of prompts that take no path of a bucket."""
+    convert.main([f"--source={run.url}/run", "--to=official", f"--out={run.url}/official"])
+    assert "official/config.yaml" in run.names()
+    convert.main([f"--source={run.url}/official", f"--out={run.url}/converted"])
+    config = load_config("configs/digits.py", [*TINY, f"init_from={run.url}/converted"])
+    ours = initial_params(config)
+    theirs = load_params(f"{run.url}/run")[0]
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(one, other)
+    run.put("prompts/a.txt", b"a red seven")
+    run.put("prompts/b.txt", b"a blue one")
+    assert [entry["name"] for entry in read_prompts_file(f"{run.url}/prompts")] == ["a", "b"]
+    assert read_prompts_file(f"{run.url}/prompts/a.txt")[0]["prompt"] == "a red seven"
+    encode.main([f"--captions={run.url}/prompts/a.txt", f"--encoder={run.upload(t5_folder, 't5')}",
+                 f"--out={tmp_path / 'cache'}"])  # fmt: skip
+    made = {"arr_0": np.zeros((8, 8, 8, 3), np.uint8), "prompt": np.arange(8) % 2}
+    arrays.write_npz(f"{run.url}/s.npz", {name: (x.shape, x.dtype, [x]) for name, x in made.items()})
+    entries = read_prompts_file(f"{run.url}/prompts")
+    for layout in ("geneval", "dpg"):
+        write_layout(layout, epath.Path(f"{run.url}/s.npz"), entries, epath.Path(f"{run.url}/{layout}"))
+    assert run.names("dpg/") == ["dpg/a.png", "dpg/b.png"] and len(run.names("geneval/")) == 10
+    flags = [f"--config.{override}" for override in TINY]
+    doctor.main([f"--workdir={run.url}/run", *flags])
+
+
+@pytest.mark.slow
+def test_two_hosts_go_on_in_a_bucket(run):
+    """Catches shards of another process that a listing of before does not hold."""
+    out = f"{run.url}/two"
+    command = [f"--checkpoint={run.url}/run", f"--out={out}", "--num_images=8", "--num_steps=1"]
+    sample.main([*command, "--batch_size=2"])
+    whole = run.get("two/samples.npz")
+    kept = {name: part[2:4] for name, part in arrays.read_arrays(f"{out}/samples.npz").items()}
+    files.remove(f"{out}/samples.npz")
+    shard = {name: (x.shape, x.dtype, [x]) for name, x in kept.items() if name in ("arr_0", "nfe")}
+    arrays.write_npz(f"{out}/shards/00000002-00000004.npz", shard)
+    children = start_hosts(2, ["pixelflow_jax.sample", *command, "--batch_size=2"])
+    said = [child.communicate(timeout=300)[0] for child in children]
+    assert all(child.returncode == 0 for child in children), said
+    assert run.get("two/samples.npz") == whole and not run.names("two/shards/")
