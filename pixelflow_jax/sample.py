@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = request.parse(__doc__, sys.argv[1:] if argv is None else argv)
     request.check_flags(args)
-    with joined(default_config().hosts, patient=True, flags=vars(args)) as watch:
+    with joined(
+        default_config().hosts, patient=True, flags=vars(args) | {"given": sorted(args.given)}
+    ) as watch:
         try:
             report = invert(args) if args.invert else run(args, watch)[0]
         except NotFinite as error:

@@ -249,7 +249,8 @@ def test_sample_and_evaluate(run):
     evaluate.main([f"--samples={place}/one", f"--reference={place}/one", "--features=pca",
                    f"--out={place}/metrics.json"])  # fmt: skip
     assert json.loads(run.get("out/metrics.json"))
-    files.remove(f"{place}/one/samples.npz")
+    for name in ("samples.npz", "stages"):
+        files.remove(f"{place}/one/{name}")
     evaluate.main([f"--samples={place}/one", f"--reference={place}/one", "--features=pca",
                    f"--out={place}/folder.json"])  # fmt: skip
 
