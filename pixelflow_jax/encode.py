@@ -97,7 +97,7 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
             try:
                 yield from captions_at(source, index)
             except OSError as error:  # training replaces it, too
-                log.warning("left out: %s", error)
+                log.warning("left out: %s: %s", source.name(index), error)
         return
     try:
         lines = files.read_lines(args.captions)

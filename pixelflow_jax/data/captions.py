@@ -98,7 +98,7 @@ class CaptionFolder:
         """Those of example `index`, without its image."""
         known = self._captions[index]
         if known.startswith("["):
-            return some(json.loads(known), self.name(index))
+            return some(json.loads(known))
         text = f"{self.root}/{known[1:] or os.path.splitext(self._names[index])[0] + '.txt'}"
         return decode_captions(files.read_bytes(text), text)
 
@@ -174,8 +174,8 @@ class TarSource:
         if not is_json:
             return decode_captions(text, name)
         try:
-            return some(captions_of(json.loads(files.decode_text(text)), name), name)
-        except (ValueError, TypeError, RecursionError) as error:
+            return some(captions_of(json.loads(files.decode_text(text)), name))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise OSError(f"{name}: {error}") from None
 
     def name(self, index: int) -> str:

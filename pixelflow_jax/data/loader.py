@@ -62,7 +62,7 @@ class LoadExample(grain.transforms.RandomMap):
         for _ in range(REPLACEMENTS):
             try:
                 data, label = self._source[index]
-                label = some(label, self._source.name(index)) if isinstance(label, tuple) else label
+                label = some(label) if isinstance(label, tuple) else label
                 image = transform(data, sizes, self._crop, self._flip, rng)
                 break
             except OSError:

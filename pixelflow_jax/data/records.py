@@ -68,7 +68,7 @@ class RecordSource:
             label, body = LABEL.unpack_from(record)[0], record[LABEL.size :]
             if not self.captioned:
                 return body, label
-            captions = some(json.loads(body[: -1 - label]), self.name(index))
+            captions = some(json.loads(body[: -1 - label]))
             return body[-1 - label :], captions
 
     def digest(self) -> str:

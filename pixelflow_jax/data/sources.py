@@ -69,7 +69,7 @@ def open_source(
         raise UserError(f"config.data.source={data.source} needs --config.data.path")
     local = data.source not in BUNDLED and "://" not in data.path
     if local and data.path and not epath.Path(data.path).exists():
-        raise UserError(f"config.data.path={data.path} is not there")
+        raise UserError(f"config.data.path={data.path} is not there: not a folder, nor a file")
     index = (workdir, watch) if data.source == "webdataset" else ()
     source = SOURCES[data.source](data, split or data.split, *index)
     if not len(source):
@@ -130,7 +130,7 @@ def captions_at(source: Source, index: int) -> tuple[str, ...]:
       OSError: if they cannot be read, or all are blank.
     """
     captions = getattr(source, "captions", None)
-    return some(captions(index) if captions else source[index][1], source.name(index))
+    return some(captions(index) if captions else source[index][1])
 
 
 def readable_captions(source: Source, index: int) -> tuple[str, ...]:
@@ -323,7 +323,7 @@ class TfdsSource:
             record = self._records[index]
             if self.captioned:
                 captions = (text.decode() for text in record["captions"]["text"])
-                return record["image"], some(captions, self.name(index))
+                return record["image"], some(captions)
             return record["image"], int(record["label"])
 
     def name(self, index: int) -> str:

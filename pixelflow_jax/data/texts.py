@@ -26,11 +26,11 @@ def captions_of(values: dict[str, Any], where: str) -> tuple[str, ...]:
     raise UserError(f"{where} has no caption; it needs one of the keys {', '.join(KEYS)}")
 
 
-def some(captions: Iterable[str], where: str) -> tuple[str, ...]:
+def some(captions: Iterable[str]) -> tuple[str, ...]:
     """The captions of an example. Raises OSError, as for a broken image, if all are blank."""
     found = tuple(captions)
     if not any(text.strip() for text in found):
-        raise OSError(f"the caption {where} is empty")
+        raise OSError("its caption is empty")
     return found
 
 
@@ -40,7 +40,10 @@ def decode_captions(data: bytes, where: str) -> tuple[str, ...]:
         lines = files.split_lines(files.decode_text(data))
     except UnicodeDecodeError as error:
         raise OSError(f"the caption {where} is not UTF-8, nor UTF-16 with its mark: {error}") from None
-    return some(filter(None, (line.strip() for line in lines)), where)
+    found = tuple(filter(None, (line.strip() for line in lines)))
+    if not found:
+        raise OSError(f"the caption {where} is empty")
+    return found
 
 
 def read_metadata(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
