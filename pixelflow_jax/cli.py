@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, hardware, hosts
+from pixelflow_jax import files, hardware, hosts, numerics
 from pixelflow_jax.config import load_config
 from pixelflow_jax.errors import EXIT_LOST, Lost, UserError, sentence
 
@@ -90,7 +90,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         if callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
-        main()
+        for name, value in numerics.switches().items():
+            print(f"warning: {name.upper()}={value} may change the last bits", file=sys.stderr)
+        with numerics.pinned():
+            main()
         sys.stdout.flush()  # a full disk shows here, not at Python's end
         return
     except UserError as error:

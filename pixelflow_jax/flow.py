@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from pixelflow_jax import images
+from pixelflow_jax import images, numerics
 from pixelflow_jax.cascade import NUM_TRAIN_TIMES, Cascade
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.packing import Group, MixedLayout, PackLayout, Rows, join_runs, map_runs
@@ -144,6 +144,7 @@ def corrupt(
     return batch, layout
 
 
+@numerics.pinned()
 def _draw(keys: Key[Array, "rows b"], shape: tuple[int, ...], label_dropout: float):
     """(noise, time index, whether to drop the label) for each key."""
 

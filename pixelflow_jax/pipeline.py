@@ -18,7 +18,7 @@ from etils import epath
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from pixelflow_jax import request
+from pixelflow_jax import numerics, request
 from pixelflow_jax.conditions import as_flag
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.sampling.generate import make_generate, make_stages
@@ -52,6 +52,7 @@ class Pipeline:
       step: the training step of the parameters.
     """
 
+    @numerics.pinned()
     def __init__(self, checkpoint: epath.PathLike, ema: float | None = None):
         """Reads a workdir, one step's folder, or a folder that `convert` wrote.
 
@@ -96,6 +97,7 @@ class Pipeline:
         """
         return self.run(**settings).pixels
 
+    @numerics.pinned()
     def run(self, **settings: Any) -> Samples:
         """As `sample`, with what else is known of the images."""
         job = self._job(settings)
@@ -114,6 +116,15 @@ class Pipeline:
 
         All images are one batch.
         """
+        ends = self._ends(settings)
+        while True:
+            with numerics.pinned():  # not between the steps: what the caller does there is the caller's
+                end = next(ends, None)
+            if end is None:
+                return
+            yield end
+
+    def _ends(self, settings: dict[str, Any]) -> Iterator[Samples]:
         job = self._job(settings)
         count = len(job.conditions)
         job = dataclasses.replace(job, batch_size=max(count, job.batch_size))

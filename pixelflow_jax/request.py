@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pixelflow_jax import __version__, arrays, cli, files
+from pixelflow_jax import __version__, arrays, cli, files, numerics
 from pixelflow_jax.conditions import Conditions, forget_encoder, labels, read_conditions
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.images import UINT8_RULE
@@ -225,6 +225,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
         "start": described,
         "save_stages": args.save_stages,
         "uint8_rule": UINT8_RULE,
+        **({"jax_switches": changed} if (changed := numerics.switches()) else {}),
         "versions": {"pixelflow_jax": __version__}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }

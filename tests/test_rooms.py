@@ -7,8 +7,8 @@ import pixelflow_jax
 
 # From the ground floor up; a room imports only what stands before it.
 ROOMS = (
-    "errors cascade images packing hardware sharding files locks weights arrays rollcall hosts models "
-    "text config_keys config official flow data sampling training cli layouts conditions request "
+    "errors numerics cascade images packing hardware sharding files locks weights arrays rollcall hosts "
+    "models text config_keys config official flow data sampling training cli layouts conditions request "
     "pipeline convert evaluation train sample sweep evaluate pack encode hlo roofline compile_check "
     "doctor demo"
 ).split()

@@ -23,13 +23,15 @@ Features = dict[str, Float[np.ndarray, "b d"]]
 
 
 class InceptionFeatures:
-    """FID's Inception-v3 on all local devices, float32.
+    """FID's Inception-v3 on all local devices, in float32 whatever the chip's default.
 
     Attributes:
       name: what the output calls these features.
+      arithmetic: what they are computed in.
       pooled, spatial: which of the features are for FID and sFID.
     """
 
+    arithmetic = "float32, products at JAX's highest precision"
     pooled, spatial, logits = KEPT
 
     def __init__(self, path: str):
@@ -63,6 +65,7 @@ class PcaFeatures:
     Images larger than 32 pixels are averaged down first.
     """
 
+    arithmetic = "float64"
     pooled, spatial, logits = "pca", None, None
 
     def __init__(self, reference: ImageSet):

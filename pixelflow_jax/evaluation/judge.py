@@ -115,6 +115,7 @@ class Reference:
             "num_samples": samples.count,
             "num_reference": self.images.count if self.images else None,
             "features": self.extract.name,
+            "arithmetic": self.extract.arithmetic,
             "uint8_rule": uint8_rule(samples.name),
             "samples": samples.name,
             "reference": self.path,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pixelflow_jax import numerics
 from pixelflow_jax.models.t5 import T5Encoder
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.packing import Group, PackLayout
@@ -14,6 +15,7 @@ Condition = dict[str, Array]
 TEXT = "text_encoder"  # where the parameters hold an encoder that is trained with the model
 
 
+@numerics.pinned()
 def init_params(model: PixelFlow, seed: int) -> dict:
     """Fresh parameters. They do not depend on the sizes of the layout they are traced with."""
     patches = model.patch_sizes
@@ -22,7 +24,7 @@ def init_params(model: PixelFlow, seed: int) -> dict:
     labels = jnp.zeros((1, count), jnp.int32) if model.num_classes else None
     context = jnp.zeros((1, count, 1, model.context_dim)) if model.context_dim else None
     mask = jnp.ones((1, count, 1), bool) if model.context_dim else None
-    key = jax.random.key(seed)
+    key = numerics.key(seed)
     params = model.init(key, tokens, jnp.zeros((1, count)), layout, labels, context, mask)["params"]
     if model.text is not None:
         ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
+from pixelflow_jax import numerics
 from pixelflow_jax.errors import UserError
 
 SIZE = 299
@@ -179,9 +180,10 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """Inception-v3 for FID and its kin."""
+    """Inception-v3 for FID and its kin, in float32 on every chip."""
 
     @nn.compact
+    @numerics.precise
     def __call__(self, pixels: UInt8[Array, "b h w 3"]) -> dict[str, Float[Array, "b d"]]:
         """Features of images of any size.
 
@@ -229,7 +231,7 @@ def inception_params(state: dict[str, np.ndarray]) -> dict:
     Raises:
       UserError: if an array is missing, left over or of a wrong shape.
     """
-    shapes = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    shapes = jax.eval_shape(Inception().init, numerics.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
     expected = {path: x.shape for path, x in flatten_dict(shapes["params"], sep="/").items()}
     params, problems = {}, []
     for name, array in state.items():

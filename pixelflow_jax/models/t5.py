@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
+from pixelflow_jax import numerics
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.transformer import Dtype, RMSNorm, wide
 
@@ -126,6 +127,7 @@ class T5Encoder(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
+    @numerics.precise
     def __call__(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t d"]:
         """The states of every token, where mask is True; those of padding mean nothing."""
         c, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -199,7 +201,7 @@ def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np
     """
     names = set(names)
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-    shapes = jax.eval_shape(lambda: T5Encoder(config).init(jax.random.key(0), ids, mask))["params"]
+    shapes = jax.eval_shape(lambda: T5Encoder(config).init(numerics.key(0), ids, mask))["params"]
     flat = {path: np.empty(x.shape, dtype) for path, x in flatten_dict(shapes).items()}
     problems = [f"unknown: {name}" for name in unknown_names(names, config)]
     for path, layer, name in weight_names(config):

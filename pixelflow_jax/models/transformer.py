@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pixelflow_jax import numerics
 from pixelflow_jax.models.attention import attention, by_chunks
 from pixelflow_jax.models.blockwise import SAVED
 from pixelflow_jax.models.rope import apply_rope, rope_lookup, rope_table
@@ -223,7 +224,8 @@ class PixelFlow(nn.Module):
       num_classes: classes of a class-conditional model (label num_classes is the null class), or 0.
       context_dim: width of the text states a text model attends to, or 0.
       cross_gate: a learned gate on the cross-attention, 0 at first, which the released model has not.
-      dtype, param_dtype: of computation and of parameters.
+      dtype, param_dtype: of computation and of parameters. float32 is float32 on every chip: products
+        then have the highest precision.
       text: sizes of a text encoder whose parameters are part of the model (conditioning.py), or None.
       remat: what the backward pass keeps; a name of REMAT_POLICIES.
       scan_unroll: layers an iteration of the scan over depth; more compiles longer, runs faster.
@@ -249,6 +251,7 @@ class PixelFlow(nn.Module):
     text: Any = None
 
     @nn.compact
+    @numerics.precise
     def __call__(
         self,
         tokens: Rows,

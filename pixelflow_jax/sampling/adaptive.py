@@ -9,6 +9,7 @@ import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pixelflow_jax import numerics
 from pixelflow_jax.sampling.solvers import Field
 
 MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of a stage, whose tau runs from 0 to 1
@@ -100,18 +101,20 @@ def solve_adaptive(
 
     solver = getattr(diffrax, name.capitalize())()
     x = jnp.where(jnp.isfinite(x), x, HUGE)  # the stage before may have failed
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(finite_field),
-        solver,
-        t0=span[0],
-        t1=span[1],
-        dt0=None,
-        y0=x,
-        stepsize_controller=CountedSteps(diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP)),
-        saveat=diffrax.SaveAt(t1=True, controller_state=True),
-        max_steps=MAX_STEPS,
-        throw=False,
-    )
+    control = CountedSteps(diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP))
+    with numerics.precision(x.dtype):  # Diffrax adds slopes up by products
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(finite_field),
+            solver,
+            t0=span[0],
+            t1=span[1],
+            dt0=None,
+            y0=x,
+            stepsize_controller=control,
+            saveat=diffrax.SaveAt(t1=True, controller_state=True),
+            max_steps=MAX_STEPS,
+            throw=False,
+        )
     small = (jnp.abs(solution.ys[-1]) < HUGE * 1e-6).all()
     reached = (solution.result == diffrax.RESULTS.successful) & small
     evaluations = _evaluations(solver, solution.stats["num_steps"], solution.controller_state[1])

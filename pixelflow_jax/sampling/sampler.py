@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from pixelflow_jax import images
+from pixelflow_jax import images, numerics
 from pixelflow_jax.cascade import Cascade
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import Condition
@@ -104,6 +104,7 @@ class Sampler:
         p = patches[stage]
         return PackLayout((Group(count, height // p, width // p, p // min(patches)),), self.shards)
 
+    @numerics.pinned()
     def draw_noise(self, keys: Key[Array, " b"]) -> Noise:
         """Noise for each image from its own key, so that it does not depend on the batch."""
 

@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 from PIL import Image
 
-from pixelflow_jax import files, flow, images
+from pixelflow_jax import files, flow, images, numerics
 from pixelflow_jax.data.pixels import decode, is_image, kinds_left_out, report_left_out
 from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.models.conditioning import Condition
@@ -29,7 +29,7 @@ LEAST_STRENGTH = 1e-5  # of less, no step of the solver would remain: the image 
 def image_keys(seed: int | UInt32[Array, " b"], index: Int[Array, " b"]) -> Key[Array, " b"]:
     """One key an image, from the seed (of all, or of each) and the image's number alone."""
     seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), index.shape)
-    return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seeds, index)
+    return jax.vmap(lambda s, i: jax.random.fold_in(numerics.key(s), i))(seeds, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class FromImages(FromSeed):
         chosen = self.images[np.asarray(index) % len(self.images)]
         return {**super().inputs(index), "images": chosen}
 
+    @numerics.pinned()
     def noise(self, sampler, inputs):
         drawn = super().noise(sampler, inputs)
         size = sampler.stage_size(self.stage)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, flow, sharding
+from pixelflow_jax import files, flow, numerics, sharding
 from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size, check_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
@@ -42,6 +42,7 @@ from pixelflow_jax.training.watchdog import STARTING
 from pixelflow_jax.training.writes import retried
 
 
+@numerics.pinned()
 def train(
     config: ConfigDict,
     workdir: epath.PathLike,

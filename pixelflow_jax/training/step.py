@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from pixelflow_jax import flow, images, sharding
+from pixelflow_jax import flow, images, numerics, sharding
 from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blocks
 from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.conditioning import encode_text, init_params
@@ -131,7 +131,11 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
 
     def local(params, batch, index, step_key):
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
-        grad_fn = jax.value_and_grad(row_loss, has_aux=True)
+
+        def grad_fn(*args):
+            with numerics.precision(model.dtype):  # for backward passes that kernels bring themselves
+                return jax.value_and_grad(row_loss, has_aux=True)(*args)
+
         if parts == 1:
             (_, stages), grads = grad_fn(params, batch, keys)
         else:
@@ -168,7 +172,7 @@ def make_train_step(
     image size the step is compiled once. `broken` is passed on, so that every process sees all of it.
     """
     loss_and_grads = make_loss_and_grads(config, model, mesh)
-    root = jax.random.fold_in(jax.random.key(config.seed), 1)  # init has the unfolded key
+    root = jax.random.fold_in(numerics.key(config.seed), 1)  # init has the unfolded key
     everywhere = NamedSharding(mesh, P())
 
     def train_step(state, batch):
