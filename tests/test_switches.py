@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -94,3 +95,10 @@ def test_no_switch_of_the_environment_changes_anything(name, value, trained, usu
     child = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-2000:]
     assert json.loads(child.stdout.splitlines()[-1]) == usual
+
+
+def test_every_key_is_made_in_one_place():
+    """Catches a key of JAX's default implementation: another one where the environment says so."""
+    pattern = re.compile(r"random\.(key|PRNGKey|wrap_key_data)\(")
+    files = (HERE.parent / "pixelflow_jax").rglob("*.py")
+    assert {path.name for path in files if pattern.search(path.read_text())} == {"numerics.py"}

@@ -256,7 +256,7 @@ def inception_params(state: dict[str, np.ndarray]) -> dict:
 
 def inception_names() -> set[str]:
     """The public names of the arrays that are used."""
-    shapes = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    shapes = jax.eval_shape(Inception().init, numerics.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
     ends = {ours: theirs for theirs, (ours, _) in UNIT.items()}
     names = {"fc.weight", "fc.bias"}
     for path in flatten_dict(shapes["params"]):
