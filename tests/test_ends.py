@@ -1,11 +1,16 @@
 """How processes end: with which code, whatever waits in them; and with which streams they run."""
 
+import errno
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from pixelflow_jax.data import loader
+
+from conftest import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Each case in a fork, as JAX takes seconds to import: its exit code, or "hangs"
@@ -96,3 +101,65 @@ def test_streams_of_few_letters(tmp_path, env):
     done = python("-m", "pixelflow_jax.sample", missing, f"--out={tmp_path / 'o'}", env=env)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+NO_GUARD = """
+import sys, pixelflow_jax as pf
+config = pf.load_config("digits", {tiny} + ["data.num_workers=2"])
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "pf.fit(config, sys.argv[1])",
+        pytest.param("next(pf.prepare(config)[2])", marks=pytest.mark.slow),
+    ],
+)
+def test_a_script_without_a_main_guard(tmp_path, call):
+    """Catches worker processes that train in their turn, and a parent that waits for them for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(NO_GUARD.format(tiny=list(TINY), call=call))
+    done = python(script, tmp_path / "run")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("RuntimeError"), done.stderr
+    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "/dev/shm"),
+        (
+            RuntimeError("Worker process was terminated unexpectedly with exit code -7. Search"),
+            "/dev/shm",
+        ),
+        (RuntimeError("Worker process was terminated unexpectedly with exit code -9."), "SIGKILL"),
+        (RuntimeError("Worker process was terminated unexpectedly with exit code 3."), "code 3"),
+    ],
+)
+def test_workers_that_end_are_explained(error, said):
+    """Catches a loader's death that is reported as no space on a disk that has some, or not at all."""
+
+    def batches():
+        yield {"image": 1}
+        raise error
+
+    found = loader._from_workers(batches())
+    assert next(found) == {"image": 1}
+    with pytest.raises(OSError, match=f"num_workers.*{said}"):
+        next(found)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_fails_does_not_hold_up_python(tmp_path):
+    """Catches a program that calls `fit` and stays for minutes after its traceback."""
+    code = (
+        "import sys, pixelflow_jax as pf; from pixelflow_jax.training import checkpoints as c\n"
+        "def fails(self, *_, **__):\n    raise PermissionError(13, 'Permission denied', 'x')\n"
+        "from orbax.checkpoint._src.path import atomicity\n"
+        "atomicity.AtomicRenameTemporaryPath.create = fails\n"
+        f"pf.fit(pf.load_config('digits', {list(TINY)}), sys.argv[1])"
+    )
+    done = python("-c", code, tmp_path / "run")
+    assert done.returncode == 1 and "CheckpointFailed" in done.stderr.splitlines()[-1], done.stderr

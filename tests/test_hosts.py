@@ -164,8 +164,7 @@ def test_waiting_is_not_hanging(fast, capfd):
     assert "process 1 (h1) is late: at 'image 2'" in said and "wait at 'waiting for" in said, said
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_start_may_take_its_time(fast, capfd, count):
+def test_a_start_may_take_its_time(fast, capfd):
     """Catches a download, restore or compilation that is taken for a hang, or a hang after."""
 
     def starts(dog, hangs):
@@ -178,11 +177,11 @@ def test_a_start_may_take_its_time(fast, capfd, count):
             time.sleep(2.0 if hangs else 0.0)
 
     for hangs in (False, True):
-        with watched(count, step_timeout=0.4) as dogs:
-            assert together(*[(starts, dog, hangs) for dog in dogs]) == [None] * count
+        with watched(3, step_timeout=0.4) as dogs:
+            assert together(*[(starts, dog, hangs) for dog in dogs]) == [None] * 3
         said = capfd.readouterr().err
         assert all(f"note: starting: {what}, for 0.4 s" in said for what in ("listing", "a download"))
-        assert fast == [76] * count * hangs and ("'step 5'" in said) is hangs, said
+        assert fast == [76] * 3 * hangs and ("'step 5'" in said) is hangs, said
 
 
 def test_who_is_lost_at_the_start_is_heard_of(fast, capfd):

@@ -16,6 +16,7 @@ import pytest
 import pixelflow_jax as pf
 from pixelflow_jax import doctor, encode, evaluate, files, locks, pack, sample
 from pixelflow_jax.errors import Lost, UserError
+from pixelflow_jax.training.start import claimed_workdir
 
 from conftest import TINY
 
@@ -128,6 +129,28 @@ def test_runs_and_the_doctor_keep_out(tmp_path, trained, capsys):
     child.wait()
     (workdir / files.LOCK).unlink()
     assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("first", "then"), [("a", "a"), ("a", "b"), ("", "b"), ("a", "")])
+def test_a_run_that_has_begun_keeps_its_start(tmp_path, tiny_config, first, then, capsys):
+    """Catches a flag that is ignored without a word, and a config.json that tells of another start."""
+    data = {"examples": 1, "digest": "", "classes": {}}
+
+    def claim(init_from):
+        config = tiny_config.copy_and_resolve_references()
+        config.init_from = init_from
+        with claimed_workdir(tmp_path, config, data):
+            kept = files.read_json(tmp_path / "config.json")["init_from"]
+        assert kept == config.init_from
+        return kept
+
+    assert [claim("other"), claim(first)] == ["other", first]  # no checkpoint yet
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert capsys.readouterr().err == ""
+    assert claim(then) == first
+    said = capsys.readouterr().err
+    assert (f"config.init_from={then} is not read" in said) == bool(then) == (said.count("\n") == 1)
+    assert ("it began from" in said) == (then not in ("", first))
 
 
 @pytest.mark.parametrize("name", ["sample", "pack", "encode", "sweep"])

@@ -10,7 +10,8 @@ import importlib.metadata
 import logging
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -89,7 +90,27 @@ def save(
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["meta"] = ocp.args.JsonSave(meta)
     with _failures(manager):
-        manager.save(step, args=ocp.args.Composite(**items))
+        _in_daemon(lambda: manager.save(step, args=ocp.args.Composite(**items)))
+
+
+def _in_daemon(work: Callable[[], Any]) -> None:
+    """Does `work` in a daemon thread, so that threads which it starts are daemons too.
+
+    After a save that failed some of Orbax's wait for minutes, and Python would join them at its end.
+    """
+    errors = []
+
+    def run():
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="save", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def check_background_save(manager: ocp.CheckpointManager, wait: bool = False) -> None:
