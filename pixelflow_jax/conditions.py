@@ -172,13 +172,18 @@ def _class_number(flag: str, label: int | str, names: dict[int, str], count: int
     return label
 
 
-def read_conditions(
-    args: argparse.Namespace, config: ConfigDict, start: Any, classes: dict[str, str]
-) -> Conditions:
-    """What the flags ask for; `classes` are the names of those that training saw, by number.
+def trained_classes(meta: dict[str, Any], count: int) -> dict[int, str]:
+    """Numbers and names of the classes that training saw, below `count`, as far as a checkpoint says."""
+    kept = meta.get("classes")  # a checkpoint may come from anywhere
+    known = kept.items() if isinstance(kept, dict) else ()
+    numbers = {int(label): str(name) for label, name in known if re.fullmatch(r"[0-9]{1,9}", label)}
+    return {label: name for label, name in sorted(numbers.items()) if label < count}
 
-    Raises UserError if that does not fit the model.
-    """
+
+def read_conditions(
+    args: argparse.Namespace, config: ConfigDict, start: Any, meta: dict[str, Any]
+) -> Conditions:
+    """What the flags ask of a checkpoint. Raises UserError if that does not fit the model."""
     text = config.model.context_dim > 0
     for name in LABEL_FLAGS if text else PROMPT_FLAGS:
         if getattr(args, name) is not None:
@@ -188,8 +193,7 @@ def read_conditions(
             )
     if text:
         return _of_prompts(args, config, start)
-    known = {int(label): name for label, name in classes.items()} if config.model.num_classes else {}
-    return _of_labels(args, config, start, known)
+    return _of_labels(args, config, start, trained_classes(meta, config.model.num_classes))
 
 
 def _count(args: argparse.Namespace, start: Any, default: int) -> int:

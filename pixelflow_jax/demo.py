@@ -149,8 +149,8 @@ class Demo:
 
     def _labels(self) -> dict[str, str]:
         """The classes to choose from, as they are shown, with their numbers; without any, 0."""
-        names = self.pipeline.classes if self.classes else {}
-        numbers = sorted(names) or range(max(self.classes, 1))
+        names = self.pipeline.classes
+        numbers = list(names) or range(max(self.classes, 1))
         texts = {number: names.get(number, str(number)) for number in numbers}
         return {t if t == str(n) else f"{n}: {t}": str(n) for n, t in texts.items()}
 

@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from pixelflow_jax import numerics, request
-from pixelflow_jax.conditions import as_flag
+from pixelflow_jax.conditions import as_flag, trained_classes
 from pixelflow_jax.errors import UserError
 from pixelflow_jax.sampling.generate import make_generate, make_stages
 
@@ -79,7 +79,7 @@ class Pipeline:
     @property
     def classes(self) -> dict[int, str]:
         """Numbers and names of the classes that training saw; empty if the checkpoint keeps none."""
-        return {int(label): name for label, name in self._loaded.meta.get("classes", {}).items()}
+        return trained_classes(self._loaded.meta, self.config.model.num_classes)
 
     @property
     def step(self) -> int:

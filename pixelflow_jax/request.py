@@ -200,7 +200,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
     params, config, meta = loaded.params, loaded.config.copy_and_resolve_references(), loaded.meta
     sampler = sampler_of(args, config)
     start, described = _start(args, sampler)
-    conditions = read_conditions(args, config, start, meta.get("classes", {}))
+    conditions = read_conditions(args, config, start, meta)
     if once:
         forget_encoder()
     if args.nfe_budget is not None:

@@ -174,7 +174,7 @@ def invert(args: argparse.Namespace) -> str:
     sampler = request.sampler_of(args, config)
     if config.model.num_classes and not args.labels:
         raise UserError("--invert needs the class of each image: --labels=3, or --labels=3,7 in turn")
-    conditions = read_conditions(args, config, None, meta.get("classes", {}))
+    conditions = read_conditions(args, config, None, meta)
     clean = np.stack([fit_image(x, sampler.height, sampler.width) for x in found])
 
     @jax.jit

@@ -15,7 +15,7 @@ from PIL import Image
 
 import pixelflow_jax as pf
 from pixelflow_jax import pack, request
-from pixelflow_jax.conditions import as_flag, class_numbers, labels
+from pixelflow_jax.conditions import as_flag, class_numbers, labels, trained_classes
 from pixelflow_jax.config import default_config, load_config
 from pixelflow_jax.data.sources import class_names, load_source
 from pixelflow_jax.demo import Demo
@@ -136,6 +136,12 @@ def test_names_are_kept_and_asked_for(run):
         model.sample(labels=["bigdog"])
 
 
+@pytest.mark.parametrize("kept", [None, [1], {"x": "a", "-1": "b", "99": "c", "1.5": "d"}, {"0": 5}])
+def test_names_of_strange_checkpoints(kept):
+    """Catches a traceback, or a label that no class has, from a checkpoint of anywhere."""
+    assert set(trained_classes({"classes": kept}, 10)) <= {0}
+
+
 @pytest.mark.filterwarnings("ignore:class folder")
 def test_fewer_classes_than_the_model(folder, caplog):
     """Catches classes that are never trained, without a word, and a grid of them."""
@@ -228,7 +234,9 @@ def test_what_differs_is_said(folder, tmp_path):
     (root / "cat").rename(root / "cow")
     (root / "9" / "2.png").write_bytes(png())
     data = data_of(load_source(config_of(root)))
+    (tmp_path / "run" / "image_sizes.npy").write_bytes(b"those of other images")
     assert claim(tmp_path / "run", config, data)
+    assert not (tmp_path / "run" / "image_sizes.npy").exists()
     (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     data = data_of(load_source(config))
     with pytest.raises(UserError, match="10 examples, it had 11; class 4 is cat, it was cow"):

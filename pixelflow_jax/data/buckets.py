@@ -23,6 +23,7 @@ from pixelflow_jax.data.pixels import Size, read_size
 from pixelflow_jax.data.transforms import nearest_size
 from pixelflow_jax.errors import UserError
 
+SIZES = "image_sizes.npy"  # in a workdir
 LEAST_AREA = 0.8  # of resolution^2, that a bucket has
 THREADS, AT_ONCE = 16, 1000  # that read image headers
 HEAD = 2**16  # bytes of a file, in which most images say how large they are
@@ -128,7 +129,7 @@ def make_order(
     sizes = bucket_sizes(config.data)
     if len(sizes) == 1 or config.data.mix_sizes:
         return Shuffled(len(source), sizes, config.seed)
-    found = read_sizes(source, workdir and workdir / "image_sizes.npy", watch)
+    found = read_sizes(source, workdir and workdir / SIZES, watch)
     return BucketOrder(found, sizes, config.batch_size, config.seed)
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import files, locks
 from pixelflow_jax.config import config_from_dict, differences
+from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.errors import UserError, blame
@@ -191,6 +192,8 @@ def claimed_workdir(
         yield there, lambda: None
         return
     with locks.held(workdir, "--workdir") as check:
+        if DATA in files.list_files(workdir) and files.read_json(workdir / DATA) != data:
+            files.remove(workdir / SIZES)  # of other images, in a run that has not begun
         files.write_json(workdir / CONFIG, config.to_dict())
         files.write_json(workdir / DATA, data)
         yield there, check
