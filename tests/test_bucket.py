@@ -1,7 +1,10 @@
 """gs:// paths, against an emulator of Google Cloud Storage: what each costs, that each command works."""
 
+import contextlib
 import json
 import pathlib
+import resource
+import signal
 import struct
 import tarfile
 import threading
@@ -161,6 +164,19 @@ def test_metrics_cost_two_requests_a_line_and_nobody_waits(bucket, monkeypatch):
     assert len(asked) == 1 and bucket.get("metrics.jsonl") == lines + b"last\n"
 
 
+@contextlib.contextmanager
+def full_disk():
+    """Lets no file grow."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_a_journal_outlasts_failures(bucket, tmp_path, monkeypatch, caplog):
     """Catches a write that is given up, in silence or at the first error, or that is made twice."""
     monkeypatch.setattr(writes, "PAUSES", (0.01,) * 5)
@@ -185,6 +201,11 @@ def test_a_journal_outlasts_failures(bucket, tmp_path, monkeypatch, caplog):
     journal = writes.Journal(local)
     journal.write(b"c\n")
     with pytest.raises(OSError, match="lacks its last 2 bytes"):
+        journal.close()
+    with pytest.raises(OSError, match="lacks its last 2 bytes"), full_disk():
+        monkeypatch.setattr(writes, "PAUSES", (3600,) * 5)  # time will not mend it: nobody waits
+        journal = writes.Journal(tmp_path / "y")
+        journal.write(b"d\n")
         journal.close()
 
 

@@ -57,7 +57,7 @@ class Journal:
     def __init__(self, path: epath.PathLike, kept: bytes = b""):
         self._path, self._data = path, bytearray(kept)
         self._handed = self._written = len(kept)  # bytes to be written, and that are
-        self._failures, self._hurry, self._closed = 0, False, False
+        self._failures, self._lasting, self._hurry, self._closed = 0, False, False, False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -73,13 +73,20 @@ class Journal:
             self._changed.notify_all()
 
     def settle(self) -> bool:
-        """Waits until all is written, or a few tries have failed; returns whether it is."""
+        """Waits until all is written, or a few tries have failed, or one for good.
+
+        Returns whether all is written.
+        """
         self.flush()
         with self._changed:
             self._hurry, begin = True, self._failures
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: self._written == self._handed or self._failures > max(begin, len(PAUSES) // 2)
+                lambda: (
+                    self._written == self._handed
+                    or self._lasting
+                    or self._failures > max(begin, len(PAUSES) // 2)
+                )
             )
             self._hurry = False
             return self._written == self._handed
@@ -106,16 +113,16 @@ class Journal:
             except OSError as error:
                 pause = PAUSES[min(self._failures, len(PAUSES) - 1)]
                 log.warning("%s failed, again in %d s: %s", self._path, pause, sentence(error))
-                self._note(self._written, self._failures + 1)
+                self._note(self._written, self._failures + 1, is_lasting(error))
                 self._pause(pause, lambda: False)
             else:
                 self._note(len(data), 0)
                 if files.is_remote(self._path):
                     self._pause(max(1.0, len(data) / RATE), lambda: self._hurry)
 
-    def _note(self, written: int, failures: int) -> None:
+    def _note(self, written: int, failures: int, lasting: bool = False) -> None:
         with self._changed:
-            self._written, self._failures = written, failures
+            self._written, self._failures, self._lasting = written, failures, lasting
             self._changed.notify_all()
 
     def _pause(self, seconds: float, over: Callable[[], bool]) -> None:
