@@ -175,8 +175,9 @@ def test_text_models_with_shared_images_lower_for_gpus():
         import jax, test_platforms as here
         here.answer_for_an_ampere()
         here.step.platform_of = here.generate.platform_of = lambda device: "gpu"
+        square = ("batch_size=16", "data.max_aspect_ratio=1", "dtype=bfloat16")
         for task in ("train", "sample"):
-            assert "PADDING" in here.lowered("t2i_256", task, "mesh.context=4", "batch_size=16")
+            assert "PADDING" in here.lowered("t2i_256", task, "mesh.context=4", *square)
     """
     env = os.environ | with_devices(8) | {"PYTHONPATH": "tests"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
