@@ -117,8 +117,8 @@ def test_links_and_scripts_are_there(page):
 
 
 def test_table_of_official_names():
-    """Catches names in docs/checkpoints.md that `convert` does not know."""
-    from pixelflow_jax.convert import _block_rules, _outer_rules
+    """Catches names in docs/checkpoints.md that the conversion does not know."""
+    from pixelflow_jax.official import _block_rules, _outer_rules
 
     rules = [*_block_rules(True), *_outer_rules(4, True)]
     official = " ".join(rule.official for rule in rules)
