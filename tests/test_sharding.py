@@ -244,6 +244,19 @@ def test_two_processes_equal_one_and_resume_as_one(tmp_path, tiny_flags):
     np.testing.assert_allclose(losses[0][:12], losses[1], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_checkpoint_is_read_once_for_all_copies(tmp_path):
+    """Catches copies that each read the checkpoint, and bits that change on the way, as -0.0 may."""
+    env = with_devices(2) | {"PYTHONPATH": str(HERE)}
+    children = start_hosts(2, ["replicas", str(tmp_path / "run")], lambda index: env)
+    found = [json.loads(output.splitlines()[-1]) for output in finish(children)]
+    for mesh in found[0]:
+        assert all(process[mesh]["same"] and process[mesh]["step"] == 3 for process in found), mesh
+        read = [process[mesh]["read"] for process in found]
+        copies_apart = mesh in ("(4, 1, 1)", "(2, 2, 1)", "(1, 1, 4)", "(2, 1, 2)")
+        assert (read[1] < read[0] / 4) == copies_apart, (mesh, read)
+
+
 def _flip_a_bit(folder):
     path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())

@@ -25,6 +25,7 @@ from pixelflow_jax import files, hardware
 from pixelflow_jax.config import build_model, config_from_dict
 from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.training import replicas
 from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
 from pixelflow_jax.training.optimizer import ParamsEmaState
 from pixelflow_jax.training.step import TrainState
@@ -173,7 +174,8 @@ def _try_restore(
     """(state and meta, "") or (None, why not); the same verdict on every process.
 
     Each process reads on its own, without Orbax's barriers, so that one that fails does not leave the
-    others waiting; then they agree, and only then compare checksums, which takes all of them.
+    others waiting; then they agree, and only then compare checksums, which takes all of them. Processes
+    that hold other copies of what is read already get it from there: a bucket is read once.
     """
     mine = ocp.options.MultiprocessingOptions(
         primary_host=None,
@@ -181,10 +183,12 @@ def _try_restore(
         barrier_sync_key_prefix=f"process{jax.process_index()}",
     )
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=mine)
+    first = replicas.first_copy(template)
     restored, reason = None, ""
     with _open(folder, options) as reader:
         try:
-            restored = restore(reader, step, template), _step_meta(reader, step)
+            state = restore(reader, step, first) if replicas.holds(first) else None
+            restored = state, _step_meta(reader, step)
         except (jax.errors.JaxRuntimeError, MemoryError):
             raise  # out of memory is not damage
         except PermissionError as error:
@@ -194,12 +198,13 @@ def _try_restore(
     if not np.all(multihost_utils.process_allgather(np.array(restored is not None))):
         return None, reason or "another process could not read it"
     state, meta = restored
+    state = replicas.copy_to_all(state, first, template)
     try:
         for name, tree in _trees(state).items():
             check_fingerprints(name, tree, meta)
     except ValueError as error:
         return None, str(error)
-    return restored, ""
+    return (state, meta), ""
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Saves a state of odd bits, restores it on several meshes, and prints what each process read of it.
+
+A module of its own, as several processes run it (test_sharding.py): one JSON object a process.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from pixelflow_jax import sharding
+from pixelflow_jax.config import build_model, default_config, load_config
+from pixelflow_jax.training import checkpoints
+from pixelflow_jax.training.optimizer import build_optimizer
+from pixelflow_jax.training.step import abstract_state
+from pixelflow_jax.training.watchdog import joined
+
+from conftest import TINY
+
+MESHES = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 1, 2)]  # data, fsdp, context
+
+
+def read_bytes() -> int:
+    """Bytes that this process has read so far."""
+    return int(pathlib.Path("/proc/self/io").read_text().split()[1])
+
+
+def odd(path, like) -> jax.Array:
+    """An array like a state's, with -0.0, infinity and the smallest numbers."""
+    seed = sum(jax.tree_util.keystr(path).encode())
+    values = np.random.default_rng(seed).normal(size=like.shape).astype(like.dtype)
+    if like.dtype == np.float32 and values.size > 3:
+        values.flat[:4] = -0.0, np.inf, 1e-45, -np.inf
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: values[index])
+
+
+def same_bits(x: jax.Array, y: jax.Array) -> bool:
+    """Whether this process holds the same of both; counters, which the folder's name says, aside."""
+    parts = zip(x.addressable_shards, y.addressable_shards, strict=True)
+    return x.ndim == 0 or all(bytes(np.asarray(a.data)) == bytes(np.asarray(b.data)) for a, b in parts)
+
+
+def main(workdir: str) -> None:
+    """The whole run."""
+    config = load_config("configs/digits.py", [*TINY, "model.head_dim=64"])
+    model, optimizer = build_model(config), build_optimizer(config)
+    found = {}
+    with joined(default_config().hosts):
+        templates = [
+            abstract_state(config, model, optimizer, sharding.make_mesh(data, fsdp, context=context))
+            for data, fsdp, context in MESHES
+        ]
+        manager = checkpoints.open_manager(workdir)
+        state = jax.tree_util.tree_map_with_path(odd, templates[2])
+        state = dataclasses.replace(state, step=state.step * 0 + 3)
+        checkpoints.save(manager, state, config)
+        checkpoints.check_background_save(manager, wait=True)
+        for mesh, template in zip(MESHES, templates, strict=True):
+            before = read_bytes()
+            restored, _ = checkpoints.restore_newest(manager, template)
+            read = read_bytes() - before
+            expected = jax.tree.leaves(jax.tree_util.tree_map_with_path(odd, template))
+            same = [same_bits(*pair) for pair in zip(jax.tree.leaves(restored), expected, strict=True)]
+            found[str(mesh)] = dict(read=read, same=all(same), step=int(restored.step))
+        manager.close()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
