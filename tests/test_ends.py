@@ -20,6 +20,8 @@ from pixelflow_jax import cli, hosts
 from pixelflow_jax.errors import Lost, UserError
 from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+
 def stuck():
     threading.Thread(target=threading.Event().wait).start()  # as Orbax's after a save that failed
 

@@ -37,7 +37,11 @@ def leases(monkeypatch):
 
 def hold(folder) -> subprocess.Popen:
     """A process that holds a folder."""
-    child = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    )
     child.stdout.readline()
     return child
 
