@@ -238,7 +238,7 @@ def test_a_failed_checkpoint_is_saved_again(bucket, flags, monkeypatch, caplog):
     monkeypatch.setattr(writes, "PAUSES", (0.01, 0.01))
     monkeypatch.setattr(saver, "PAUSES", (0.01, 0.01))
     bucket.status = 400
-    failing = [True] * 3
+    failing = [True] * 2  # as many as there are pauses, if each hits a save of its own
     bucket.refuse = lambda method, path: (
         method == "POST" and "checkpoints" in path and bool(failing) and failing.pop()
     )

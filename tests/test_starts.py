@@ -205,14 +205,10 @@ def test_a_folder_is_claimed_by_its_settings_first(tmp_path, monkeypatch):
     """Catches a kill in the first moment that leaves a folder which the same command refuses."""
     folder = sample.OutputFolder(tmp_path / "out", (16, 16, 3), {"labels": np.arange(9)}, 0)
 
-    mkdir = type(folder.path).mkdir
+    def killed():
+        raise KeyboardInterrupt
 
-    def killed(self, *args, **kwargs):
-        if self.name == "shards":
-            raise KeyboardInterrupt
-        mkdir(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(folder.path), "mkdir", killed)
+    monkeypatch.setattr(folder, "_found", killed)  # before it looks at what is there
     with pytest.raises(KeyboardInterrupt):
         folder.claim({"seed": 0}, print)
     monkeypatch.undo()

@@ -5,10 +5,13 @@ A step's folder holds the items `params`, `ema` (a list, one entry a decay), `op
 sampling needs. A converted checkpoint has `params` and `meta` only.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
+import queue
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -94,32 +97,41 @@ def save(
         _in_daemon(lambda: manager.save(step, args=ocp.args.Composite(**items)))
 
 
-def _in_daemon(work: Callable[[], Any]) -> None:
-    """Does `work` in a daemon thread, so that threads which it starts are daemons too.
+def _in_daemon(work: Callable[[], Any]) -> Any:
+    """What `work` gives, done in a daemon thread, so that threads which it starts are daemons too.
 
-    After a save that failed some of Orbax's wait for minutes, and Python would join them at its end.
+    After a save that failed some of Orbax's wait for minutes, and Python would join them at its end. It
+    is one thread for all, as Orbax raises a failure once in each thread that asks.
     """
-    errors = []
+    done: concurrent.futures.Future = concurrent.futures.Future()
+    _daemon().put((work, done))
+    return done.result()
+
+
+@functools.cache
+def _daemon() -> queue.SimpleQueue:
+    """What the daemon thread works off."""
+    calls: queue.SimpleQueue = queue.SimpleQueue()
 
     def run():
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
+        while True:
+            work, done = calls.get()
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+            del work, done  # they may hold a whole state
 
-    thread = threading.Thread(target=run, name="save", daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    threading.Thread(target=run, name="checkpoints", daemon=True).start()
+    return calls
 
 
 def check_background_save(manager: ocp.CheckpointManager, wait: bool = False) -> None:
     """Raises CheckpointFailed if the last save in the background has failed; may wait for its end."""
     with _failures(manager):
-        manager.check_for_errors()
+        _in_daemon(manager.check_for_errors)
         if wait:
-            manager.wait_until_finished()
+            _in_daemon(manager.wait_until_finished)
 
 
 @contextlib.contextmanager
