@@ -215,6 +215,7 @@ def flags():
     return [*TINY, "log_every=1", "num_train_steps=4"]
 
 
+@pytest.mark.slow
 def test_train_stop_resume_load(bucket, trained, monkeypatch):
     """Catches a run in a bucket that cannot be stopped, resumed, or sampled from as it is by then."""
     config, workdir = load_config("configs/digits.py", TINY), f"{bucket.url}/run"

@@ -112,7 +112,8 @@ def test_sizes_are_read_once(config, tmp_path):
     np.testing.assert_array_equal(read_sizes(silent, tmp_path / "sizes.npy"), sizes)
 
 
-@pytest.mark.parametrize("mixed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True])
 def test_training_on_several_sizes(config, tmp_path, mixed, monkeypatch):
     """Catches a recompilation a step, and a run that sees other data after it is resumed."""
     monkeypatch.setattr("pixelflow_jax.data.captioned_digits.LENGTH", 200)

@@ -26,6 +26,7 @@ def child(code, *argv, **env):
     )
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there(trained, tmp_path):
     """Catches a traceback, or words about something else, of a command that JAX has no device for."""
     commands = f"""

@@ -43,7 +43,9 @@ SETTING = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTING)
+@pytest.mark.parametrize(
+    "settings", [SETTING[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SETTING[1:])]
+)
 def test_face_stream_and_command_agree(trained, model, tmp_path, settings):
     """Catches a notebook, the demo and the command making different pictures of the same settings."""
     made = model.run(**settings)

@@ -166,7 +166,7 @@ def mixed_batch(seed=0):
     return pictures, blocks[None], jax.random.split(jax.random.key(seed), (1, len(SIZES)))
 
 
-@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("kind", [pytest.param("class", marks=pytest.mark.slow), "text"])
 def test_mixed_sizes_have_the_losses_of_each_alone(noisy_params, kind):
     """Catches padding that counts or is seen, and noise, positions or sizes of another image.
 

@@ -69,6 +69,7 @@ def test_guidance_is_the_formula_and_is_skipped_at_1(noisy_params):
     assert 1.8 < flops(2.0) / flops(1.0) < 2.2
 
 
+@pytest.mark.slow
 def test_guidance_interval(noisy_params):
     """Catches an interval that guides everywhere or nowhere, for fixed steps and adaptive ones."""
     params, loose = noisy_params(MODEL), dict(rtol=0.1, atol=0.1)
@@ -199,6 +200,7 @@ def test_evaluations_are_counted_exactly(solver):
     assert int(count) == len(calls) > 10
 
 
+@pytest.mark.slow
 def test_evaluations_of_a_run(noisy_params):
     """Catches counts that are of the batch where they must be of each image, and the other way round."""
     params = noisy_params(MODEL)

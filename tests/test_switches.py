@@ -87,10 +87,12 @@ def test_keys_are_those_of_jax_as_it_comes(hostile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, value", [*HOSTILE.items(), *MORE.items()], ids=str)
-def test_no_switch_of_the_environment_changes_anything(name, value, trained, usual):
-    """Catches the same as users have them: one by one, by the environment of a process."""
-    env = os.environ | {name.upper(): str(value), "PYTHONPATH": str(HERE.parent)}
+@pytest.mark.parametrize("group", range(6))
+def test_no_switch_of_the_environment_changes_anything(group, trained, usual):
+    """Catches the same as users have them: a few at a time, by the environment of a process."""
+    switches = dict([*HOSTILE.items(), *MORE.items()][group::6])
+    env = os.environ | {name.upper(): str(value) for name, value in switches.items()}
+    env["PYTHONPATH"] = str(HERE.parent)
     command = [sys.executable, HERE / "fingerprint.py", str(trained)]
     child = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-2000:]
