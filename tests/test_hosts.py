@@ -205,23 +205,23 @@ def test_who_is_lost_at_the_start_is_heard_of(fast, capfd):
 @pytest.mark.slow
 def test_a_real_start_may_take_its_time(tmp_path, tiny_flags):
     """Catches a part of the start that does not say that it is one."""
-    places = ["load_source", "start_or_resume", "make_order", "frozen_encoder"]
+    places = ["load_source", "start_or_resume", "frozen_encoder"]
     code = f"""if True:
         import time
         from pixelflow_jax import cli, train
         from pixelflow_jax.training import loop
 
         def slow(real):
-            return lambda *args, **kwargs: (time.sleep(20), real(*args, **kwargs))[1]
+            return lambda *args, **kwargs: (time.sleep(40), real(*args, **kwargs))[1]
 
         for place in {places}:
             setattr(loop, place, slow(getattr(loop, place)))
         cli.run(train.main)
     """
-    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}", "--config.hosts.step_timeout=15"]
+    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}", "--config.hosts.step_timeout=30"]
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
-    notes = done.stderr.count("note: starting: ")  # make_order has no place of its own
-    assert done.returncode == 0 and notes >= len(places) - 1, done.stderr
+    notes = done.stderr.count("note: starting: ")
+    assert done.returncode == 0 and notes >= len(places), done.stderr
 
 
 def test_an_error_of_one_reaches_the_others(fast, capfd):
