@@ -69,6 +69,7 @@ cli.run(lambda: warnings.warn("something to know", stacklevel=1))
 
 def test_plots_do_not_depend_on_a_notebook():
     """Catches a sweep that a notebook's MPLBACKEND ends when all its work is done."""
+    pytest.importorskip("matplotlib")
     code = """
 import io, os
 from pixelflow_jax import sweep
