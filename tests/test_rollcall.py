@@ -166,7 +166,9 @@ def test_neighbours_do_not_stop_a_roll_call(kind, monkeypatch):
         neighbour = pool.submit(strange, port, stop, kind)
         time.sleep(0.7)
         try:
-            close([pool.submit(roll_call, place[1], record("b"), 60).result(), first.result()])
+            clusters = [pool.submit(roll_call, place[1], record("b"), 60).result(), first.result()]
+            close(clusters)
+            assert [len(cluster.records) for cluster in clusters] == [2, 2]
         finally:
             stop.set()
         neighbour.result()
