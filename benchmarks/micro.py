@@ -18,10 +18,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pixelflow_jax.cascade.packing import Group, PackLayout
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.models.attention import attention
 from pixelflow_jax.models.conditioning import init_params
-from pixelflow_jax.packing import Group, PackLayout
 
 HEADS, HEAD_DIM = 6, 64
 TORCH = f"""

@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from pixelflow_jax import cli
+from pixelflow_jax.common import cli
 
 SHAPE = dict(num_heads=6, head_dim=64, depth=6, patch_size=4, num_classes=1000, num_stages=4)
 SHAPE |= dict(resolution=128, batch_size=16, num_samples=8, num_steps=10, guidance_scale=2.4)
@@ -71,8 +71,8 @@ def our_train(config) -> Callable[[], None]:
     import jax
     import numpy as np
 
-    from pixelflow_jax import sharding
     from pixelflow_jax.config import build_model
+    from pixelflow_jax.distributed import sharding
     from pixelflow_jax.models.conditioning import init_params
     from pixelflow_jax.training import step
     from pixelflow_jax.training.optimizer import build_optimizer

@@ -54,7 +54,7 @@ def print_step_seconds(form: str) -> None:
     """Prints the median seconds of a train step; run by this command for each form."""
     from official import our_train
 
-    from pixelflow_jax.cli import keep_freed_memory
+    from pixelflow_jax.common.cli import keep_freed_memory
     from pixelflow_jax.config import load_config
 
     keep_freed_memory()

@@ -18,11 +18,11 @@ if sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sy
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if TYPE_CHECKING:  # what _HOMES says, for editors and type checkers
-    from pixelflow_jax.cascade import Cascade as Cascade
+    from pixelflow_jax.cascade.packing import PackLayout as PackLayout
+    from pixelflow_jax.cascade.stages import Cascade as Cascade
+    from pixelflow_jax.common.errors import UserError as UserError
     from pixelflow_jax.config import load_config as load_config
-    from pixelflow_jax.errors import UserError as UserError
     from pixelflow_jax.models.transformer import PixelFlow as PixelFlow
-    from pixelflow_jax.packing import PackLayout as PackLayout
     from pixelflow_jax.pipeline import Pipeline as Pipeline
     from pixelflow_jax.pipeline import load as load
     from pixelflow_jax.sampling.generate import build_sampler as build_sampler

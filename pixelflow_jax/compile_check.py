@@ -22,10 +22,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pixelflow_jax import cli, files, sharding
+from pixelflow_jax.common import cli, files
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.hardware import CHIPS, DEVICE_KINDS, GIB
 from pixelflow_jax.config import build_model, check_batch_size
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.hardware import CHIPS, DEVICE_KINDS, GIB
+from pixelflow_jax.distributed import sharding
 
 TASKS = ("train", "sample")
 
@@ -202,7 +203,7 @@ def measure(config, devices: list, task: str = "train") -> dict[str, Any]:
     """Compiles the real program for a TPU slice and collects its figures (see `report`)."""
     import jax
 
-    from pixelflow_jax import hlo, roofline
+    from pixelflow_jax.aot import hlo, roofline
     from pixelflow_jax.config import DTYPES
     from pixelflow_jax.models.flops import program_flops
 

@@ -14,12 +14,12 @@ import numpy as np
 import yaml
 from etils import epath
 
-from pixelflow_jax import cli, files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common import cli, files
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.foreign.official import official_yaml, read_official, to_official
+from pixelflow_jax.foreign.weights import load_torch, read_state
 from pixelflow_jax.models.inception import inception_names, inception_params
-from pixelflow_jax.official import official_yaml, read_official, to_official
 from pixelflow_jax.training.checkpoints import load_params, save_params
-from pixelflow_jax.weights import load_torch, read_state
 
 
 def _import_official(args: argparse.Namespace) -> str:

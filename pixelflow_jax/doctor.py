@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator
 from etils import epath
 from packaging.requirements import Requirement
 
-from pixelflow_jax import cli, files, hardware, hosts, locks
+from pixelflow_jax.common import cli, files, hardware, locks
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.rollcall import Cluster, code_digest
+from pixelflow_jax.distributed import hosts
+from pixelflow_jax.distributed.rollcall import Cluster, code_digest
 from pixelflow_jax.train import check_init_from
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.start import check_same_data, data_of, holds_run
@@ -161,8 +162,8 @@ def check_hosts(cluster: Cluster | None) -> str:
 
 def check_batch(config) -> str:
     """Whether the batch splits over the mesh."""
-    from pixelflow_jax import sharding
     from pixelflow_jax.config import check_batch_size
+    from pixelflow_jax.distributed import sharding
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, context=config.mesh.context)
     shards = sharding.batch_shards(mesh)

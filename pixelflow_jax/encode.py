@@ -20,10 +20,11 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from pixelflow_jax import cli, files, locks, sharding
+from pixelflow_jax.common import cli, files, locks
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data.sources import captions_at, open_source
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.distributed import sharding
 from pixelflow_jax.text.cache import encode_texts, length_groups
 from pixelflow_jax.text.encoder import TextEncoder, encoder_folder, warn_of_cuts
 from pixelflow_jax.text.tokenizer import read_tokenizer

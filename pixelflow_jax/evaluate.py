@@ -21,12 +21,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from pixelflow_jax import arrays, cli, files, locks, request, sweep
+from pixelflow_jax.common import arrays, cli, files, locks
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.distributed.watchdog import joined
+from pixelflow_jax.evaluation import sweep
 from pixelflow_jax.evaluation.judge import USUAL, Reference
 from pixelflow_jax.evaluation.sets import open_images
-from pixelflow_jax.training.watchdog import joined
+from pixelflow_jax.requests import request
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"

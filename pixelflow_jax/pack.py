@@ -11,11 +11,11 @@ import sys
 
 from tqdm import tqdm
 
-from pixelflow_jax import cli, locks
+from pixelflow_jax.common import cli, locks
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data import records
 from pixelflow_jax.data.sources import open_source
-from pixelflow_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:

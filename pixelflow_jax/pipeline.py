@@ -18,9 +18,10 @@ from etils import epath
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from pixelflow_jax import numerics, request
-from pixelflow_jax.conditions import as_flag, trained_classes
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common import numerics
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.requests import request
+from pixelflow_jax.requests.conditions import as_flag, trained_classes
 from pixelflow_jax.sampling.generate import make_generate, make_stages
 
 # Flags of the command that are about files, hosts and devices

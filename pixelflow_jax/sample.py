@@ -35,17 +35,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 from tqdm import tqdm
 
-from pixelflow_jax import arrays, cli, files, hosts, locks, request
-from pixelflow_jax.conditions import read_conditions, read_prompts
+from pixelflow_jax.common import arrays, cli, files, locks
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.layouts import write_layout
+from pixelflow_jax.distributed import hosts
+from pixelflow_jax.distributed.watchdog import STARTING, WAITING, joined
 from pixelflow_jax.models.conditioning import encode_text
+from pixelflow_jax.requests import request
+from pixelflow_jax.requests.conditions import read_conditions, read_prompts
+from pixelflow_jax.requests.layouts import write_layout
+from pixelflow_jax.requests.output import OutputFolder, chunks
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import AXIS, fit_image, image_mesh, make_generate, save_strip
-from pixelflow_jax.sampling.output import OutputFolder, chunks
 from pixelflow_jax.training.checkpoints import load_params
-from pixelflow_jax.training.watchdog import STARTING, WAITING, joined
 
 
 class NotFinite(Exception):

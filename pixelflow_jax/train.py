@@ -14,15 +14,15 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from pixelflow_jax import cli
-from pixelflow_jax.errors import EXIT_PREEMPTED, UserError
-from pixelflow_jax.official import read_official
+from pixelflow_jax.common import cli
+from pixelflow_jax.common.errors import EXIT_PREEMPTED, UserError
+from pixelflow_jax.distributed.preemption import Preempted
+from pixelflow_jax.distributed.watchdog import joined
+from pixelflow_jax.foreign.official import read_official
 from pixelflow_jax.training.checkpoints import CheckpointFailed, find_step, load_params
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
-from pixelflow_jax.training.preemption import Preempted
 from pixelflow_jax.training.start import has_begun
-from pixelflow_jax.training.watchdog import joined
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from pixelflow_jax import hlo, sharding
+from pixelflow_jax.aot import hlo
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.distributed import sharding
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import FromSeed, image_keys

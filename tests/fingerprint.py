@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 import pixelflow_jax as pf
-from pixelflow_jax import cli, sample
+from pixelflow_jax import sample
+from pixelflow_jax.common import cli
 
 from conftest import TINY
 

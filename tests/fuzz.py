@@ -31,13 +31,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import numpy as np
 import yaml
 
-from pixelflow_jax import arrays, convert, doctor, encode, evaluate, pack, request, sample
 from pixelflow_jax import compile_check as compile_check_room
+from pixelflow_jax import convert, doctor, encode, evaluate, pack, sample
 from pixelflow_jax import demo as demo_room
 from pixelflow_jax import train as train_room
+from pixelflow_jax.common import arrays
+from pixelflow_jax.common.errors import UserError, sentence
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.errors import UserError, sentence
-from pixelflow_jax.layouts import read_prompts_file
+from pixelflow_jax.requests import request
+from pixelflow_jax.requests.layouts import read_prompts_file
 from pixelflow_jax.training.checkpoints import save_params
 
 from conftest import TINY
@@ -143,7 +145,7 @@ def flags_of(parser: argparse.ArgumentParser, needed: dict[str, str]) -> Case:
 
 def parser_of(main: Callable) -> argparse.ArgumentParser:
     """The parser that a command builds."""
-    from pixelflow_jax import cli
+    from pixelflow_jax.common import cli
 
     caught, plain = [], cli.Parser.parse_args
 

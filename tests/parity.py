@@ -19,17 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pixelflow_jax import flow, images
-from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.config import build_model, default_config
+from pixelflow_jax.foreign.official import from_official, to_official
 from pixelflow_jax.models.inception import Inception, inception_params
 from pixelflow_jax.models.rope import rope_table
 from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
-from pixelflow_jax.official import from_official, to_official
-from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Noise, Sampler, class_conditions
+from pixelflow_jax.training import objective
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import apply_gradients, init_state, packed_loss
 
@@ -152,16 +153,16 @@ def train_batch(case, step: int, cascade: Cascade, p: int):
         chosen = np.flatnonzero(stages == stage)
         noise = nhwc(get(f"noise_stage{stage}"))
         index = jnp.asarray(get("timesteps")[chosen])
-        x_tau, velocity, timestep = flow.corrupt_stage(cascade, stage, x1[chosen], noise, index)
+        x_tau, velocity, timestep = objective.corrupt_stage(cascade, stage, x1[chosen], noise, index)
         tokens.append(images.patchify(x_tau, p)[None])
         target.append(images.patchify(velocity, p)[None])
         times.append(timestep)
         order.append(chosen)
     counts = tuple(len(chosen) for chosen in order)
-    layout = flow.train_layout(cascade, counts, *x1.shape[1:3], p)
+    layout = objective.train_layout(cascade, counts, *x1.shape[1:3], p)
     order = np.concatenate(order)
     labels = jnp.asarray(get("labels"))[order]
-    batch = flow.FlowBatch(
+    batch = objective.FlowBatch(
         layout.pack(tokens), layout.pack(target), jnp.concatenate(times)[None], {"labels": labels[None]}
     )
     return batch, layout

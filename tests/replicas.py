@@ -11,12 +11,12 @@ import sys
 import jax
 import numpy as np
 
-from pixelflow_jax import sharding
 from pixelflow_jax.config import build_model, default_config, load_config
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.distributed.watchdog import joined
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import abstract_state
-from pixelflow_jax.training.watchdog import joined
 
 from conftest import TINY
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from pixelflow_jax import compile_check
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common.errors import UserError
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[aot]'"

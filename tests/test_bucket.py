@@ -15,16 +15,17 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from pixelflow_jax import arrays, convert, doctor, encode, evaluate, files, pack, sample
+from pixelflow_jax import convert, doctor, encode, evaluate, pack, sample
+from pixelflow_jax.common import arrays, files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.sources import open_source
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.layouts import read_prompts_file, write_layout
-from pixelflow_jax.sampling.output import OutputFolder
+from pixelflow_jax.distributed.preemption import Preempted
+from pixelflow_jax.requests.layouts import read_prompts_file, write_layout
+from pixelflow_jax.requests.output import OutputFolder
 from pixelflow_jax.train import initial_params
 from pixelflow_jax.training import loop, saver, writes
 from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
-from pixelflow_jax.training.preemption import Preempted
 
 from bucket import Bucket
 from conftest import TINY, start_hosts

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelflow_jax import flow
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.buckets import BucketOrder, bucket_sizes, read_sizes
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.data.transforms import center_crop, nearest_size, random_crop
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.training import loop, step
+from pixelflow_jax.training import loop, objective, step
 
 FLAGS = (
     *("model.num_heads=2", "model.head_dim=8", "model.depth=2", "model.context_dim=16"),
@@ -118,8 +117,8 @@ def test_training_on_several_sizes(config, tmp_path, mixed, monkeypatch):
     """Catches a recompilation a step, and a run that sees other data after it is resumed."""
     monkeypatch.setattr("pixelflow_jax.data.captioned_digits.LENGTH", 200)
     config.data.mix_sizes, traces = mixed, []
-    original = flow.corrupt
-    monkeypatch.setattr(flow, "corrupt", lambda *args: traces.append(1) or original(*args))
+    original = objective.corrupt
+    monkeypatch.setattr(objective, "corrupt", lambda *args: traces.append(1) or original(*args))
     loop.train(config, tmp_path)
     assert len(traces) == (1 if mixed else 3)  # a size, once
     rows = (tmp_path / "metrics.jsonl").read_text()

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from pixelflow_jax import conditions, layouts, request, sharding
-from pixelflow_jax.conditions import ENCODED, States, read_conditions
 from pixelflow_jax.config import load_config
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.requests import conditions, layouts, request
+from pixelflow_jax.requests.conditions import ENCODED, States, read_conditions
+from pixelflow_jax.requests.output import chunks
 from pixelflow_jax.sampling.generate import read_image
-from pixelflow_jax.sampling.output import chunks
 from pixelflow_jax.text.encoder import TextEncoder, make_tokenizer
 
 RNG = np.random.default_rng(0)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax import encode, sharding, train
+from pixelflow_jax import encode, train
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data import captioned_digits as digits
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.distributed import sharding
 from pixelflow_jax.text.cache import EmbeddingCache, length_groups
 from pixelflow_jax.text.encoder import TextEncoder
 from pixelflow_jax.text.tokenizer import read_tokenizer

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from pixelflow_jax import encode, pack
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import load_source, readable_captions
-from pixelflow_jax.errors import UserError
 from pixelflow_jax.training.loop import grid_conditions
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax import images
-from pixelflow_jax.cascade import Cascade
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.sampler import correlate_blocks
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pixelflow_jax as pf
-from pixelflow_jax import pack, request
-from pixelflow_jax.conditions import as_flag, class_numbers, labels, trained_classes
+from pixelflow_jax import pack
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config, load_config
 from pixelflow_jax.data.sources import class_names, load_source
 from pixelflow_jax.demo import Demo
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.requests import request
+from pixelflow_jax.requests.conditions import as_flag, class_numbers, labels, trained_classes
 from pixelflow_jax.training.loop import grid_conditions, train
 from pixelflow_jax.training.start import (
     CONFIG,

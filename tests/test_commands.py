@@ -13,10 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from pixelflow_jax import cli, convert, files, request, sample, train
+from pixelflow_jax import convert, sample, train
+from pixelflow_jax.common import cli, files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.training import loop, watchdog
+from pixelflow_jax.distributed import watchdog
+from pixelflow_jax.requests import request
+from pixelflow_jax.training import loop
 
 from conftest import TINY
 

@@ -9,10 +9,11 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import pixelflow_jax as pf
-from pixelflow_jax import config_keys, train
+from pixelflow_jax import train
+from pixelflow_jax.common import config_keys
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import check_config, config_from_dict, default_config, load_config
 from pixelflow_jax.data.sources import SOURCES
-from pixelflow_jax.errors import UserError
 from pixelflow_jax.sampling import grids, guidance, solvers
 
 CONFIGS = sorted(p.stem for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")

@@ -9,7 +9,7 @@ import pytest
 
 import pixelflow_jax as pf
 from pixelflow_jax import convert, train
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.training.checkpoints import find_step, load_params
 
 from conftest import TINY

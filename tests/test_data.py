@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from pixelflow_jax import pack
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config, load_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.loader import make_batches, make_examples
 from pixelflow_jax.data.sources import class_names, load_source, readable_captions
 from pixelflow_jax.data.transforms import BrokenImage, center_crop, decode, random_crop, transform
-from pixelflow_jax.errors import UserError
 
 
 def data_config(source, path="", resolution=16, **data):

@@ -14,8 +14,8 @@ import pytest
 from fuzz import COMMANDS, WORK, Reached, reached
 from PIL import Image
 
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import check_batch_size, load_config
-from pixelflow_jax.errors import UserError
 
 from bucket import Bucket
 from conftest import TINY
@@ -118,7 +118,7 @@ def test_links_and_scripts_are_there(page):
 
 def test_table_of_official_names():
     """Catches names in docs/checkpoints.md that the conversion does not know."""
-    from pixelflow_jax.official import _block_rules, _outer_rules
+    from pixelflow_jax.foreign.official import _block_rules, _outer_rules
 
     rules = [*_block_rules(True), *_outer_rules(4, True)]
     official = " ".join(rule.official for rule in rules)

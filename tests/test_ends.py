@@ -16,9 +16,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Each case in a fork, as JAX takes seconds to import: its exit code, or "hangs"
 FORKS = """
 import hashlib, os, signal, sys, threading, time
-from pixelflow_jax import cli, hosts
-from pixelflow_jax.errors import Lost, UserError
-from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
+from pixelflow_jax.common import cli
+from pixelflow_jax.distributed import hosts
+from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.distributed.preemption import Preempted, PreemptionWatch
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 

@@ -8,8 +8,10 @@ import sys
 import pytest
 
 import pixelflow_jax as pf
-from pixelflow_jax import cli, request, sweep
-from pixelflow_jax.errors import UserError, optional
+from pixelflow_jax.common import cli
+from pixelflow_jax.common.errors import UserError, optional
+from pixelflow_jax.evaluation import sweep
+from pixelflow_jax.requests import request
 from pixelflow_jax.training.checkpoints import find_step
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -39,7 +41,7 @@ def test_a_device_that_is_not_there(trained, tmp_path):
     """.strip().splitlines()
     code = """
 import importlib, sys
-from pixelflow_jax import cli
+from pixelflow_jax.common import cli
 for line in sys.argv[1:]:
     name, *argv = line.split()
     try:
@@ -61,7 +63,7 @@ def test_warnings_show_no_source():
     """Catches a line of our source in what a person reads."""
     code = """
 import warnings
-from pixelflow_jax import cli
+from pixelflow_jax.common import cli
 cli.run(lambda: warnings.warn("something to know", stacklevel=1))
 """
     assert child(code).stderr == "warning: something to know\n"
@@ -72,7 +74,7 @@ def test_plots_do_not_depend_on_a_notebook():
     pytest.importorskip("matplotlib")
     code = """
 import io, os
-from pixelflow_jax import sweep
+from pixelflow_jax.evaluation import sweep
 assert sweep._can_plot()
 print(os.environ["MPLBACKEND"])
 """

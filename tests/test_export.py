@@ -5,8 +5,8 @@ import jax.export
 import jax.numpy as jnp
 import pytest
 
-from pixelflow_jax import sharding
 from pixelflow_jax.config import build_model
+from pixelflow_jax.distributed import sharding
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import abstract_batch, abstract_state, init_params, make_train_step

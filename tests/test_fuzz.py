@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from fuzz import COMMANDS, SURFACES, fuzz
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, sentence
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import UserError, sentence
-from pixelflow_jax.layouts import read_prompts_file
-from pixelflow_jax.official import official_config, official_yaml, read_official
+from pixelflow_jax.foreign.official import official_config, official_yaml, read_official
+from pixelflow_jax.requests.layouts import read_prompts_file
 from pixelflow_jax.training.checkpoints import load_params, open_manager
 
 # Of a damaged checkpoint Orbax's other reads fail unheard; in a command, cli.run keeps them quiet

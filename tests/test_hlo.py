@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax import hlo, roofline
-from pixelflow_jax.hardware import CHIPS
+from pixelflow_jax.aot import hlo, roofline
+from pixelflow_jax.common.hardware import CHIPS
 
 PROGRAM = """HloModule m
 

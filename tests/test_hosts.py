@@ -16,11 +16,10 @@ import time
 import pytest
 from test_rollcall import close, gather, record
 
-from pixelflow_jax import hosts
-from pixelflow_jax.errors import Lost, UserError
-from pixelflow_jax.rollcall import Place
-from pixelflow_jax.training import watchdog
-from pixelflow_jax.training.watchdog import Watchdog
+from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.distributed import hosts, watchdog
+from pixelflow_jax.distributed.rollcall import Place
+from pixelflow_jax.distributed.watchdog import Watchdog
 
 from conftest import free_port, start_hosts
 
@@ -208,7 +207,8 @@ def test_a_real_start_may_take_its_time(tmp_path, tiny_flags):
     places = ["load_source", "start_or_resume", "frozen_encoder"]
     code = f"""if True:
         import time
-        from pixelflow_jax import cli, train
+        from pixelflow_jax.common import cli
+        from pixelflow_jax import train
         from pixelflow_jax.training import loop
 
         def slow(real):

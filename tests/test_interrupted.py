@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import pixelflow_jax as pf
-from pixelflow_jax import arrays
+from pixelflow_jax.common import arrays
 from pixelflow_jax.sampling.generate import save_png
 
 from conftest import TINY

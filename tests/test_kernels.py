@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pixelflow_jax.cascade.packing import Group, PackLayout
 from pixelflow_jax.models.attention import attention, choose_backend
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops, traced_flops
 from pixelflow_jax.models.rope import apply_rope, rope_table
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import Group, PackLayout
 
 F32 = jnp.float32
 

@@ -14,8 +14,9 @@ import time
 import pytest
 
 import pixelflow_jax as pf
-from pixelflow_jax import doctor, encode, evaluate, files, locks, pack, sample
-from pixelflow_jax.errors import Lost, UserError
+from pixelflow_jax import doctor, encode, evaluate, pack, sample
+from pixelflow_jax.common import files, locks
+from pixelflow_jax.common.errors import Lost, UserError
 from pixelflow_jax.training.start import claimed_workdir
 
 from conftest import TINY

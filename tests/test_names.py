@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixelflow_jax import encode, files
+from pixelflow_jax import encode
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.names import Finder, Strings, pair, plain
 from pixelflow_jax.data.texts import decode_captions
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.layouts import read_prompts_file
+from pixelflow_jax.requests.layouts import read_prompts_file
 
 ENCODINGS = {
     "utf-8": b"",

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax import flow
-from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.models.attention import attention
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import Group, PackLayout
+from pixelflow_jax.training import objective
 
 LAYOUT = PackLayout((Group(2, 1, 1), Group(3, 2, 3), Group(1, 4, 4)))
 
@@ -55,7 +55,7 @@ def packed_model(noisy_params, dtype=jnp.float32):
 def flow_batch(x1, seed=0):
     keys = jax.random.split(jax.random.key(seed), x1.shape[:2])
     labels = jnp.arange(x1.shape[1], dtype=jnp.int32)[None] % 3
-    return flow.corrupt(Cascade(2), 2, x1, {"labels": labels}, keys, 3, 0.1)
+    return objective.corrupt(Cascade(2), 2, x1, {"labels": labels}, keys, 3, 0.1)
 
 
 def test_a_neighbour_changes_no_bit(noisy_params):
@@ -87,7 +87,7 @@ def test_gradient_across_images_is_exactly_zero(noisy_params):
     def losses(x1):
         batch, layout = flow_batch(x1)
         args = (batch.tokens, batch.timesteps, layout, batch.condition["labels"])
-        return flow.loss_per_image(layout, model.apply({"params": params}, *args), batch.target)[0]
+        return objective.loss_per_image(layout, model.apply({"params": params}, *args), batch.target)[0]
 
     jacobian = np.asarray(jax.jit(jax.jacrev(losses))(x1))[:, 0]  # [sequence, image, h, w, c]
     for sequence, image in enumerate([0, 2, 1, 3]):
@@ -162,7 +162,7 @@ def mixed_batch(seed=0):
     """(images of several sizes, the same as blocks with padding, their keys)."""
     rng = np.random.default_rng(seed)
     pictures = [rng.uniform(-1, 1, (*size, 3)).astype(np.float32) for size in SIZES]
-    blocks = np.stack([flow.to_blocks(x, 4, 5) for x in pictures])  # one more than any has
+    blocks = np.stack([objective.to_blocks(x, 4, 5) for x in pictures])  # one more than any has
     return pictures, blocks[None], jax.random.split(jax.random.key(seed), (1, len(SIZES)))
 
 
@@ -186,11 +186,11 @@ def test_mixed_sizes_have_the_losses_of_each_alone(noisy_params, kind):
     def losses(batch, layout):
         args = (batch.tokens, batch.timesteps, layout)
         out = model.apply({"params": params}, *args, **batch.condition)
-        return flow.loss_per_image(layout, out, batch.target)[0]
+        return objective.loss_per_image(layout, out, batch.target)[0]
 
     @jax.jit
     def mixed(blocks, sizes):
-        return losses(*flow.corrupt(cascade, 2, blocks, condition, keys, 3, 0.5, sizes))
+        return losses(*objective.corrupt(cascade, 2, blocks, condition, keys, 3, 0.5, sizes))
 
     found = mixed(blocks, jnp.array(SIZES)[None])
     order = [*range(0, len(SIZES), 2), *range(1, len(SIZES), 2)]
@@ -199,7 +199,7 @@ def test_mixed_sizes_have_the_losses_of_each_alone(noisy_params, kind):
         twice = jnp.array([image, image])
         own = jax.tree.map(lambda x, twice=twice: x[:, twice], condition)
         pair = jnp.asarray(pictures[image])[None, None].repeat(2, axis=1)
-        packed = flow.corrupt(cascade, 2, pair, own, keys[:, twice], 3, 0.5)
+        packed = objective.corrupt(cascade, 2, pair, own, keys[:, twice], 3, 0.5)
         alone.append(losses(*packed)[image % 2])
     np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.mean(), np.mean(alone), rtol=1e-6)

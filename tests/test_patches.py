@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax import flow
-from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, config_from_dict, load_config
-from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops, traced_flops
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
+from pixelflow_jax.training import objective
 from pixelflow_jax.training.loop import train
 
 from conftest import TINY
@@ -27,11 +27,11 @@ def losses(model, params, x1):
     """Of one row of images, at every stage."""
     keys = jax.random.split(jax.random.key(1), len(x1))[None]
     labels = {"labels": jnp.zeros((1, len(x1)), jnp.int32)}
-    batch, layout = flow.corrupt(Cascade(2), model.patch_size, x1[None], labels, keys, 5, 0.0)
+    batch, layout = objective.corrupt(Cascade(2), model.patch_size, x1[None], labels, keys, 5, 0.0)
     apply = jax.jit(
         lambda p, tokens: model.apply({"params": p}, tokens, batch.timesteps, layout, **labels)
     )
-    return flow.loss_per_image(layout, apply(params, batch.tokens), batch.target), layout
+    return objective.loss_per_image(layout, apply(params, batch.tokens), batch.target), layout
 
 
 def test_equal_sizes_are_the_network_of_one(noisy_params):

@@ -13,9 +13,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from pixelflow_jax import compile_check
+from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, load_config
 from pixelflow_jax.data.buckets import bucket_sizes
-from pixelflow_jax.hardware import platform_of
 from pixelflow_jax.models.attention import attention, choose_backend
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.sampling import generate

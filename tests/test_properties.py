@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pixelflow_jax import images
-from pixelflow_jax.cascade import Cascade
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.packing import Group, PackLayout
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.sampling.generate import fit_image
 from pixelflow_jax.sampling.grids import KINDS, TimeGrid
 from pixelflow_jax.sampling.guidance import SCHEDULES, Guidance

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 import pixelflow_jax as pf
-from pixelflow_jax import request, sample
+from pixelflow_jax import sample
+from pixelflow_jax.common.errors import LONGEST, UserError
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import LONGEST, UserError
+from pixelflow_jax.requests import request
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import build_sampler, save_png
 

@@ -16,13 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from pixelflow_jax import sharding
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.distributed.preemption import Preempted
 from pixelflow_jax.training import checkpoints, loop
 from pixelflow_jax.training.checkpoints import CheckpointFailed
 from pixelflow_jax.training.optimizer import build_optimizer
-from pixelflow_jax.training.preemption import Preempted
 from pixelflow_jax.training.step import abstract_state
 
 from conftest import TINY, with_devices

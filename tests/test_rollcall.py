@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from pixelflow_jax import rollcall
-from pixelflow_jax.errors import Lost, UserError
-from pixelflow_jax.rollcall import Place, make_record, roll_call
+from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.distributed import rollcall
+from pixelflow_jax.distributed.rollcall import Place, make_record, roll_call
 
 from conftest import free_port
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax.cascade import Cascade
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling import sampler as sampler_room

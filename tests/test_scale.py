@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from pixelflow_jax import arrays
+from pixelflow_jax.common import arrays
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.training.checkpoints import save_params
 

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from pixelflow_jax import sharding
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.sharding import P, make_mesh, param_spec
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.distributed.sharding import P, make_mesh, param_spec
 from pixelflow_jax.training import loop
 
 from conftest import start_hosts, with_devices

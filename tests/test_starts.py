@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelflow_jax import arrays, images, sample
-from pixelflow_jax.cascade import Cascade
+from pixelflow_jax import sample
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common import arrays
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.budget import TRIED, Measured, plan_steps, split_budget

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fingerprint import fingerprints
 
-from pixelflow_jax import numerics
+from pixelflow_jax.common import numerics
 from pixelflow_jax.sampling.starts import image_keys
 
 HERE = pathlib.Path(__file__).parent

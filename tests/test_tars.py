@@ -11,13 +11,13 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.captions import TarSource
 from pixelflow_jax.data.loader import make_examples
 from pixelflow_jax.data.sources import FolderSource, load_source
 from pixelflow_jax.data.tars import INDEX
-from pixelflow_jax.errors import UserError
 from pixelflow_jax.training.start import holds_run
 
 from bucket import Bucket
@@ -177,7 +177,7 @@ def test_long_captions_are_said_once(capsys, tmp_path):
 SEE = """
     import os
     from etils import epath
-    from pixelflow_jax import hosts
+    from pixelflow_jax.distributed import hosts
     from pixelflow_jax.config import load_config
     from pixelflow_jax.data.sources import load_source
     from pixelflow_jax.training.start import data_of

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixelflow_jax import conditions, sample, sharding, train
+from pixelflow_jax import sample, train
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data import captioned_digits as digits
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.layouts import read_prompts_file, write_layout
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.foreign.official import from_official, to_official
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
-from pixelflow_jax.official import from_official, to_official
-from pixelflow_jax.packing import Group, PackLayout
+from pixelflow_jax.requests import conditions
+from pixelflow_jax.requests.layouts import read_prompts_file, write_layout
 from pixelflow_jax.sampling.generate import build_sampler, read_image
 from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.text.encoder import TextEncoder

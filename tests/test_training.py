@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from pixelflow_jax import flow, sharding
-from pixelflow_jax.cascade import Cascade
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model
 from pixelflow_jax.data.sources import load_source
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.training import loop
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.training import loop, objective
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.loop import device_batches
 from pixelflow_jax.training.metrics import TrainingDiverged
@@ -82,7 +82,7 @@ def test_an_example_does_not_depend_on_its_batch():
 
     def sequences(count):
         args = (x1[:, :count], {"labels": labels[:, :count]}, keys[:, :count])
-        batch, layout = flow.corrupt(Cascade(2), 2, *args, 10, 0.5)
+        batch, layout = objective.corrupt(Cascade(2), 2, *args, 10, 0.5)
         parts = zip(layout.unpack(batch.tokens), layout.unpack(batch.target), strict=True)
         per_stage = [layout.split_sequences(x) for x in (batch.timesteps, batch.condition["labels"])]
         return [(*part, *(x[s] for x in per_stage)) for s, part in enumerate(parts)]
@@ -97,7 +97,7 @@ def test_corruption_statistics():
     count = 4000
     x1, labels = jnp.zeros((1, count, 4, 4, 3)), jnp.ones((1, count), jnp.int32)
     keys = jax.random.split(jax.random.key(0), (1, count))
-    batch, layout = flow.corrupt(Cascade(2), 2, x1, {"labels": labels}, keys, 10, 0.1)
+    batch, layout = objective.corrupt(Cascade(2), 2, x1, {"labels": labels}, keys, 10, 0.1)
     assert [group.count for group in layout.groups] == [count // 2] * 2
     assert abs(float((batch.condition["labels"] == 10).mean()) - 0.1) < 0.02
     for stage, times in enumerate(layout.split_sequences(batch.timesteps)):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pixelflow_jax import demo, sample
-from pixelflow_jax.conditions import encode
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.errors import UserError
 from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.requests.conditions import encode
 from pixelflow_jax.text.encoder import JOINT, KNOWN, trusted_encoder
 from pixelflow_jax.training.checkpoints import save_params
 

@@ -14,10 +14,10 @@ from safetensors.flax import save_file as save_bfloat16
 from safetensors.numpy import save_file
 
 from pixelflow_jax import convert
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.foreign.official import from_official, official_names, official_yaml, read_official
+from pixelflow_jax.foreign.weights import Leaf, _sets, find, read_state
 from pixelflow_jax.models.inception import inception_names
-from pixelflow_jax.official import from_official, official_names, official_yaml, read_official
-from pixelflow_jax.weights import Leaf, _sets, find, read_state
 
 import parity
 
@@ -78,7 +78,7 @@ SEVERAL = [
 @pytest.mark.parametrize("tree, auto, other", SEVERAL)
 def test_the_average_is_preferred(tree, auto, other, monkeypatch, tmp_path):
     """Catches raw weights in place of the average, and a set that no flag can choose."""
-    monkeypatch.setattr("pixelflow_jax.weights._open", lambda path: leaves_of(tree))
+    monkeypatch.setattr("pixelflow_jax.foreign.weights._open", lambda path: leaves_of(tree))
     path = tmp_path / "x.pt"
     values = {name: read() for name, read in find(path, KNOWN).items()}
     assert values == STATE
@@ -91,7 +91,7 @@ def test_the_average_is_preferred(tree, auto, other, monkeypatch, tmp_path):
 def test_several_sets_without_an_average(monkeypatch, tmp_path):
     """Catches a choice that nobody made; and an error that does not say what the file holds."""
     trees = {"a": STATE, "b": STATE}
-    monkeypatch.setattr("pixelflow_jax.weights._open", lambda path: leaves_of(trees))
+    monkeypatch.setattr("pixelflow_jax.foreign.weights._open", lambda path: leaves_of(trees))
     with pytest.raises(UserError, match="holds these sets of weights: a, b; choose one"):
         find(tmp_path / "x.pt", KNOWN)
     with pytest.raises(UserError, match="no array of this network; it holds a.blocks.0.fc.weight"):

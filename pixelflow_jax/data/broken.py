@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data.loader import why_broken
 from pixelflow_jax.data.sources import Source
-from pixelflow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 LISTED = 20  # of the broken images, in the error

@@ -18,10 +18,10 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data.pixels import Size, read_size
 from pixelflow_jax.data.transforms import nearest_size
-from pixelflow_jax.errors import UserError
 
 SIZES = "image_sizes.npy"  # in a workdir
 LEAST_AREA = 0.8  # of resolution^2, that a bucket has

@@ -13,9 +13,9 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data.buckets import bucket_sizes
 from pixelflow_jax.data.pixels import Size
-from pixelflow_jax.errors import UserError
 
 COLOURS = {
     "red": (220, 30, 30),

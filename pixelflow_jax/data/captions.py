@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 from etils import epath
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data import tars
 from pixelflow_jax.data.names import LISTED, Finder, Strings, pair, say_beside, split_root
 from pixelflow_jax.data.pixels import is_image, kinds_left_out, report_left_out
 from pixelflow_jax.data.texts import METADATA, captions_of, decode_captions, read_metadata, some
-from pixelflow_jax.errors import UserError
 
 GAP = 2**16  # bytes between an image and its caption in a tar, up to which both are read at once
 

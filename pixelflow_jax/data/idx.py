@@ -7,8 +7,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame
 
 PREFIXES = {"train": "train", "test": "t10k"}
 UINT8 = 0x08

@@ -21,7 +21,6 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from pixelflow_jax import flow
 from pixelflow_jax.config import block_unit, max_blocks
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
 from pixelflow_jax.data.pixels import Size
@@ -29,6 +28,7 @@ from pixelflow_jax.data.sources import Source, captions_at
 from pixelflow_jax.data.texts import some
 from pixelflow_jax.data.transforms import transform
 from pixelflow_jax.text.encoder import make_text_reader, make_tokenizer, warn_of_cuts
+from pixelflow_jax.training import objective
 
 NO_GUARD = (
     "processes that load data import the script that starts them, and this one trains in its turn, or "
@@ -74,7 +74,7 @@ class LoadExample(grain.transforms.RandomMap):
         example = {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
         if self._unit is not None:
             example["size"] = np.array(image.shape[:2], np.int32)
-            example["image"] = flow.to_blocks(image, self._unit, self._count)
+            example["image"] = objective.to_blocks(image, self._unit, self._count)
         return example
 
     def _condition(self, label: int | tuple[str, ...], rng: np.random.Generator):
@@ -109,7 +109,7 @@ def make_batches(
       order: which example stands where (default: that of the config).
 
     Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} (with mix_sizes, images
-    as flow.to_blocks cuts them, and "size": int32 [b, 2]) and, of class models, {"labels": int32 [b]},
+    as to_blocks cuts them, and "size": int32 [b, 2]) and, of class models, {"labels": int32 [b]},
     of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]} or, from a cache,
     {"context": bfloat16 [b, t, c], "context_mask": bool [b, t]}.
     """

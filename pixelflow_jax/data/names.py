@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from etils import epath
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "valid", "validation", "test")

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks and palettes are no trouble to us

@@ -17,9 +17,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame, optional
 from pixelflow_jax.data.texts import some
-from pixelflow_jax.errors import UserError, blame, optional
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

@@ -18,14 +18,14 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame, optional
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.captioned_digits import captioned_digits
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.names import SPLITS, Strings, split_root
 from pixelflow_jax.data.pixels import is_image, is_left_behind, kinds_left_out, report_left_out
 from pixelflow_jax.data.texts import some
-from pixelflow_jax.errors import UserError, blame, optional
 
 log = logging.getLogger(__name__)
 HELD_OUT = tuple(name for name in SPLITS if name != "train")

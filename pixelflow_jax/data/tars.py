@@ -16,10 +16,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from pixelflow_jax import files, hosts
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data.names import LISTED, Strings, pair, say_beside
 from pixelflow_jax.data.pixels import is_image, is_left_behind, kinds_left_out, report_left_out
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.distributed import hosts
 
 log = logging.getLogger(__name__)
 INDEX = "tar_index.npz"  # in the workdir, or beside the shards

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 KEYS = ("text", "caption", "captions", "prompt")  # of a line of metadata, or of a .json in a tar

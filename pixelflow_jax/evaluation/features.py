@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.evaluation.metrics import Moments, gather
 from pixelflow_jax.evaluation.sets import ImageSet
+from pixelflow_jax.foreign.weights import read_state
 from pixelflow_jax.models.inception import Inception, inception_names, inception_params
-from pixelflow_jax.weights import read_state
 
 KEPT = ("2048", "spatial", "logits_unbiased")
 PCA_DIM, PCA_SIDE, PCA_FIT = 64, 32, 10_000  # dimensions, pixels a side, images it is fitted on

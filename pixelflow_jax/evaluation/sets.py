@@ -7,12 +7,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from pixelflow_jax import arrays, files
+from pixelflow_jax.common import arrays, files
+from pixelflow_jax.common.errors import UserError, blame
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.pixels import BrokenImage, decode, image_files
 from pixelflow_jax.data.sources import held_out
 from pixelflow_jax.data.transforms import center_crop
-from pixelflow_jax.errors import UserError, blame
 
 OURS = ("grid.png",)  # files of a sampling run that are no samples
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names: pooled and spatial features

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pixelflow_jax.hardware import platform_of
+from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.models.blockwise import APART, blockwise_attention
 
 MASKED = -10000.0  # what the released text model adds to the scores of padding

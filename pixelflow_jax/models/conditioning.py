@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pixelflow_jax import numerics
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.common import numerics
 from pixelflow_jax.models.t5 import T5Encoder
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import Group, PackLayout
 
 # By argument name of PixelFlow.__call__, or {"text_ids", "text_mask"} for an encoder in the model. The
 # leading axes are those of the images.

@@ -8,8 +8,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from pixelflow_jax.cascade.packing import PackLayout
 from pixelflow_jax.models.transformer import SINCOS_DIM, PixelFlow
-from pixelflow_jax.packing import PackLayout
 
 
 def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
-from pixelflow_jax import numerics
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common import numerics
+from pixelflow_jax.common.errors import UserError
 
 SIZE = 299
 NUM_LOGITS = 1008

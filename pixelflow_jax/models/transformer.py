@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pixelflow_jax import numerics
+from pixelflow_jax.cascade.packing import MixedLayout, PackLayout, Rows, join_runs, map_runs
+from pixelflow_jax.common import numerics
+from pixelflow_jax.distributed.sharding import GATHERED
 from pixelflow_jax.models.attention import attention, by_chunks
 from pixelflow_jax.models.blockwise import SAVED
 from pixelflow_jax.models.rope import apply_rope, rope_lookup, rope_table
-from pixelflow_jax.packing import MixedLayout, PackLayout, Rows, join_runs, map_runs
-from pixelflow_jax.sharding import GATHERED
 
 SINCOS_DIM = 256
 REMAT_POLICIES = {

@@ -9,7 +9,7 @@ import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pixelflow_jax import numerics
+from pixelflow_jax.common import numerics
 from pixelflow_jax.sampling.solvers import Field
 
 MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of a stage, whose tau runs from 0 to 1

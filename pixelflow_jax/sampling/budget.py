@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.models.conditioning import Condition, encode_text
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.grids import TimeGrid

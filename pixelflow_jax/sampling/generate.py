@@ -19,13 +19,15 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from pixelflow_jax import files, images, sharding
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.packing import CONTEXT
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.data.pixels import decode
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.hardware import platform_of
+from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import encode_text
-from pixelflow_jax.packing import CONTEXT
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Array, Float
 
-from pixelflow_jax.cascade import Cascade
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common.errors import UserError
 
 KINDS = ("uniform", "reference")
 SHORTEST_STEP = 1e-6  # what remains of a step, if less, is left out

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common.errors import UserError
 
 # Share of (scale - 1) that each of the four stages of the released class model gets.
 REFERENCE_SHARES = (0.0, 1 / 6, 2 / 3, 1.0)

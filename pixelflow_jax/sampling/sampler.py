@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from pixelflow_jax import images, numerics
-from pixelflow_jax.cascade import Cascade
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.common import numerics
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import Group, PackLayout
 from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_control, solve_fixed

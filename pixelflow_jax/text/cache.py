@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame
 
 MANIFEST = "manifest.json"
 SHORTEST = 16  # tokens a text is padded to, at least, while it is encoded

@@ -17,13 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, sharding
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.foreign.weights import find
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.models.t5 import EMBED_NAMES, T5Config, T5Encoder, t5_params, weight_names
 from pixelflow_jax.text.cache import EmbeddingCache
 from pixelflow_jax.text.tokenizer import Tokenizer, read_tokenizer, word_tokenizer
-from pixelflow_jax.weights import find
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 HUB_FILES = (CONFIG, "*.safetensors", INDEX, "tokenizer.json", "spiece.model")

@@ -24,9 +24,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, hardware
+from pixelflow_jax.common import files, hardware
+from pixelflow_jax.common.errors import UserError, sentence
 from pixelflow_jax.config import build_model, config_from_dict
-from pixelflow_jax.errors import UserError, sentence
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.training import replicas
 from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints

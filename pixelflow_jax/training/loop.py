@@ -13,22 +13,24 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, flow, numerics, sharding
+from pixelflow_jax.common import files, numerics
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size, check_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import check_main_guard, look_at_captions, make_batches
 from pixelflow_jax.data.sources import Source, class_names, load_source, readable_captions
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.distributed.preemption import Preempted, PreemptionWatch
+from pixelflow_jax.distributed.watchdog import STARTING
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
 from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_text_reader
-from pixelflow_jax.training import checkpoints
+from pixelflow_jax.training import checkpoints, objective
 from pixelflow_jax.training.metrics import Metrics, Workload
 from pixelflow_jax.training.optimizer import build_optimizer
-from pixelflow_jax.training.preemption import Preempted, PreemptionWatch
 from pixelflow_jax.training.saver import Saver
 from pixelflow_jax.training.start import (
     claimed_workdir,
@@ -38,7 +40,6 @@ from pixelflow_jax.training.start import (
     start_or_resume,
 )
 from pixelflow_jax.training.step import PICTURE, TrainState, abstract_state, make_train_step
-from pixelflow_jax.training.watchdog import STARTING
 from pixelflow_jax.training.writes import retried
 
 
@@ -241,7 +242,7 @@ def workload(config: ConfigDict, mesh: Mesh) -> Workload:
     cascade, model = build_cascade(config), build_model(config)
     counts = (config.batch_size // cascade.num_stages,) * cascade.num_stages
     size = config.data.resolution
-    layout = flow.train_layout(cascade, counts, size, size, model.patch_size)
+    layout = objective.train_layout(cascade, counts, size, size, model.patch_size)
     flops = 3 * forward_flops(model, layout, config.text.max_length)
     return Workload(config.batch_size, layout.row_length, flops, mesh.size)
 

@@ -16,9 +16,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.hardware import PEAK_FLOPS
 from pixelflow_jax.data.broken import BrokenImages
-from pixelflow_jax.hardware import PEAK_FLOPS
 from pixelflow_jax.training.writes import Journal
 
 AHEAD = 3  # steps that the host may be ahead of the devices

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from pixelflow_jax import sharding
+from pixelflow_jax.distributed import sharding
 
 
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:

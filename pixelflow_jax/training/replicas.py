@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pixelflow_jax.packing import CONTEXT
+from pixelflow_jax.cascade.packing import CONTEXT
 
 COPIES = ("data", CONTEXT)  # axes of the mesh along which every device holds the same
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from pixelflow_jax.errors import sentence
+from pixelflow_jax.common.errors import sentence
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.writes import PAUSES, is_lasting, retried
 

@@ -17,12 +17,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, locks
+from pixelflow_jax.common import files, locks
+from pixelflow_jax.common.errors import UserError, blame
 from pixelflow_jax.config import config_from_dict, differences
 from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
-from pixelflow_jax.errors import UserError, blame
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints

@@ -13,12 +13,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from pixelflow_jax import flow, images, numerics, sharding
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.packing import CONTEXT, PackLayout, map_runs
+from pixelflow_jax.common import numerics
+from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blocks
-from pixelflow_jax.hardware import platform_of
+from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.packing import CONTEXT, PackLayout, map_runs
+from pixelflow_jax.training import objective
 
 PICTURE = ("image", "size")  # of a batch, what is not the condition
 
@@ -73,12 +76,12 @@ def abstract_condition(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtyp
 
 
 def packed_loss(
-    model: PixelFlow, params: dict, batch: flow.FlowBatch, layout: PackLayout
+    model: PixelFlow, params: dict, batch: objective.FlowBatch, layout: PackLayout
 ) -> Float[Array, "rows s"]:
     """The loss of every image of a packed batch."""
     condition = encode_text(model, params, batch.condition)
     velocity = model.apply({"params": params}, batch.tokens, batch.timesteps, layout, **condition)
-    return flow.loss_per_image(layout, velocity, batch.target)
+    return objective.loss_per_image(layout, velocity, batch.target)
 
 
 def apply_gradients(
@@ -111,7 +114,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         """(loss summed over a device's images, its sum for each stage), as shares of the batch mean."""
         params = sharding.gather_rest(params, specs, model.dtype)
         batch = {name: x[None] for name, x in batch.items()}  # a row
-        packed, layout = flow.corrupt(
+        packed, layout = objective.corrupt(
             cascade,
             model.patch_size,
             images.from_uint8(batch["image"]),

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from etils import epath
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import sentence
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import sentence
 
 log = logging.getLogger(__name__)
 PAUSES = (2, 4, 8, 16, 32)  # seconds before another try; the one after the last is the last

@@ -6,8 +6,8 @@ Nothing here is measured. Each part assumes the chip's published peak (hardware.
 from collections.abc import Sequence
 from typing import Any
 
-from pixelflow_jax.hardware import Chip
-from pixelflow_jax.hlo import Collective
+from pixelflow_jax.aot.hlo import Collective
+from pixelflow_jax.common.hardware import Chip
 
 ASSUMPTIONS = (
     "compute: products at the chip's bfloat16 peak, widths rounded up to 128 lanes",

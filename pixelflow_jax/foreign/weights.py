@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from pixelflow_jax import files, hardware
-from pixelflow_jax.errors import UserError, blame, optional
+from pixelflow_jax.common import files, hardware
+from pixelflow_jax.common.errors import UserError, blame, optional
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 KINDS = (*TORCH, ".safetensors", ".npz")

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from pixelflow_jax import images, numerics
-from pixelflow_jax.cascade import NUM_TRAIN_TIMES, Cascade
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.packing import Group, MixedLayout, PackLayout, Rows, join_runs, map_runs
+from pixelflow_jax.cascade.stages import NUM_TRAIN_TIMES, Cascade
+from pixelflow_jax.common import numerics
 from pixelflow_jax.models.conditioning import Condition
-from pixelflow_jax.packing import Group, MixedLayout, PackLayout, Rows, join_runs, map_runs
 
 
 class FlowBatch(NamedTuple):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import UserError, blame, sentence
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame, sentence
 from pixelflow_jax.models.attention import BACKENDS
 from pixelflow_jax.models.transformer import REMAT_POLICIES
 

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from pixelflow_jax import arrays, sharding
+from pixelflow_jax.common import arrays
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import DTYPES
 from pixelflow_jax.data.names import loose
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.layouts import check_layout, read_prompts_file
+from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import Condition
+from pixelflow_jax.requests.layouts import check_layout, read_prompts_file
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.text.encoder import (
     JOINT,

@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from pixelflow_jax import arrays, files
-from pixelflow_jax.errors import UserError
+from pixelflow_jax.common import arrays, files
+from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.sampling.generate import read_image, save_grid, save_png
 
 log = logging.getLogger(__name__)

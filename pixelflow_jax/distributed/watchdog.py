@@ -18,12 +18,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from pixelflow_jax import hosts
-from pixelflow_jax.errors import EXIT_LOST, Lost, UserError
-from pixelflow_jax.hosts import START_SILENCE
-from pixelflow_jax.rollcall import Cluster
+from pixelflow_jax.common.errors import EXIT_LOST, Lost, UserError
+from pixelflow_jax.distributed import hosts
+from pixelflow_jax.distributed.hosts import START_SILENCE
+from pixelflow_jax.distributed.preemption import Preempted
+from pixelflow_jax.distributed.rollcall import Cluster
 from pixelflow_jax.training.metrics import TrainingDiverged
-from pixelflow_jax.training.preemption import Preempted
 
 BEAT = 1.0  # seconds between messages
 GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over

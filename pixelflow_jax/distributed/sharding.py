@@ -17,9 +17,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pixelflow_jax import hardware
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.packing import CONTEXT
+from pixelflow_jax.cascade.packing import CONTEXT
+from pixelflow_jax.common import hardware
+from pixelflow_jax.common.errors import UserError
 
 AXES = ("data", "fsdp")
 BATCH = P(AXES)

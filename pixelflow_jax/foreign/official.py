@@ -10,11 +10,11 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame
 from pixelflow_jax.config import build_model, check_config, default_config
-from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.foreign.weights import INDEX, KINDS, State, read_state
 from pixelflow_jax.models.conditioning import TEXT, init_params
-from pixelflow_jax.weights import INDEX, KINDS, State, read_state
 
 Params = dict[str, Any]
 

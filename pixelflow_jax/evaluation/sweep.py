@@ -11,10 +11,12 @@ from typing import Any
 
 from etils import epath
 
-from pixelflow_jax import files, request, sample
-from pixelflow_jax.errors import UserError, optional, sentence
+from pixelflow_jax import sample
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, optional, sentence
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
+from pixelflow_jax.requests import request
 from pixelflow_jax.sampling import solvers
 from pixelflow_jax.training.checkpoints import load_params
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from pixelflow_jax.errors import Lost, UserError
+from pixelflow_jax.common.errors import Lost, UserError
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -127,7 +127,7 @@ def make_record(**settings: Any) -> dict[str, Any]:
 @functools.cache
 def code_digest() -> str:
     """A short digest of this package's source, which tells one checkout from another."""
-    folder, digest = pathlib.Path(__file__).parent, hashlib.sha256()
+    folder, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

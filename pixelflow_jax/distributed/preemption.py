@@ -6,8 +6,8 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-from pixelflow_jax import hosts
-from pixelflow_jax.errors import EXIT_PREEMPTED
+from pixelflow_jax.common.errors import EXIT_PREEMPTED
+from pixelflow_jax.distributed import hosts
 
 NOTHING = "Stopped before a first step was done: start me again"
 

@@ -15,11 +15,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pixelflow_jax import __version__, arrays, cli, files, numerics
-from pixelflow_jax.conditions import Conditions, forget_encoder, labels, read_conditions
-from pixelflow_jax.errors import UserError
-from pixelflow_jax.images import UINT8_RULE
-from pixelflow_jax.layouts import LAYOUTS
+from pixelflow_jax import __version__
+from pixelflow_jax.cascade.images import UINT8_RULE
+from pixelflow_jax.common import arrays, cli, files, numerics
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.requests.conditions import Conditions, forget_encoder, labels, read_conditions
+from pixelflow_jax.requests.layouts import LAYOUTS
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
 from pixelflow_jax.sampling.budget import plan_steps
 from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings

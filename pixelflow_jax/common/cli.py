@@ -19,9 +19,10 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from pixelflow_jax import files, hardware, hosts, numerics
+from pixelflow_jax.common import files, hardware, numerics
+from pixelflow_jax.common.errors import EXIT_LOST, Lost, UserError, sentence
 from pixelflow_jax.config import load_config
-from pixelflow_jax.errors import EXIT_LOST, Lost, UserError, sentence
+from pixelflow_jax.distributed import hosts
 
 # Flags of text that may look like anything
 WORDS = ("prompt", "negative_prompt", "labels", "negative_labels")

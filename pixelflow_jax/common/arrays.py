@@ -11,8 +11,8 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import UserError, blame
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import UserError, blame
 
 BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
           lzma.LZMAError)  # fmt: skip

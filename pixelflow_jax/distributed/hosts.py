@@ -22,8 +22,8 @@ from typing import Any
 
 import jax
 
-from pixelflow_jax.errors import Lost, UserError
-from pixelflow_jax.rollcall import Cluster, Place, make_record, roll_call
+from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.distributed.rollcall import Cluster, Place, make_record, roll_call
 
 WORKER_NUMBER = (
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"

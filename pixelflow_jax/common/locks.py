@@ -21,8 +21,8 @@ from typing import Any
 
 from etils import epath
 
-from pixelflow_jax import files
-from pixelflow_jax.errors import Lost, UserError
+from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import Lost, UserError
 
 log = logging.getLogger(__name__)
 RENEW_SECONDS = 60.0  # between the writes of a lease
