@@ -1,6 +1,6 @@
 """Runs the same training and sampling on meshes of 8 simulated devices; prints one JSON object.
 
-A script of its own, as the number of devices is fixed when JAX starts. test_sharding.py runs it.
+A script of its own, as the number of devices is fixed when JAX starts; test_sharding.py runs it.
 """
 
 import itertools

@@ -12,7 +12,7 @@ from pixelflow_jax.config import load_config
 
 from conftest import start_hosts
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_doctor(tmp_path, tiny_flags, capsys):

@@ -15,7 +15,7 @@ import pytest
 
 from pixelflow_jax.training.checkpoints import load_params
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 120
 # A cloud of one TPU VM, which is a folder here; its processes are those of this run alone.
 GCLOUD = """\

@@ -22,7 +22,7 @@ from pixelflow_jax.training import loop
 
 from conftest import start_hosts, with_devices
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((HERE.parent / "configs").glob("[!_]*.py"))
 
 

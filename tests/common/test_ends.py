@@ -12,7 +12,7 @@ from pixelflow_jax.data import loader
 
 from conftest import TINY
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # Each case in a fork, as JAX takes seconds to import: its exit code, or "hangs"
 FORKS = """
 import hashlib, os, signal, sys, threading, time

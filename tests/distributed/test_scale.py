@@ -19,7 +19,7 @@ from pixelflow_jax.training.checkpoints import save_params
 from conftest import TINY, calm
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pixelflow_jax.evaluation import sweep
 from pixelflow_jax.requests import request
 from pixelflow_jax.training.checkpoints import find_step
 
-HERE = pathlib.Path(__file__).parent.parent
+HERE = pathlib.Path(__file__).parents[2]
 
 
 def child(code, *argv, **env):

@@ -23,7 +23,7 @@ from pixelflow_jax.distributed.watchdog import Watchdog
 
 from conftest import free_port, start_hosts
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_the_place_by_hand(monkeypatch):

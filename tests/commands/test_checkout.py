@@ -8,7 +8,7 @@ import tomllib
 
 import pixelflow_jax as pf
 
-HERE = pathlib.Path(__file__).parent.parent
+HERE = pathlib.Path(__file__).parents[2]
 # An environment that has never heard of this package: neither its metadata nor a finder leads to it.
 HIDE = """
 import importlib.metadata, sys

@@ -27,7 +27,7 @@ from pixelflow_jax.training.step import abstract_state
 
 from conftest import TINY, with_devices
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 RUN = (
     *TINY,
     "batch_size=16",

@@ -20,7 +20,7 @@ from pixelflow_jax.config import check_batch_size, load_config
 from bucket import Bucket
 from conftest import TINY
 
-HERE = pathlib.Path(__file__).parents[1]
+HERE = pathlib.Path(__file__).parents[2]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 PLACEHOLDER = re.compile(
     r"\b[A-Z][A-Z_0-9]{2,}\b|google/|/tmp/|runs/|out/|gs://|\.png|\.pth|\.npz|\.jsonl|prompts|imagenet"

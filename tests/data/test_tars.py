@@ -203,7 +203,7 @@ def test_one_process_reads_and_all_agree(shards, tmp_path):
             2,
             ["see"],
             lambda i, paths=paths, workdir=workdir: {
-                "PYTHONPATH": f"{tmp_path}:{pathlib.Path(files.__file__).parent.parent}",
+                "PYTHONPATH": f"{tmp_path}:{pathlib.Path(files.__file__).parents[2]}",
                 "SEE_PATH": str(paths[i]),
                 "SEE_WORKDIR": str(tmp_path / workdir),
             },

@@ -15,7 +15,7 @@ from fingerprint import fingerprints
 from pixelflow_jax.common import numerics
 from pixelflow_jax.sampling.starts import image_keys
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parents[1]
 # Switches that change numbers or break programs, to a value that JAX does not have by itself
 HOSTILE = {
     "jax_default_prng_impl": "rbg",

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SETTINGS = """\
 # a comment
 NAME=run1
