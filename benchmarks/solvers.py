@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixelflow_jax.sampling import budget, solvers
+from pixelflow_jax.sampling import solvers
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.sampler import class_conditions
@@ -70,7 +70,7 @@ class Trial:
         self.params64, self.noise64 = wide(params), wide(self.noise)
         model = sampler.model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
         self.sampler64 = dataclasses.replace(sampler, model=model, step_control="fixed")
-        self.flops = budget.stage_flops(sampler)
+        self.flops = sampler.stage_flops()
 
     @functools.cached_property
     def truth(self) -> np.ndarray:
@@ -138,31 +138,14 @@ def needed(trial: Trial) -> None:
     say(f"That error is {goal:.2e}, at {nfe30} evaluations and {cost30:.1f} GFLOP an image.\n")
     body = [["euler", "30", str(nfe30), f"{goal:.1e}", "1.00", "1.00"]]
 
-    def add(name, solver, steps):
-        nfe, cost = trial.cost(solver, steps)
-        shown = ", ".join(map(str, steps))
-        error = f"{trial.error(solver, steps):.1e}"
-        body.append([name, shown, str(nfe), error, f"{nfe / nfe30:.2f}", f"{cost / cost30:.2f}"])
-
     for solver in ("heun", "midpoint", "ralston", "ab2", "bosh3", "dopri5", "tsit5", "dopri8"):
         count = next((n for n in range(1, 31) if trial.error(solver, (n,)) <= goal), None)
         if count is None:
             body.append([solver, "over 30", "", "", "", ""])
         else:
-            add(solver, solver, (count,))
-    for solver in ("euler", "heun", "midpoint", "ab2", "bosh3"):
-        sampler = dataclasses.replace(trial.sampler, solver=solver, step_control="fixed")
-        measured = budget.measure(
-            sampler, trial.params, *class_conditions(trial.labels, sampler.model.num_classes)
-        )
-        per_step = solvers.evaluations_per_step(solver)
-        for total in range(len(trial.flops) * per_step, nfe30 + 1, per_step):
-            steps = budget.split_budget(measured, total, per_step)
-            if trial.error(solver, steps) <= goal:
-                add(f"{solver}, nfe_budget={total}", solver, steps)
-                break
-        else:
-            body.append([f"{solver}, nfe_budget", "not within", str(nfe30), "", "", ""])
+            (nfe, cost), error = trial.cost(solver, (count,)), trial.error(solver, (count,))
+            shares = f"{nfe / nfe30:.2f}", f"{cost / cost30:.2f}"
+            body.append([solver, str(count), str(nfe), f"{error:.1e}", *shares])
     table(["solver", "steps a stage", "evaluations", "error", "of Euler's", "of its FLOPs"], body)
 
 

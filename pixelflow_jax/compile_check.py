@@ -100,7 +100,6 @@ def train_program(config, devices: list):
 def sample_program(config, devices: list):
     """The same of the sampler, as `sample` runs it: every chip holds the parameters."""
     from pixelflow_jax.models.conditioning import init_params
-    from pixelflow_jax.sampling.budget import stage_flops
     from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
     from pixelflow_jax.sampling.solvers import evaluations_per_step
     from pixelflow_jax.training.step import abstract_condition
@@ -124,7 +123,7 @@ def sample_program(config, devices: list):
     index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=placed)
     condition = jax.tree.map(lambda x: shaped(x, placed), abstract_condition(config, size))
     steps = np.array(sampler.grid.steps(sampler.cascade.num_stages))
-    one = stage_flops(sampler, config.text.max_length)
+    one = sampler.stage_flops(config.text.max_length)
     flops = float(steps * evaluations_per_step(sampler.solver) @ one) * size
     arguments = params, {"index": index}, condition, condition
     return make_generate(sampler, mesh=mesh), arguments, mesh, flops

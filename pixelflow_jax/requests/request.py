@@ -22,7 +22,6 @@ from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.requests.conditions import Conditions, forget_encoder, labels, read_conditions
 from pixelflow_jax.requests.layouts import LAYOUTS
 from pixelflow_jax.sampling import grids, guidance, solvers, starts
-from pixelflow_jax.sampling.budget import plan_steps
 from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 from pixelflow_jax.training.checkpoints import load_params
@@ -33,7 +32,6 @@ FROM_CONFIG = (
     *("guidance_scale", "guidance_schedule", "guidance_interval"),
 )
 BATCH, MAX_BATCH = 25, 256  # images at a time, if nobody says otherwise; and at most, if a picture does
-PILOTS = 8  # images that --nfe_budget is measured on
 MOST_IMAGES, MOST_AT_ONCE, MOST_STEPS = 10_000_000, 65_536, 10_000
 STARTS = ("init_image", "from_noise", "interpolate", "invert")
 # Flags that do nothing beside one of those
@@ -74,7 +72,6 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--rtol", type=float, help="relative tolerance, where the error chooses the steps")
     add("--atol", type=float, help="absolute tolerance")
     add("--num_steps", type=numbers, help="steps a stage: 10, or 10,10,10,10 with one each")
-    add("--nfe_budget", type=int, help="evaluations an image, split over the stages by measurement")
     add("--grid", choices=grids.KINDS, help="where the steps stand; reference: the official grid")
     add("--shift", type=float, help="above 1: more steps near the noise")
     add("--guidance_scale", type=float, help="weight of the last stage; 0 or less: no guidance")
@@ -103,7 +100,6 @@ def check_flags(args: argparse.Namespace) -> None:
         ("num_images", 1, MOST_IMAGES),
         ("num_png", 0, MOST_IMAGES),
         ("num_steps", 1, MOST_STEPS),
-        ("nfe_budget", 1, MOST_STEPS),
     ):
         value = getattr(args, name)
         for number in value if isinstance(value, tuple) else [value]:
@@ -125,8 +121,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--from_stage and --strength go with --init_image")
     if args.interpolate is not None and len(args.interpolate) != 2:
         raise UserError(f"--interpolate needs two seeds, got {len(args.interpolate)}")
-    if args.nfe_budget is not None and args.num_steps is not None:
-        raise UserError("--nfe_budget and --num_steps exclude each other: the budget sets the steps")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -204,10 +198,6 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
     conditions = read_conditions(args, config, start, meta)
     if once:
         forget_encoder()
-    if args.nfe_budget is not None:
-        pilots = conditions.of(np.arange(min(PILOTS, len(conditions))))
-        config.sample.num_steps = _planned(args, params, sampler, pilots)
-        sampler = sampler_of(args, config)
     settings = {
         "checkpoint": str(files.absolute(args.checkpoint)),
         "checkpoint_sha256": loaded.sha256,
@@ -220,7 +210,6 @@ def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
         "first_image": args.first_image,
         **{name: config.sample[name] for name in FROM_CONFIG},
         "step_control": sampler.control,
-        "nfe_budget": args.nfe_budget,
         "num_images": len(conditions),
         **conditions.described,
         "start": described,
@@ -270,8 +259,6 @@ def parse(doc: str, argv: list[str]) -> argparse.Namespace:
         replaced = name in args.given or name in idle
         if value is None or replaced or (name == "prompt" and args.prompts_file is not None):
             continue
-        if name == "num_steps" and args.nfe_budget is not None:
-            continue
         if name == "batch_size" and not (isinstance(value, int) and value <= MAX_BATCH):
             continue  # a picture may come from anywhere
         value = value[:1] if name == "prompt" and isinstance(value, list) else value
@@ -292,19 +279,6 @@ def sampler_of(args: argparse.Namespace, config: ConfigDict) -> Sampler:
         if getattr(args, name) is not None:
             config.sample[name] = getattr(args, name)
     return build_sampler(config, args.height, args.width, args.dtype)
-
-
-def _planned(args, params: dict, sampler: Sampler, pilots) -> tuple[int, ...]:
-    """The steps of --nfe_budget: as an earlier start of the same request found them, or measured."""
-    path = epath.Path(args.out) / "settings.json"
-    if args.out and path.exists():  # a notebook has no folder
-        old = files.read_json(path)
-        if isinstance(old, dict) and old.get("nfe_budget") == args.nfe_budget and "num_steps" in old:
-            return tuple(old["num_steps"])
-    from jax.experimental import multihost_utils
-
-    steps = plan_steps(sampler, params, args.nfe_budget, *pilots)
-    return tuple(int(n) for n in multihost_utils.broadcast_one_to_all(np.array(steps)))
 
 
 def check_memory(flag: str, count: int, sampler: Sampler, size: int) -> None:

@@ -21,6 +21,7 @@ from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import numerics
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.models.conditioning import Condition
+from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
@@ -104,6 +105,16 @@ class Sampler:
         patches = self.cascade.patches(self.model.patch_size)
         p = patches[stage]
         return PackLayout((Group(count, height // p, width // p, p // min(patches)),), self.shards)
+
+    def stage_flops(self, context_length: int = 0) -> Float[np.ndarray, " stages"]:
+        """Return the FLOPs of one evaluation of each stage for one image, guidance included.
+
+        `context_length` is the texts' length in tokens, for models with text.
+        """
+        one_device = dataclasses.replace(self, shards=1)
+        weights = self.guidance.weights(self.cascade.num_stages)
+        layouts = [one_device.layout(stage, 1 if w == 1 else 2) for stage, w in enumerate(weights)]
+        return np.array([forward_flops(self.model, x, context_length) for x in layouts], float)
 
     @numerics.pinned()
     def draw_noise(self, keys: Key[Array, " b"]) -> Noise:

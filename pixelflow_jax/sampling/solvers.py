@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pixelflow_jax.common.errors import UserError
 
@@ -110,16 +110,12 @@ def solve_fixed(
     name: str,
     field: Field,
     x: Float[Array, "..."],
-    taus: Float[np.ndarray, " n"] | Float[Array, " n"],
-    count: Int[Array, ""] | None = None,
+    taus: Float[np.ndarray, " n"],
 ) -> Float[Array, "..."]:
-    """Integrates over steps from taus[i] to taus[i + 1]; returns x at the last.
+    """Integrate over the steps from taus[i] to taus[i + 1]; return x at the last.
 
     AB2 (two-step Adams-Bashforth for steps of any size) starts with an Euler step, which keeps its
-    second order, so that it evaluates once a step.
-
-    Args:
-      count: how many of the steps to do, if that is known on the device only.
+    second order and costs one evaluation, like every later step.
     """
     sizes = taus[1:] - taus[:-1]
     # Constants, indexed in the loop: a scan over them would slice and copy more
@@ -127,9 +123,7 @@ def solve_fixed(
 
     carry: tuple[jax.Array, ...]
     if name == "ab2":
-        xp = np if isinstance(taus, np.ndarray) else jnp
-        ratios = xp.concatenate([xp.zeros_like(sizes[:1]), sizes[1:] / sizes[:-1]])
-        ratios = jnp.asarray(ratios, x.dtype)
+        ratios = jnp.asarray(np.concatenate([[0.0], sizes[1:] / sizes[:-1]]), x.dtype)
 
         def step(i, carry):
             x, before = carry
@@ -144,4 +138,4 @@ def solve_fixed(
 
         table, carry = tableau(name), (x,)
 
-    return jax.lax.fori_loop(0, len(taus) - 1 if count is None else count, step, carry)[0]
+    return jax.lax.fori_loop(0, len(sizes), step, carry)[0]

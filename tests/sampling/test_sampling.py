@@ -161,20 +161,6 @@ def test_scan_equals_diffrax(solver):
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_a_count_of_steps_known_late():
-    """Catches a loop with a dynamic count that does other steps than the scan."""
-    taus = np.linspace(0, 1, 6)
-    padded = np.concatenate([taus, np.ones(4)])
-    for solver in ("ab2", "bosh3"):
-        x = jnp.array([0.5, 1.5])
-        late = jax.jit(
-            lambda count, s=solver, x=x: solve_fixed(
-                s, velocity_of_a_number, x, jnp.asarray(padded), count
-            )
-        )(5)
-        np.testing.assert_allclose(late, solve_fixed(solver, velocity_of_a_number, x, taus), rtol=1e-6)
-
-
 def test_adaptive_solver_meets_its_tolerance():
     """Catches tolerances that are not passed on, forwards and backwards."""
     exact = np.exp(np.sin(3) / 3)

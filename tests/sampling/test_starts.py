@@ -1,4 +1,4 @@
-"""Starts other than a seed's noise, inversion, budgets, and sampling through shards."""
+"""Starts other than a seed's noise, inversion, and sampling through shards."""
 
 import json
 import shutil
@@ -17,7 +17,6 @@ from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling import starts
-from pixelflow_jax.sampling.budget import TRIED, Measured, plan_steps, split_budget
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler, class_conditions
@@ -132,27 +131,6 @@ def test_images_do_not_depend_on_the_batch_size(calm_params, settings):
     alone = first(1)
     for count in (7, 64):
         np.testing.assert_allclose(first(count), alone, atol=1e-5)
-
-
-def test_budget_goes_where_it_pays():
-    """Catches a split that ignores error or cost, or spends more than it has."""
-    tries = np.array(TRIED, float)
-    even = Measured(np.stack([1 / tries, 1 / tries]), np.array([1.0, 1.0]))
-    assert split_budget(even, 20, 1) == (10, 10)
-    worse = Measured(np.stack([1 / tries, 8 / tries]), np.array([1.0, 1.0]))
-    dearer = Measured(np.stack([1 / tries, 1 / tries]), np.array([1.0, 8.0]))
-    assert np.diff(split_budget(worse, 20, 1)) > 4 and np.diff(split_budget(dearer, 20, 1)) < -4
-    assert sum(split_budget(worse, 41, 2)) == 20  # heun: two evaluations a step
-    with pytest.raises(UserError, match="less than one step"):
-        split_budget(even, 3, 2)
-
-
-def test_budget_is_measured(calm_params):
-    """Catches a measurement whose errors do not fall with the steps, or that ignores the solver."""
-    plan = plan_steps(make_sampler(), calm_params, 13, *class_conditions(jnp.arange(4), 10))
-    assert sum(plan) == 13 and min(plan) >= 1
-    with pytest.raises(UserError, match="step_control=fixed"):
-        plan_steps(make_sampler(solver="dopri5"), calm_params, 40, *class_conditions(jnp.arange(4), 10))
 
 
 @pytest.fixture(scope="module")
@@ -296,9 +274,6 @@ def test_starts_by_command(trained, tmp_path):
         (["--from_noise=nowhere.npz"], "does not exist"),
         (["--from_noise={text}"], "not a whole npz file"),
         (["--from_noise={other}"], "has no array 'start'"),
-        (["--nfe_budget=1"], "less than one step"),
-        (["--nfe_budget=9", "--num_steps=3"], "exclude each other"),
-        (["--nfe_budget=20", "--solver=dopri5"], "step_control=fixed"),
         (["--solver=euler", "--step_control=per_image"], "does not estimate its error"),
         (["--rtol=-1"], "rtol must lie"),
         (["--guidance_interval=0.9,0.1"], "low < high"),
