@@ -72,7 +72,6 @@ def default_config() -> ConfigDict:
                 resolution=256,
                 max_aspect_ratio=1.0,  # above 1: sizes of resolution^2 pixels, up to this much longer
                 bucket_unit=64,  # their sides are multiples of it
-                mix_sizes=False,  # false: a batch has one size; true: each image has its own
                 crop="random",  # random (short side to 1.125 x resolution first), center or none
                 flip=True,
                 label_dropout=0.1,  # share of labels (or captions) dropped, for guidance
@@ -197,11 +196,9 @@ def check_config(config: ConfigDict) -> ConfigDict:
             f"of the devices; got {sizes[0]} and {sizes[1]}"
         )
     _check_text(config)
-    cascade, patch_size = build_cascade(config), config.model.patch_size
-    if config.data.mix_sizes and len({*cascade.patches(patch_size)}) > 1:
-        raise UserError("config.data.mix_sizes needs one patch_size for all stages")
+    cascade = build_cascade(config)
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
-    _check_buckets(config)
+    _check_buckets(config, cascade)
     _check_context(config, cascade)
     check_batch_size(config)
     return config
@@ -216,7 +213,7 @@ def _check_context(config: ConfigDict, cascade: Cascade) -> None:
                 f"config.mesh.context={context} must divide the tokens of every stage; stage {stage} "
                 f"has {tokens}"
             )
-    if context > 1 and (config.data.mix_sizes or config.data.max_aspect_ratio > 1):
+    if context > 1 and config.data.max_aspect_ratio > 1:
         raise UserError("config.mesh.context above 1 needs images of one size: data.max_aspect_ratio=1")
 
 
@@ -228,25 +225,13 @@ def _check_text(config: ConfigDict) -> None:
         raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
 
 
-def _check_buckets(config: ConfigDict) -> None:
-    data, unit = config.data, block_unit(config)
+def _check_buckets(config: ConfigDict, cascade: Cascade) -> None:
+    data, unit = config.data, cascade.unit(config.model.patch_size)
     if data.max_aspect_ratio > 1 and data.bucket_unit % unit:
         raise UserError(
             f"config.data.bucket_unit must be a positive multiple of {unit} (patch_size x "
             f"2^(stages - 1)), got {data.bucket_unit}"
         )
-    if data.mix_sizes and data.max_aspect_ratio == 1:
-        raise UserError("config.data.mix_sizes needs config.data.max_aspect_ratio above 1")
-
-
-def block_unit(config: ConfigDict) -> int:
-    """Pixels a side of what one token of the coarsest stage shows: sizes are multiples of it."""
-    return build_cascade(config).unit(config.model.patch_size)
-
-
-def max_blocks(config: ConfigDict) -> int:
-    """How many such blocks an image has at most."""
-    return config.data.resolution**2 // block_unit(config) ** 2
 
 
 def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:

@@ -3,20 +3,16 @@
 A row holds groups; a group holds `count` sequences of one token grid. Linear layers see the whole
 row; attention slices a group out and sees [rows * count, length]: no mask, no padding.
 Arrays are [rows, ...]: a row is what one device works on, so the first axis is what gets sharded.
-
-Where a batch mixes images whose sizes are known on the device only, `MixedLayout` gives each a lane of
-static length; what an image does not fill is padding, told apart by segment ids.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 CONTEXT = "context"  # the mesh axis of devices that share sequences
 # A packed row; or a list of them, one for each of a layout's `runs`, where tokens have several sizes
@@ -147,36 +143,6 @@ class PackLayout:
         return np.concatenate(
             [np.tile(grid, (group.count, 1)) for group, grid in zip(self.groups, grids, strict=True)]
         )
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["places", "mask", "sizes"],
-    meta_fields=["groups", "shards"],
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixedLayout(PackLayout):
-    """Sequences of sizes that are known on the device only, each at the start of its lane.
-
-    Attributes:
-      groups: how many lanes there are, and of what length; they are not shared.
-      places: (row, column) of every token in its own grid.
-      mask: False where a lane is padding.
-      sizes: (height, width) of each sequence's token grid.
-    """
-
-    places: Int[Array, "rows n 2"]
-    mask: Bool[Array, "rows n"]
-    sizes: Int[Array, "rows s 2"]
-
-    def runs(self) -> list[PackLayout]:
-        """All lanes: their tokens have one size."""
-        return [self]
-
-    def sequence_means(self, row: Float[Array, "rows n d"]) -> Float[Array, "rows s"]:
-        """Mean over each sequence's own tokens and features; padding does not count."""
-        total = super().sequence_means(jnp.where(self.mask[..., None], row, 0))
-        return total / super().sequence_means(self.mask[..., None].astype(row.dtype))
 
 
 def map_runs(function: Callable[..., Array], layout: PackLayout, *rows: Rows) -> Rows:

@@ -127,7 +127,7 @@ def make_order(
     `watch` is told, again and again, how far that is (see training/watchdog.py).
     """
     sizes = bucket_sizes(config.data)
-    if len(sizes) == 1 or config.data.mix_sizes:
+    if len(sizes) == 1:
         return Shuffled(len(source), sizes, config.seed)
     found = read_sizes(source, workdir and workdir / SIZES, watch)
     return BucketOrder(found, sizes, config.batch_size, config.seed)

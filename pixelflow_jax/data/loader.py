@@ -21,14 +21,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from pixelflow_jax.config import block_unit, max_blocks
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
 from pixelflow_jax.data.pixels import Size
 from pixelflow_jax.data.sources import Source, captions_at
 from pixelflow_jax.data.texts import some
 from pixelflow_jax.data.transforms import transform
 from pixelflow_jax.text.encoder import make_text_reader, make_tokenizer, warn_of_cuts
-from pixelflow_jax.training import objective
 
 NO_GUARD = (
     "processes that load data import the script that starts them, and this one trains in its turn, or "
@@ -51,8 +49,6 @@ class LoadExample(grain.transforms.RandomMap):
         self._source, self._dropout = source, data.label_dropout
         self._encode = make_text_reader(config) if config.model.context_dim else None
         self._crop, self._flip = data.crop, data.flip
-        self._unit = block_unit(config) if data.mix_sizes else None
-        self._count = max_blocks(config) if data.mix_sizes else None
 
     def random_map(
         self, entry: tuple[int, tuple[Size, ...]], rng: np.random.Generator
@@ -71,11 +67,7 @@ class LoadExample(grain.transforms.RandomMap):
         else:
             image = np.zeros((*sizes[0], 3), np.uint8)
             label = ("",) if self._encode else 0
-        example = {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
-        if self._unit is not None:
-            example["size"] = np.array(image.shape[:2], np.int32)
-            example["image"] = objective.to_blocks(image, self._unit, self._count)
-        return example
+        return {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
 
     def _condition(self, label: int | tuple[str, ...], rng: np.random.Generator):
         """{"labels": int32}, or one caption as make_text_reader gives it."""
@@ -108,10 +100,9 @@ def make_batches(
       rows: which entries of the global batch this process loads; None is all of them.
       order: which example stands where (default: that of the config).
 
-    Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} (with mix_sizes, images
-    as to_blocks cuts them, and "size": int32 [b, 2]) and, of class models, {"labels": int32 [b]},
-    of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]} or, from a cache,
-    {"context": bfloat16 [b, t, c], "context_mask": bool [b, t]}.
+    Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} and, of class models,
+    {"labels": int32 [b]}, of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]} or, from a
+    cache, {"context": bfloat16 [b, t, c], "context_mask": bool [b, t]}.
     """
     examples, size = make_examples(source, config, order), config.batch_size
     rows = np.arange(size) if rows is None else rows

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from pixelflow_jax.common.hardware import platform_of
-from pixelflow_jax.models.blockwise import APART, blockwise_attention
+from pixelflow_jax.models.blockwise import blockwise_attention
 
 MASKED = -10000.0  # what the released text model adds to the scores of padding
+ABSENT = -1e30  # the score of a key that is not there; finite, so that no gradient is NaN
 CHUNK = 16  # keys of the first chunk where keys are masked
 
 
@@ -23,7 +24,6 @@ def attention(
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
     key_mask: Bool[Array, "b m"] | None = None,
-    segments: tuple[Int[Array, "b n"], Int[Array, "b m"]] | None = None,
     backend: str = "auto",
     platform: str | None = None,
 ) -> Float[Array, "b n h d"]:
@@ -32,23 +32,21 @@ def attention(
     Args:
       q, k, v: queries, keys and values, of one dtype.
       key_mask: True for the keys that are there, False for the padding after them; None means all are.
-      segments: ids of the queries' and of the keys' sequences; a query sees those with its own id. Not
-        together with key_mask.
       backend: a name of BACKENDS, "splash" (TPU's kernel; elsewhere it is interpreted, for tests), or
         "auto": the one for the platform and the shapes. Einsum stands in for one that cannot.
       platform: what it will run on, as `hardware.platform_of` says it; None is JAX's default.
     """
     platform = platform or platform_of(jax.devices()[0])
     if backend == "auto":
-        backend = choose_backend(platform, q, k, key_mask, segments)
-    elif not can_run(backend, platform, q, key_mask, segments):
+        backend = choose_backend(platform, q, k, key_mask)
+    elif not can_run(backend, platform, q, key_mask):
         backend = "einsum"
     if backend == "splash":
         from pixelflow_jax.models.splash import splash_attention  # Pallas takes a second to import
 
         generation = platform.removeprefix("tpu").strip()
-        return splash_attention(q, k, v, key_mask, segments, generation, not platform.startswith("tpu"))
-    return BACKENDS[backend](q, k, v, key_mask, segments)
+        return splash_attention(q, k, v, key_mask, generation, not platform.startswith("tpu"))
+    return BACKENDS[backend](q, k, v, key_mask)
 
 
 def choose_backend(
@@ -56,7 +54,6 @@ def choose_backend(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     key_mask: Bool[Array, "b m"] | None = None,
-    segments: tuple[Int[Array, "b n"], Int[Array, "b m"]] | None = None,
 ) -> str:
     """The backend for a platform and for arguments, which may be abstract.
 
@@ -65,31 +62,25 @@ def choose_backend(
     """
     backend = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}.get(platform.partition(" ")[0])
     long = backend == "cudnn" or min(q.shape[1], k.shape[1]) >= 128
-    return (
-        backend if backend and long and can_run(backend, platform, q, key_mask, segments) else "einsum"
-    )
+    return backend if backend and long and can_run(backend, platform, q, key_mask) else "einsum"
 
 
-def can_run(backend: str, platform: str, q, key_mask=None, segments=None) -> bool:
+def can_run(backend: str, platform: str, q, key_mask=None) -> bool:
     """Whether a backend takes such queries and masks there; keys and values are as the queries are."""
     if backend == "splash":
         return q.dtype in (jnp.bfloat16, jnp.float32)
     if backend == "cudnn":  # heads: the bound of Ampere's kernel, the tightest
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         heads = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-        return platform == "gpu" and half and heads and segments is None
+        return platform == "gpu" and half and heads
     return backend != "blockwise" or key_mask is None
 
 
-def einsum_attention(q, k, v, key_mask=None, segments=None):
+def einsum_attention(q, k, v, key_mask=None):
     """All scores at once: [b, h, n, m] in memory."""
     if key_mask is not None:
         return _masked_attention(q, k, v, key_mask)
-    scores = _scores(q, k)
-    if segments is not None:
-        ours, theirs = segments
-        scores = jnp.where(ours[:, None, :, None] == theirs[:, None, None, :], scores, APART)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(_scores(q, k), axis=-1).astype(v.dtype)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
 
 
@@ -133,7 +124,7 @@ def _masked_attention(q, k, v, key_mask):
     for part in chunks:
         found = _scores(q, k[:, part])
         found = jnp.where(key_mask[..., part], found, found + MASKED)
-        scores.append(jnp.where(jnp.arange(part.start, part.stop) < count, found, APART))
+        scores.append(jnp.where(jnp.arange(part.start, part.stop) < count, found, ABSENT))
     top = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in scores])
     out = total = 0
     for part, found in zip(chunks, scores, strict=True):
@@ -145,8 +136,8 @@ def _masked_attention(q, k, v, key_mask):
     return (out / jnp.swapaxes(total, 1, 2)[..., None]).astype(v.dtype)
 
 
-def cudnn_attention(q, k, v, key_mask=None, segments=None):
-    """NVIDIA's fused kernel; without segments.
+def cudnn_attention(q, k, v, key_mask=None):
+    """NVIDIA's fused kernel.
 
     Its backward pass takes even lengths alone, so that odd ones are filled up.
     """

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-APART = -1e30  # the score of a key in another segment; finite, so that a query alone gets no NaN
 BLOCK = 256  # queries a block at most
 SAVED = "attention"  # name of what the backward pass needs, for remat policies
 
 
-def blockwise_attention(q, k, v, key_mask=None, segments=None):
+def blockwise_attention(q, k, v, key_mask=None):
     """As `attention`; without key masks."""
     del key_mask
     b, n, h, d = q.shape
@@ -24,9 +23,8 @@ def blockwise_attention(q, k, v, key_mask=None, segments=None):
     def heads(x):  # [b, n, h, d] -> [b h, n, d]
         return jnp.swapaxes(x, 1, 2).reshape(b * h, x.shape[1], d)
 
-    ids = segments and tuple(jnp.repeat(x, h, axis=0) for x in segments)
     q = q * jnp.asarray(d**-0.5, q.dtype)
-    out = _attend(*map(heads, (q, k, v)), ids)
+    out = _attend(*map(heads, (q, k, v)))
     return jnp.swapaxes(out.reshape(b, h, n, d), 1, 2)
 
 
@@ -37,18 +35,17 @@ def block_size(length: int) -> int:
 
 
 @jax.custom_vjp
-def _attend(q: Float[Array, "g n d"], k: Float[Array, "g m d"], v: Float[Array, "g m d"], ids):
-    return _forward(q, k, v, ids)[0]
+def _attend(q: Float[Array, "g n d"], k: Float[Array, "g m d"], v: Float[Array, "g m d"]):
+    return _forward(q, k, v)[0]
 
 
-def _fwd(q, k, v, ids):
-    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, ids))
-    return out, (q, k, v, ids, out, lse)
+def _fwd(q, k, v):
+    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v))
+    return out, (q, k, v, out, lse)
 
 
 def _bwd(saved, grad):
-    q, k, v, ids, out, lse = saved
-    return *_backward(q, k, v, ids, out, lse, grad), None
+    return tuple(_backward(*saved, grad))
 
 
 _attend.defvjp(_fwd, _bwd)
@@ -75,47 +72,43 @@ def _blocks(x: Float[Array, "n ..."]) -> Float[Array, "blocks size ..."]:
     return x.reshape(-1, block_size(len(x)), *x.shape[1:])
 
 
-def _scores(q: Float[Array, "n d"], k: Float[Array, "m d"], ids) -> Float[Array, "n m"]:
-    scores = jnp.dot(q, k.T, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-    if ids is not None:
-        scores = jnp.where(ids[0][:, None] == ids[1], scores, APART)
-    return scores
+def _scores(q: Float[Array, "n d"], k: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    return jnp.dot(q, k.T, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
 
 
 @_folded
-def _forward(q, k, v, ids):
+def _forward(q, k, v):
     """(out [g, n, d], log of the sum of exponentials [g, n])."""
 
     def one_head(args):
-        q, k, v, ids = args
+        q, k, v = args
 
-        def one_block(part):
-            q, mine = part
-            scores = _scores(q, k, ids and (mine, ids[1]))
+        def one_block(q):
+            scores = _scores(q, k)
             top = scores.max(axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = weights.sum(axis=-1, keepdims=True)
             out = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=scores.dtype) / total
             return out.astype(v.dtype), (top + jnp.log(total))[:, 0]
 
-        out, lse = jax.lax.map(one_block, (_blocks(q), ids and _blocks(ids[0])))
+        out, lse = jax.lax.map(one_block, _blocks(q))
         return out.reshape(q.shape), lse.reshape(-1)
 
-    return jax.lax.map(one_head, (q, k, v, ids))
+    return jax.lax.map(one_head, (q, k, v))
 
 
 @_folded
-def _backward(q, k, v, ids, out, lse, grad):
+def _backward(q, k, v, out, lse, grad):
     """Gradients to q, k and v."""
 
     def one_head(args):
-        q, k, v, ids, out, lse, grad = args
+        q, k, v, out, lse, grad = args
         dtype = lse.dtype
         shift = (out.astype(dtype) * grad.astype(dtype)).sum(axis=-1)
 
         def one_block(total, part):  # total: the gradients to k and v so far, transposed
-            q, q_t, mine, lse, grad, grad_t, shift = part
-            weights = jnp.exp(_scores(q, k, ids and (mine, ids[1])) - lse[:, None])
+            q, q_t, lse, grad, grad_t, shift = part
+            weights = jnp.exp(_scores(q, k) - lse[:, None])
             to_weights = jnp.dot(grad, v.T, preferred_element_type=dtype)
             to_scores = (weights * (to_weights - shift[:, None])).astype(q.dtype)
             weights = weights.astype(q.dtype)
@@ -127,9 +120,8 @@ def _backward(q, k, v, ids, out, lse, grad):
         transposed = (jnp.swapaxes(_blocks(x), 1, 2) for x in (q, grad))
         q_t, grad_t = jax.lax.optimization_barrier(tuple(transposed))
         zeros = tuple(jnp.zeros(x.shape[::-1], dtype) for x in (k, v))
-        parts = (_blocks(q), q_t, ids and _blocks(ids[0]), _blocks(lse))
-        parts += (_blocks(grad), grad_t, _blocks(shift))
+        parts = (_blocks(q), q_t, _blocks(lse), _blocks(grad), grad_t, _blocks(shift))
         (dk_t, dv_t), dq = jax.lax.scan(one_block, zeros, parts)
         return dq.reshape(q.shape).astype(q.dtype), dk_t.T.astype(k.dtype), dv_t.T.astype(v.dtype)
 
-    return jax.lax.map(one_head, (q, k, v, ids, out, lse, grad))
+    return jax.lax.map(one_head, (q, k, v, out, lse, grad))

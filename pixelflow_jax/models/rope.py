@@ -22,23 +22,9 @@ def rope_table(
     return np.cos(angles), np.sin(angles)
 
 
-def rope_lookup(
-    positions: Int[Array, "rows n 2"], head_dim: int, longest: int
-) -> tuple[Float[Array, "rows n d"], Float[Array, "rows n d"]]:
-    """`rope_table` for positions known on the device only, all below `longest`."""
-    half = head_dim // 2
-    diagonal = rope_table(np.arange(longest)[:, None].repeat(2, axis=1), head_dim)
-    row, column = positions[..., 0], positions[..., 1]
-
-    def look_up(table):
-        return jnp.concatenate([table[column][..., :half], table[row][..., half:]], axis=-1)
-
-    return tuple(look_up(jnp.asarray(table)) for table in diagonal)
-
-
 @jax.custom_vjp
 def apply_rope(
-    x: Float[Array, "rows n heads d"], cos: Float[Array, "*rows n d"], sin: Float[Array, "*rows n d"]
+    x: Float[Array, "rows n heads d"], cos: Float[Array, "n d"], sin: Float[Array, "n d"]
 ) -> Float[Array, "rows n heads d"]:
     """Rotates each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin), in at least float32.
 

@@ -24,18 +24,18 @@ COMPUTE = 512  # keys a product
 PADDING = -1  # the segment of what fills a length up
 
 
-def splash_attention(q, k, v, key_mask=None, segments=None, generation="", interpret=False):
+def splash_attention(q, k, v, key_mask=None, generation="", interpret=False):
     """As `attention`; any length, filled up to a multiple of 128.
 
     Masked keys get no weight at all, where `einsum` adds -10000 to their scores: the same. If all keys
     of a sequence are masked, that is as good as none.
     """
     b, n, m = len(q), q.shape[1], k.shape[1]
-    padded = n % LANES or m % LANES
+    segments = None
     if key_mask is not None:
         key_mask |= ~key_mask.any(axis=-1, keepdims=True)
         segments = jnp.ones((b, n), jnp.int32), key_mask.astype(jnp.int32)
-    elif segments is None and padded:
+    elif n % LANES or m % LANES:
         segments = jnp.ones((b, n), jnp.int32), jnp.ones((b, m), jnp.int32)
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     q, k, v = (jnp.swapaxes(fill(x, LANES), 1, 2) for x in (q, k, v))

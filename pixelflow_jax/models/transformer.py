@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pixelflow_jax.cascade.packing import MixedLayout, PackLayout, Rows, join_runs, map_runs
+from pixelflow_jax.cascade.packing import PackLayout, Rows, join_runs, map_runs
 from pixelflow_jax.common import numerics
 from pixelflow_jax.distributed.sharding import GATHERED
 from pixelflow_jax.models.attention import attention, by_chunks
 from pixelflow_jax.models.blockwise import SAVED
-from pixelflow_jax.models.rope import apply_rope, rope_lookup, rope_table
+from pixelflow_jax.models.rope import apply_rope, rope_table
 
 SINCOS_DIM = 256
 REMAT_POLICIES = {
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "rows n d"],
         layout: PackLayout,
-        rope: tuple[Float[Array, "*rows n hd"], Float[Array, "*rows n hd"]],
+        rope: tuple[Float[Array, "n hd"], Float[Array, "n hd"]],
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
     ) -> Float[Array, "rows n d"]:
@@ -142,12 +142,10 @@ class Attention(nn.Module):
         k, v = map(heads, keys_and_values(source))
         q = apply_rope(heads(q), *rope)
         queries = layout.unpack(q)
-        masks = segments = [None] * len(queries)
+        masks = [None] * len(queries)
         if context is None:
             k = apply_rope(k, *rope)
             keys, values = ([layout.whole(y) for y in layout.unpack(x)] for x in (k, v))
-            if isinstance(layout, MixedLayout):  # images and padding each see their own kind
-                segments = [(ids, ids) for ids in layout.unpack(layout.mask.astype(jnp.int32))]
         else:
             keys, values = layout.split_sequences(k), layout.split_sequences(v)
             masks = layout.split_sequences(context_mask)
@@ -157,7 +155,7 @@ class Attention(nn.Module):
             out = attention(*merged, backend=self.backend, platform=self.platform)
             return out.reshape(*group[0].shape[:3], inner)
 
-        out = map(attend, queries, keys, values, masks, segments)
+        out = map(attend, queries, keys, values, masks)
         return nn.Dense(x.shape[-1], name="o", **dense)(layout.pack(list(out)))
 
 
@@ -287,11 +285,7 @@ class PixelFlow(nn.Module):
             )
             conditioning += embed(labels)
 
-        if isinstance(layout, MixedLayout):
-            longest = max(group.length for group in layout.groups)
-            rope = rope_lookup(layout.places, self.head_dim, longest)
-        else:
-            rope = map(layout.local, rope_table(layout.positions(), self.head_dim))
+        rope = map(layout.local, rope_table(layout.positions(), self.head_dim))
         rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
 
         block = Block
@@ -348,8 +342,6 @@ class PixelFlow(nn.Module):
     def _size_embedding(self, layout: PackLayout, dim: int) -> Float[Array, "*rows s d"]:
         """Resolution embedding: mean over a grid's height and width (equal for squares)."""
         embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")
-        if isinstance(layout, MixedLayout):
-            return embed(layout.sizes.astype(wide(self.dtype))).mean(axis=-2)
         sizes = np.array([[g.height * g.scale, g.width * g.scale] for g in layout.groups], np.float32)
         if (sizes[:, 0] == sizes[:, 1]).all():
             sizes = sizes[:, :1]

@@ -39,7 +39,7 @@ from pixelflow_jax.training.start import (
     new_state,
     start_or_resume,
 )
-from pixelflow_jax.training.step import PICTURE, TrainState, abstract_state, make_train_step
+from pixelflow_jax.training.step import TrainState, abstract_state, make_train_step
 from pixelflow_jax.training.writes import retried
 
 
@@ -231,7 +231,7 @@ def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
     )
 
     def encode(batch):
-        rest = {name: batch[name] for name in ("broken", *PICTURE) if name in batch}
+        rest = {name: batch[name] for name in ("image", "broken")}
         return {**rest, **encoder.condition(batch["text_ids"], batch["text_mask"])}
 
     return encode

@@ -5,9 +5,6 @@ ends and down/up as in images.py, stage s runs from
     x_start = start * Up(Down^(S-s)(x1)) + (1 - start) * e      (stage 0: pure e)
     x_end   = end * Down^(S-1-s)(x1) + (1 - end) * e
 along x_tau = tau * x_end + (1 - tau) * x_start, and the target is the velocity x_end - x_start.
-
-A batch that mixes sizes holds images as blocks of patch_size * 2^(S-1) pixels a side, which is what one
-token of the coarsest stage shows: all of the above stays within a block.
 """
 
 import itertools
@@ -16,11 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key
 
 from pixelflow_jax.cascade import images
-from pixelflow_jax.cascade.packing import Group, MixedLayout, PackLayout, Rows, join_runs, map_runs
+from pixelflow_jax.cascade.packing import Group, PackLayout, Rows, join_runs, map_runs
 from pixelflow_jax.cascade.stages import NUM_TRAIN_TIMES, Cascade
 from pixelflow_jax.common import numerics
 from pixelflow_jax.models.conditioning import Condition
@@ -86,47 +82,37 @@ def corrupt_stage(
 def corrupt(
     cascade: Cascade,
     patch_size: int | Sequence[int],
-    x1: Float[Array, "rows b h w c"] | Float[Array, "rows b k unit unit c"],
+    x1: Float[Array, "rows b h w c"],
     condition: Condition,
     keys: Key[Array, "rows b"],
     num_classes: int,
     label_dropout: float,
-    sizes: Int[Array, "rows b 2"] | None = None,
 ) -> tuple[FlowBatch, PackLayout]:
     """Draws noise, time and label dropout per image from its own key, and packs the rows.
 
     `condition` has leaves [rows, b, ...]; of these only "labels" are dropped here (texts are in the
-    loader, before they become numbers). With `sizes`, (height, width) of each image in pixels, x1 holds
-    images as `to_blocks` cuts them.
+    loader, before they become numbers).
 
     Image i of a row is trained at stage i mod S, so b must be a multiple of S. What an image gets
-    depends on its key and stage alone, not on the batch around it, nor on how x1 holds it.
+    depends on its key and stage alone, not on the batch around it.
     """
     per_row, num_stages, channels = x1.shape[1], cascade.num_stages, x1.shape[-1]
     if per_row % num_stages:
         raise ValueError(f"{per_row} images a row do not split over {num_stages} stages")
-    if sizes is None:
-        counts = (per_row // num_stages,) * num_stages
-        layout = train_layout(cascade, counts, *x1.shape[2:4], patch_size)
-    else:
-        layout = mixed_layout(cascade, sizes, x1.shape[2], patch_size)
+    counts = (per_row // num_stages,) * num_stages
+    layout = train_layout(cascade, counts, *x1.shape[2:4], patch_size)
 
     tokens, target, timesteps, conditions = [], [], [], []
     for stage in range(num_stages):
         mine = slice(stage, None, num_stages)
         shape = (*cascade.size(stage, *x1.shape[-3:-1]), channels)
-        if sizes is None:
-            noise, time_index, drop = _draw(keys[:, mine], shape, label_dropout)
-        else:
-            noise, time_index, drop = _draw(keys[:, mine], (x1.shape[2], *shape), label_dropout)
-            noise = _as_blocks(noise, sizes[:, mine, 1] // x1.shape[-2])
-            time_index = time_index[..., None]  # for all blocks of an image
+        noise, time_index, drop = _draw(keys[:, mine], shape, label_dropout)
         x_tau, velocity, timestep = corrupt_stage(cascade, stage, x1[:, mine], noise, time_index)
         count = per_row // num_stages
         for parts, x in ((tokens, x_tau), (target, velocity)):
             patches = images.patchify(x, cascade.patches(patch_size)[stage])
             parts.append(patches.reshape(len(x), count, -1, patches.shape[-1]))
-        timesteps.append(timestep.reshape(len(x1), count))
+        timesteps.append(timestep)
         kept = {name: x[:, mine] for name, x in condition.items()}
         if "labels" in kept:
             kept["labels"] = jnp.where(drop, num_classes, kept["labels"])
@@ -158,59 +144,6 @@ def _draw(keys: Key[Array, "rows b"], shape: tuple[int, ...], label_dropout: flo
         )
 
     return jax.vmap(jax.vmap(one))(keys)
-
-
-def to_blocks(
-    image: Shaped[np.ndarray, "h w c"], unit: int, count: int
-) -> Shaped[np.ndarray, "count unit unit c"]:
-    """Cuts an image into blocks, row by row, and fills up with zeros to `count` of them."""
-    height, width, channels = image.shape
-    blocks = image.reshape(height // unit, unit, width // unit, unit, channels).swapaxes(1, 2)
-    blocks = blocks.reshape(-1, unit, unit, channels)
-    return np.pad(blocks, [(0, count - len(blocks)), (0, 0), (0, 0), (0, 0)])
-
-
-def mixed_layout(
-    cascade: Cascade, sizes: Int[Array, "rows b 2"], count: int, patch_size: int
-) -> MixedLayout:
-    """The layout of rows whose image i, of sizes[:, i] pixels in `count` blocks, is at stage i mod S."""
-    grids = sizes // (patch_size * 2 ** (cascade.num_stages - 1))  # in blocks
-    groups, positions, masks, tokens = [], [], [], []
-    for stage in range(cascade.num_stages):
-        side = 2**stage  # tokens along a block
-        grid = grids[:, stage :: cascade.num_stages]
-        inside = jnp.indices((side, side)).reshape(2, -1).T
-        block = jnp.arange(count)
-        columns = grid[..., 1:]
-        corner = jnp.stack([block // columns, block % columns], axis=-1) * side  # [rows, b, count, 2]
-        mask = block < grid.prod(axis=-1, keepdims=True)
-        groups.append(Group(grid.shape[1], count, side * side))
-        positions.append(corner[..., None, :] + inside)
-        masks.append(jnp.repeat(mask[..., None], side * side, axis=-1))
-        tokens.append(grid * side)
-
-    def joined(parts, *shape):
-        return jnp.concatenate([x.reshape(len(sizes), -1, *shape) for x in parts], axis=1)
-
-    arrays = {"places": joined(positions, 2), "mask": joined(masks), "sizes": joined(tokens, 2)}
-    return MixedLayout(tuple(groups), **arrays)
-
-
-def _as_blocks(
-    noise: Float[Array, "rows b k side side c"], columns: Int[Array, "rows b"]
-) -> Float[Array, "rows b k side side c"]:
-    """Noise in the order of an image's pixels as its blocks, of which `columns` stand side by side.
-
-    The first numbers of a key do not depend on how many are drawn, so an image's noise is that which it
-    has on its own.
-    """
-    count, side = noise.shape[2:4]
-    columns = columns[..., None, None, None]
-    block, row, column = jnp.ogrid[:count, :side, :side]
-    pixel = ((block // columns) * side + row) * columns * side + block % columns * side + column
-    flat = noise.reshape(*noise.shape[:2], -1, noise.shape[-1])
-    pixel = pixel.reshape(*noise.shape[:2], -1, 1)
-    return jnp.take_along_axis(flat, pixel, axis=2, mode="clip").reshape(noise.shape)
 
 
 def loss_per_image(

@@ -17,13 +17,11 @@ from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.packing import CONTEXT, PackLayout, map_runs
 from pixelflow_jax.common import numerics
 from pixelflow_jax.common.hardware import platform_of
-from pixelflow_jax.config import block_unit, build_cascade, build_model, max_blocks
+from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import encode_text, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import objective
-
-PICTURE = ("image", "size")  # of a batch, what is not the condition
 
 
 @flax.struct.dataclass
@@ -51,13 +49,9 @@ def abstract_state(
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch."""
-    size = config.batch_size
-    unit, side = block_unit(config), config.data.resolution
-    image = (max_blocks(config), unit, unit) if config.data.mix_sizes else (side, side)
+    size, side = config.batch_size, config.data.resolution
     where = NamedSharding(mesh, sharding.BATCH)
-    shapes = {"image": ((size, *image, 3), jnp.uint8), "broken": ((size,), jnp.int32)}
-    if config.data.mix_sizes:
-        shapes["size"] = ((size, 2), jnp.int32)
+    shapes = {"image": ((size, side, side, 3), jnp.uint8), "broken": ((size,), jnp.int32)}
     shapes |= {name: (x.shape, x.dtype) for name, x in abstract_condition(config, size).items()}
     return {name: jax.ShapeDtypeStruct(*shape, sharding=where) for name, shape in shapes.items()}
 
@@ -118,11 +112,10 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
             cascade,
             model.patch_size,
             images.from_uint8(batch["image"]),
-            {name: x for name, x in batch.items() if name not in PICTURE},
+            {name: x for name, x in batch.items() if name != "image"},
             keys[None],
             model.num_classes,
             config.data.label_dropout,
-            batch.get("size"),
         )
         if shards > 1:
             layout = dataclasses.replace(layout, shards=shards)

@@ -58,14 +58,14 @@ def shapes_of(name: str) -> set[tuple[int, int, int]]:
     return found
 
 
-def trace(backend: str, platform: str, q, k, key_mask, segments) -> None:
+def trace(backend: str, platform: str, q, k, key_mask) -> None:
     """Traces attention, both ways, as `backend`, which was chosen for it."""
 
-    def both_ways(q, k, v, key_mask, segments):
-        out, pull = jax.vjp(lambda *x: attention(*x, key_mask, segments, backend, platform), q, k, v)
+    def both_ways(q, k, v, key_mask):
+        out, pull = jax.vjp(lambda *x: attention(*x, key_mask, backend, platform), q, k, v)
         return out, pull(out)
 
-    out, grads = jax.eval_shape(both_ways, q, k, k, key_mask, segments)
+    out, grads = jax.eval_shape(both_ways, q, k, k, key_mask)
     for ours, given in zip((out, *grads), (q, q, k, k), strict=True):
         assert (ours.shape, ours.dtype) == (given.shape, given.dtype)
 
@@ -75,14 +75,13 @@ def check_choices(dtype: str, shapes, platforms=PLATFORMS) -> set[tuple[str, str
     chosen, done = set(), set()
     for (head_dim, n, m), platform in itertools.product(sorted(shapes), platforms):
         q, k = (jax.ShapeDtypeStruct((2, length, 2, head_dim), dtype) for length in (n, m))
-        ids, mask = jax.ShapeDtypeStruct((2, n), jnp.int32), jax.ShapeDtypeStruct((2, m), bool)
-        for masks in [(None, None), (mask, None)] + [(None, (ids, ids))] * (n == m):
-            backend = choose_backend(platform, q, k, *masks)
+        for mask in (None, jax.ShapeDtypeStruct((2, m), bool)):
+            backend = choose_backend(platform, q, k, mask)
             chosen.add((platform, backend))
-            key = backend, platform if backend == "splash" else "", head_dim, n, m, str(masks)
+            key = backend, platform if backend == "splash" else "", head_dim, n, m, mask is None
             if key not in done:
                 done.add(key)
-                trace(backend, platform, q, k, *masks)
+                trace(backend, platform, q, k, mask)
     return chosen
 
 

@@ -54,7 +54,6 @@ def test_bad_buckets():
     for flags, match in (
         (["data.max_aspect_ratio=0.5"], "at least 1"),
         (["data.max_aspect_ratio=2.0", "data.bucket_unit=12"], "multiple of 8"),
-        (["data.mix_sizes=true"], "needs config.data.max_aspect_ratio"),
     ):
         with pytest.raises(UserError, match=match):
             load_config("configs/t2i_tiny.py", flags)
@@ -112,15 +111,13 @@ def test_sizes_are_read_once(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", [False, True])
-def test_training_on_several_sizes(config, tmp_path, mixed, monkeypatch):
+def test_training_on_several_sizes(config, tmp_path, monkeypatch):
     """Catches a recompilation a step, and a run that sees other data after it is resumed."""
     monkeypatch.setattr("pixelflow_jax.data.captioned_digits.LENGTH", 200)
-    config.data.mix_sizes, traces = mixed, []
-    original = objective.corrupt
+    traces, original = [], objective.corrupt
     monkeypatch.setattr(objective, "corrupt", lambda *args: traces.append(1) or original(*args))
     loop.train(config, tmp_path)
-    assert len(traces) == (1 if mixed else 3)  # a size, once
+    assert len(traces) == 3  # once per size
     rows = (tmp_path / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "checkpoints" / "8")
     loop.train(config, tmp_path)
@@ -129,21 +126,11 @@ def test_training_on_several_sizes(config, tmp_path, mixed, monkeypatch):
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
-def test_mixed_batches_hold_the_images(config, monkeypatch):
-    """Catches pixels that trade places on the way into blocks, and shapes unknown to compile_check."""
-    monkeypatch.setattr("pixelflow_jax.data.captioned_digits.LENGTH", 200)
-    source = load_source(config)
-    config.data.mix_sizes = True
-    batch = next(make_batches(source, config))
+def test_batches_have_the_shapes_that_are_compiled_ahead(config):
+    """Catches a key, shape or dtype of a batch that compile_check does not know."""
+    config.data.max_aspect_ratio = 1.0
+    batch = next(make_batches(load_source(config), config))
     abstract = step.abstract_batch(config, loop.sharding.make_mesh(devices=jax.devices()[:1]))
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         name: (x.shape, x.dtype) for name, x in abstract.items()
     }
-    found = set()
-    for blocks, (height, width) in zip(batch["image"], batch["size"], strict=True):
-        used = height * width // 64
-        picture = blocks[:used].reshape(height // 8, width // 8, 8, 8, 3).swapaxes(1, 2)
-        picture = picture.reshape(height, width, 3)
-        assert not blocks[used:].any()
-        found.add(next(i for i in range(200) if np.array_equal(source[i][0], picture)))
-    assert len(found) == 8

@@ -158,7 +158,9 @@ def test_image_sets(pictures):
     assert open_images("configs/digits.py", "reference").count == 450
     held_out = open_images("configs/t2i_tiny.py", "reference")
     assert "test split" in held_out.name and held_out.read(0, 2).shape == (2, 16, 16, 3)
-    mixed = open_images("configs/t2i_tiny_mixed.py", "reference")  # sizes of many kinds: cropped as one
+    mixed = open_images(
+        "configs/t2i_tiny_buckets.py", "reference"
+    )  # sizes of many kinds: cropped as one
     assert len({mixed.read(i, i + 2).shape for i in range(8)}) == 1
 
 

@@ -1,6 +1,6 @@
 """Text to image at several aspect ratios on 2 CPU cores: t2i_tiny goes on with 24x24, 16x32 and 32x16.
 
-python -m pixelflow_jax.train --config=configs/t2i_tiny_mixed.py --workdir=runs/t2i_tiny_mixed \\
+python -m pixelflow_jax.train --config=configs/t2i_tiny_buckets.py --workdir=runs/t2i_tiny_buckets \\
     --config.init_from=runs/t2i_tiny
 
 4,000 steps, 18 minutes. Expected (benchmarks/text_steering.py): at these sizes the digit right in 54 to
