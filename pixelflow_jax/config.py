@@ -12,6 +12,7 @@ from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import files
 from pixelflow_jax.common.config_keys import DTYPES, as_dict, fit, parse
 from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.removed import drop_removed
 from pixelflow_jax.models.t5 import SPECIAL, T5Config
 from pixelflow_jax.models.transformer import PixelFlow
 
@@ -166,10 +167,17 @@ def config_from_dict(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
-    """What keeps `config` from continuing a run of `other`: 'key: value, was value' for each."""
-    found = []
-    new, old = _flat(config), _flat(other)
+def differences(config: ConfigDict, values: dict[str, Any]) -> list[str]:
+    """Return why `config` cannot continue a run whose config.json holds `values`; empty if it can.
+
+    Each entry names a key: "KEY: NEW, was OLD", or "KEY=VALUE, which was removed".
+
+    Raises:
+      UserError: as `config_from_dict`.
+    """
+    new, old = _flat(config), _flat(config_from_dict(values))
+    _, effects = drop_removed(flatten_dict(values, sep="."))
+    found = [f"{effect}, which was removed" for effect in effects]
     for key in sorted((new.keys() | old.keys()) - FREE):
         if key.partition(".")[0] in IDENTITY and new.get(key) != old.get(key):
             found.append(f"{key}: {new.get(key)!r}, was {old.get(key)!r}")

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError, blame, sentence
+from pixelflow_jax.common.removed import REMOVED
 from pixelflow_jax.models.attention import BACKENDS
 from pixelflow_jax.models.transformer import REMAT_POLICIES
 
@@ -76,8 +77,6 @@ CHOICES = {
 }
 PATHS = ("init_from", "data.path", "text.cache", "text.encoder")
 ENTRIES = {"ema.half_lives": 1.0, "text.words": ""}  # what an empty tuple by default may hold
-# Keys of earlier versions, each with what to do without it. Old checkpoints may have them.
-REMOVED: dict[str, str] = {}
 
 
 def fit(
@@ -121,7 +120,7 @@ def _at(known: Mapping[str, Any], key: str, where: str) -> Any:
     if key in known:
         return known[key]
     if key in REMOVED:
-        raise UserError(f"{where}{key} is no longer there: {REMOVED[key]}")
+        raise UserError(f"{where}{key} was removed: {REMOVED[key].instead}")
     best = max(known, key=lambda name: _likeness(key, name))
     raise UserError(
         f"{where}{key} is no key of this version of pixelflow_jax; did you mean config.{best}?"

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.common import files, locks
 from pixelflow_jax.common.errors import UserError, blame
-from pixelflow_jax.config import config_from_dict, differences
+from pixelflow_jax.config import differences
 from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
@@ -102,7 +102,7 @@ def holds_run(workdir: epath.Path, config: ConfigDict) -> bool:
     names = files.list_files(workdir)
     if path.name in names:
         with blame(f"{path} is not the config of a run", (KeyError, TypeError, AttributeError)):
-            changed = differences(config, config_from_dict(files.read_json(path)))
+            changed = differences(config, files.read_json(path))
         if changed:
             raise UserError(
                 f"--workdir={workdir} holds a run of another config; these differ: "

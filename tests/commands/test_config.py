@@ -12,7 +12,8 @@ import pixelflow_jax as pf
 from pixelflow_jax import train
 from pixelflow_jax.common import config_keys
 from pixelflow_jax.common.errors import UserError
-from pixelflow_jax.config import check_config, config_from_dict, default_config, load_config
+from pixelflow_jax.common.removed import Removed
+from pixelflow_jax.config import check_config, config_from_dict, default_config, differences, load_config
 from pixelflow_jax.data.sources import SOURCES
 from pixelflow_jax.sampling import grids, guidance, solvers
 
@@ -202,12 +203,14 @@ def test_files_that_are_no_configs(tmp_path, text, message):
 
 def test_removed_keys(monkeypatch):
     """Catches an old checkpoint that a removed key spoils, and a file that keeps one unseen."""
-    monkeypatch.setitem(config_keys.REMOVED, "model.rope", "every model has it")
-    values = changed("model.rope", True)
-    assert config_from_dict(values) == default_config()
-    with pytest.raises(UserError, match="config.model.rope is no longer there: every model has it"):
+    monkeypatch.setitem(config_keys.REMOVED, "model.rope", Removed(True, "every model has it"))
+    for value, reasons in ((True, []), (False, ["model.rope=False, which was removed"])):
+        values = changed("model.rope", value)
+        assert config_from_dict(values) == default_config()
+        assert differences(default_config(), values) == reasons
+    with pytest.raises(UserError, match="config.model.rope was removed: every model has it"):
         check_config(ConfigDict(values))
-    with pytest.raises(UserError, match="model.rope is no longer there"):
+    with pytest.raises(UserError, match="model.rope was removed"):
         load_config("digits", ["model.rope=true"])
 
 
