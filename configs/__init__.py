@@ -1,1 +1,1 @@
-"""Run configurations, one file a run; installed as pixelflow_jax.configs."""
+"""Run configurations, one file per run; installed as pixelflow_jax.configs."""

@@ -2,9 +2,10 @@
 
 python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
 
-4,200 steps, 6 to 8 minutes on a quiet machine. Expected (benchmarks/quality.py, medians of
-three seeds): 98.0% conditional accuracy (held-out real digits: 99.8%), Frechet ratio 1.82, nearest
-ratio 1.09. Shorter, one seed: 2,100 steps (228 s) 95.6%, 1.81, 1.21; 1,400 (165 s) 93.5%, 2.21, 1.33.
+4,200 steps take 6 to 8 minutes on an otherwise idle machine. Expected (benchmarks/quality.py, medians
+of three seeds): conditional accuracy 98.0% (held-out real digits: 99.8%), Frechet ratio 1.82, nearest
+ratio 1.09. Shorter, with one seed: 2,100 steps (228 s) 95.6%, 1.81, 1.21; 1,400 (165 s) 93.5%, 2.21,
+1.33.
 """
 
 from pixelflow_jax.config import default_config
@@ -41,6 +42,6 @@ def get_config():
 
     config.sample.num_steps = (20,)
     config.sample.guidance_scale = 1.2
-    config.sample.guidance_schedule = "constant"  # the class is decided at 8x8, in the first stage
+    config.sample.guidance_schedule = "constant"  # the first stage (8x8) already determines the class
     config.sample.num_images = 100
     return config

@@ -3,8 +3,8 @@
 apt-get install dataset-fashion-mnist
 python -m pixelflow_jax.train --config=configs/fashion.py --workdir=runs/fashion
 
-Expected, in 10 minutes (docs/training.md): 77% conditional accuracy (held-out real images: 87%).
-Any folder of MNIST-format files will do: --config.data.path=FOLDER.
+Expected after 10 minutes (docs/training.md): conditional accuracy 77% (held-out real images: 87%).
+For any other folder of MNIST-format files, pass --config.data.path=FOLDER.
 """
 
 from pixelflow_jax.config import default_config

@@ -1,9 +1,9 @@
-"""A base size of the class model for ImageNet 256x256: 12 heads x 64, depth 12, 131M parameters.
+"""A base-size class model for ImageNet 256x256: 12 heads x 64, depth 12, 131M parameters.
 
 python -m pixelflow_jax.train --config=configs/imagenet256_b.py --workdir=gs://BUCKET/imagenet256_b
 
-Data: as imagenet256_xl. Hardware: a TPU slice of 8 chips or more. No published result: this size is
-ours.
+Data: as for imagenet256_xl. Hardware: a TPU slice of at least 8 chips. This size is our own, so there is
+no published result.
 """
 
 from pixelflow_jax.config import default_config

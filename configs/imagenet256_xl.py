@@ -3,8 +3,8 @@
 python -m pixelflow_jax.train --config=configs/imagenet256_xl.py --workdir=gs://BUCKET/imagenet256_xl
 
 Data: TFDS's imagenet2012, prepared as ArrayRecord (or --config.data.source=folder, see
-docs/training.md). Hardware: a TPU slice; one step at batch 256 takes 5.9 GiB a chip of v5e:4x4
-(compile_check). Published (Dopri5, stage-wise guidance 2.4): FID 1.98. To sample the released
+docs/training.md). Hardware: a TPU slice; one step at batch 256 takes 5.9 GiB per chip of v5e:4x4
+(compile_check). Published (Dopri5, stage-wise guidance 2.4): FID 1.98. To sample from the released
 weights, convert them first.
 """
 
@@ -12,7 +12,7 @@ from pixelflow_jax.config import default_config
 
 
 def get_config():
-    config = default_config()  # the defaults are this model's: 16 heads x 72, depth 28, patch 4
+    config = default_config()  # the defaults describe this model: 16 heads x 72, depth 28, patch 4
     config.num_train_steps = 1_600_000  # 320 epochs at batch 256
     config.batch_size = 256
     config.dtype = "bfloat16"

@@ -1,11 +1,11 @@
-"""Text to image at 256x256: the released text model's network, started from the class model.
+"""Text to image at 256x256: the released text model's network, initialized from the class model.
 
 python -m pixelflow_jax.train --config=configs/t2i_256.py --workdir=runs/t2i_256 \\
     --config.data.path=PICTURES --config.init_from=runs/imagenet256_xl
 
 Hardware: a TPU of 64 or 128 chips (a projection; see docs/tpu.md). The text encoder is Flan-T5-XL, from
-the hub or a folder; `python -m pixelflow_jax.encode` runs it once and for all (docs/text.md). Expected:
-not run yet. Continue with t2i_512, then t2i_1024, each with --config.init_from= the workdir before.
+the hub or a folder; `python -m pixelflow_jax.encode` encodes all captions once (docs/text.md). Expected:
+not run yet. Continue with t2i_512, then t2i_1024; pass the previous workdir as --config.init_from=.
 """
 
 from pixelflow_jax.config import default_config

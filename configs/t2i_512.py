@@ -1,4 +1,4 @@
-"""Text to image at 512x512: t2i_256 goes on at a higher resolution.
+"""Text to image at 512x512: continues t2i_256 at a higher resolution.
 
 python -m pixelflow_jax.train --config=configs/t2i_512.py --workdir=runs/t2i_512 \\
     --config.data.path=PICTURES --config.init_from=runs/t2i_256

@@ -1,9 +1,9 @@
-"""The released text model's network: 882M parameters, Flan-T5-XL states (2048 wide), up to 1024x1024.
+"""The released text model's network: 882M parameters, Flan-T5-XL states (width 2048), up to 1024x1024.
 
 python -m pixelflow_jax.convert --source=OFFICIAL_TEXT_MODEL --out=runs/t2i_xl
 
 The network converts, runs and matches the official one (docs/parity.md). Its text encoder, Flan-T5-XL,
-is found on the hub, or in the folder that `sample --text_encoder=FOLDER` names. Training: t2i_256.
+comes from the hub or from the folder in `sample --text_encoder=FOLDER`. To train it, see t2i_256.
 """
 
 from pixelflow_jax.config import default_config

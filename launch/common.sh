@@ -1,4 +1,4 @@
-# What the launch scripts share; they source it. Not a command.
+# Shared code, sourced by the launch scripts. Not a command.
 # shellcheck shell=bash disable=SC2034
 set -euo pipefail
 
@@ -8,7 +8,7 @@ dry_run=""
 any_region=""
 declare -A setting=()
 arguments=()
-where=() # the project and zone, as gcloud and xpk want them
+where=() # the project and zone flags of gcloud and xpk
 
 fail() { # fail MESSAGE [CODE]
   echo "error: $1" >&2
@@ -17,12 +17,12 @@ fail() { # fail MESSAGE [CODE]
 
 say() { echo "$(date +%H:%M:%S) $*" >&2; }
 
-usage() { # the comment at the head of the script
+usage() { # prints the comment at the top of the script
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0" >&2
   exit "${1:-2}"
 }
 
-# Takes the flags that every script knows off "$@"; the rest is left in `arguments`.
+# Parses the flags common to all scripts; leaves the rest in `arguments`.
 parse_flags() {
   arguments=()
   while (($#)); do
@@ -35,7 +35,7 @@ parse_flags() {
     esac
     shift
   done
-  [[ -f "$settings" ]] || fail "$settings does not exist: copy launch/settings.example.env and fill it in"
+  [[ -f "$settings" ]] || fail "$settings does not exist: copy launch/settings.example.env to it and fill it in"
   local line key value
   while IFS= read -r line || [[ -n "$line" ]]; do
     line=${line%%$'\r'}
@@ -72,7 +72,7 @@ need_tool() { # need_tool NAME WHERE_FROM
   [[ -n "$dry_run" ]] || command -v "$1" >/dev/null || fail "$1 is not on PATH: $2"
 }
 
-# The train command line, quoted for a remote shell; "$@" are further flags.
+# Prints the train command, quoted for a remote shell; "$@" are additional flags.
 train_command() {
   local flags
   read -ra flags <<<"${setting[FLAGS]:-}"
@@ -80,7 +80,7 @@ train_command() {
   printf ' %q' "--config=${setting[CONFIG]}" "--workdir=${setting[WORKDIR]}" "${flags[@]}" "$@"
 }
 
-# Stops unless every bucket in the settings lies in the zone's region (or in a multi-region around it).
+# Fails unless every bucket in the settings is in the zone's region (or a multi-region that contains it).
 check_region() {
   local region place bucket continent
   region=${setting[ZONE]%-*}
@@ -94,7 +94,7 @@ check_region() {
       continue
     fi
     place=$("${look[@]}" --format="value(location)") ||
-      fail "the bucket $bucket cannot be read: gcloud auth login, or mend its name in $settings" 1
+      fail "the bucket $bucket cannot be read: run gcloud auth login, or correct its name in $settings" 1
     place=$(tr '[:upper:]' '[:lower:]' <<<"$place")
     case "$place" in
       "$region") ;;
@@ -107,7 +107,7 @@ check_region() {
           us\ nam* | northamerica\ nam* | europe\ eur* | asia\ asia*) ;;
           *) wrong_region "$bucket" "$place" "$region" ;;
         esac
-        say "note: $bucket is a dual-region bucket ($place); see that $region is one of the two"
+        say "note: $bucket is a dual-region bucket ($place); check that $region is one of the two"
         ;;
       *) wrong_region "$bucket" "$place" "$region" ;;
     esac
@@ -120,30 +120,30 @@ wrong_region() { # wrong_region BUCKET PLACE REGION
     return
   fi
   fail "$1 is in $2, but ${setting[ZONE]} is in $3: every byte read is billed, and slow. \
-Use a bucket in $3, or --any_region if you know what it costs"
+Use a bucket in $3, or --any_region if you accept the cost"
 }
 
-# -- on TPU VMs (tpu_vm.sh, spot.sh)
+# -- TPU VMs (tpu_vm.sh, spot.sh)
 
-remote="pixelflow_run" # folder in the home of every worker
-# The training process, not the shells around it.
+remote="pixelflow_run" # folder in the home directory of every worker
+# Matches the training process, not the shells around it.
 process='^python -m pixelflow_jax[.](train|doctor)'
 started=$(date -u +%Y-%m-%dT%H:%M:%SZ)
 
-on_workers() { # on_workers WHICH COMMAND: on worker WHICH, or all; ends with the first code that is not 0
+on_workers() { # on_workers WHICH COMMAND: on worker WHICH, or all; returns the first nonzero code
   local flags
   read -ra flags <<<"${setting[SSH_FLAGS]:-}"
   run gcloud compute tpus tpu-vm ssh "${setting[NAME]}" "${where[@]}" --quiet "${flags[@]}" \
     --worker="$1" --command="$2"
 }
 
-make_archive() { # of the last commit: what is not committed stays here
+make_archive() { # of the last commit; uncommitted changes are not included
   archive=$(mktemp -d)/code.tar.gz
   run git -C "$here/.." archive --format=tar.gz -o "$archive" HEAD || fail "git archive failed" 1
 }
 
-# Every worker gets the same commit, and packages as they were when the script was started. uv brings its
-# own Python, as the images come with one that is too old.
+# Gives every worker the same commit and the package versions available when the script started. uv brings
+# its own Python, because the images' Python is too old.
 setup_workers() {
   local flags
   read -ra flags <<<"${setting[SSH_FLAGS]:-}"
@@ -156,24 +156,24 @@ python3 -m uv pip install -q --exclude-newer $started --python venv/bin/python -
     fail "the set-up failed on a worker (see above)" 1
 }
 
-# In the background there, so that a lost connection here ends nothing. `flock` makes a second start fail
-# instead of training twice. The exit code lands in a file, also at a shutdown's SIGTERM.
+# Runs in the background on the workers, so that a lost connection does not end training. With `flock`, a
+# second start fails instead of training twice. The exit code goes to a file, also after a shutdown's SIGTERM.
 start_training() {
   local inner
   inner="trap : TERM; . venv/bin/activate; (cd code && exec $(train_command "$@"))"
-  on_workers all "cd $remote || exit 1; flock -n lock true || { echo a run holds the lock >&2; exit 1; }; \
+  on_workers all "cd $remote || exit 1; flock -n lock true || { echo another run holds the lock >&2; exit 1; }; \
 rm -f exit_code; nohup setsid flock -n lock bash -c $(printf %q \
     "$inner; echo \$? >exit_code") >>train.log 2>&1 </dev/null &" || fail "training was not started" 1
 }
 
-# SIGTERM: a checkpoint is saved. What still runs after 120 s, or holds the TPU, is killed.
+# Sends SIGTERM, so that training saves a checkpoint. Kills what still runs after 120 s or holds the TPU.
 stop_training() {
   on_workers all "pkill -TERM -f '$process'; for i in \$(seq 120); do \
 pgrep -f '$process' >/dev/null || break; sleep 1; done; pkill -KILL -f '$process'; \
 sudo -n fuser -k /dev/accel* /dev/vfio/[0-9]* >/dev/null 2>&1; sudo -n rm -f /tmp/libtpu_lockfile; true" || true
 }
 
-worker_codes() { # a line a worker: "running", "lost" (gone without a code) or the exit code
+worker_codes() { # one line per worker: "running", "lost" (gone without a code) or the exit code
   on_workers all "cat $remote/exit_code 2>/dev/null || { pgrep -f '$process' >/dev/null && \
 echo running || echo lost; }"
 }

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs training, or another command, as N processes on this machine, as N hosts of a pod would: for trying things out.
+# Runs training, or another command, as N processes on this machine, like N hosts of a pod. For testing.
 #
 #   launch/local_hosts.sh 2 --config=configs/digits.py --workdir=runs/two
 #
-# Without flags it trains the default config in runs/local_hosts. A command's name in front of the flags
-# runs that one instead: launch/local_hosts.sh 2 sample --checkpoint=runs/digits --out=runs/many
-# Every line is marked with the number of its process. Ends with 0 if all ended well, with 75 if all
-# were preempted (start again), else with the code of the first that failed. Ctrl-C stops all.
-# Processes that do not follow one that failed are killed after END_SECONDS (60).
-# --dry_run after N prints the commands. DEVICES=4 gives each process 4 (virtual CPU) devices; PYTHON
-# names the interpreter.
+# Without flags, it trains the default config in runs/local_hosts. To run another command, put its name
+# before the flags: launch/local_hosts.sh 2 sample --checkpoint=runs/digits --out=runs/many
+# Each line of output starts with the number of its process. The exit code is 0 if all processes succeed, 75
+# if all were preempted (start again), and otherwise the code of the first process that failed. Ctrl-C stops
+# all processes. After a failure, processes that keep running are killed after END_SECONDS (60).
+# --dry_run after N prints the commands. DEVICES=4 gives each process 4 (virtual CPU) devices. PYTHON
+# sets the interpreter.
 set -euo pipefail
 
 if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
@@ -43,10 +43,10 @@ if [[ -n "$dry_run" ]]; then
   exit 0
 fi
 pids=()
-stop_all() { # stop_all SIGNAL: to those that still run
+stop_all() { # stop_all SIGNAL: sends it to the processes that still run
   for pid in "${pids[@]}"; do [[ -z "$pid" ]] || kill "-$1" "$pid" 2>/dev/null || true; done
 }
-trap 'stop_all TERM' TERM   # as on a preempted machine: each saves and ends with 75
+trap 'stop_all TERM' TERM   # like a preemption: each process saves and ends with 75
 trap 'stop_all INT; sleep 1; stop_all KILL; exit 130' INT
 
 for ((i = 0; i < count; i++)); do
@@ -67,7 +67,7 @@ while ((ended < count)); do
     if ((code == 0)); then continue; fi
     echo "process $i ended with code $code$( ((code < 128)) || echo ", by signal $((code - 128))")" >&2
     if ((result == 0 || result == 75)); then result=$code; fi
-    deadline=${deadline:-$((SECONDS + ${END_SECONDS:-60}))} # the others should follow on their own
+    deadline=${deadline:-$((SECONDS + ${END_SECONDS:-60}))} # the others should end by themselves
   done
   if ((SECONDS > ${deadline:-SECONDS})); then stop_all KILL; fi
   sleep 0.2

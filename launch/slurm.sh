@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Submits training to SLURM, one process a GPU; a run that is preempted or at its time limit goes back
-# into the queue and resumes.
+# Submits training to SLURM, one process per GPU. A job that is preempted or reaches its time limit is
+# requeued and resumes.
 #
 #   launch/slurm.sh [FLAGS of training]
 #
@@ -25,7 +25,7 @@ script=$(
 #SBATCH --open-mode=append
 #SBATCH --output=${setting[NAME]}-%j.log
 #SBATCH --signal=TERM@180
-trap : TERM # goes to the processes, which save and end with 75; this shell waits for them
+trap : TERM # the processes get it too, save and end with 75; this shell waits for them
 . $(printf %q "${setting[VENV]}")/bin/activate
 code=0
 srun --kill-on-bad-exit=0 $(train_command "${arguments[@]}") || code=\$?

@@ -1,43 +1,43 @@
 #!/usr/bin/env bash
-# Trains on a spot TPU to the end, through preemptions, as a queued resource. Start it and walk away
-# (in tmux, or on a small VM: it must go on running).
+# Trains on a spot TPU (a queued resource) until training is complete, through preemptions. Run it in tmux
+# or on a small VM: it must keep running.
 #
 #   launch/spot.sh [FLAGS of training]
 #
-# It asks for the TPU, sets it up, trains, and looks every minute. Exit code 75 of a worker, or a VM that
-# is gone, starts again and resumes; 0 deletes the TPU and ends. Another code, such as that of a write to
-# a bucket that failed for too long, starts again a few times as long as there are new checkpoints. Else, and
-# after code 2 (bad input), it stops, shows the log and leaves the TPU for you to look at; it says for two
-# hours, again and again, that this costs money, and how to end it. Ctrl-C lets training save, then deletes
-# the TPU. Every start takes the commit, and the package versions, of the first.
+# It requests the TPU, sets it up, starts training and checks every minute. If a worker ends with code 75, or
+# the VM is gone, it starts again and resumes. After code 0 it deletes the TPU and ends. After other codes
+# (for example when writes to a bucket kept failing) it starts again a few times, as long as there are new
+# checkpoints. Otherwise, and after code 2 (bad input), it stops, shows the log and leaves the TPU running for
+# inspection; for two hours it repeats that the TPU costs money and how to delete it. Ctrl-C lets training
+# save, then deletes the TPU. Every start uses the commit and the package versions of the first one.
 #
 # Settings come from launch/settings.env or --settings=FILE; --dry_run prints every command;
-# --any_region allows a bucket elsewhere. POLL_SECONDS (60) is how often it looks, REMINDERS (12) how often
-# it says that the TPU still runs, every ten looks.
+# --any_region allows a bucket in another region. POLL_SECONDS (60) is the time between checks, REMINDERS (12)
+# the number of reminders that the TPU still runs, one every ten checks.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 poll_seconds=${POLL_SECONDS:-60}
-tries=5            # of what can fail for reasons of the moment
-short_seconds=1800 # a start that is lost sooner than this has done nothing
+tries=5            # attempts at operations that can fail temporarily
+short_seconds=1800 # a start lost sooner than this counts as no progress
 reminders=${REMINDERS:-12}
 
-pause() { # a sleep that signals end at once
+pause() { # a sleep that signals interrupt at once
   sleep "$poll_seconds" &
   wait $!
 }
 
-# Of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED ...; NONE if there is none, UNKNOWN if
-# the answer is not to be had just now.
+# Prints the state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; NONE if it does not
+# exist, UNKNOWN if the request failed.
 state() {
   local said
   if said=$(gcloud compute tpus queued-resources describe "${setting[NAME]}" "${where[@]}" \
     --format="value(state.state)" 2>&1); then
     said=${said##*$'\n'}
-    if [[ "$said" =~ ^[A-Z_]+$ ]]; then echo "$said"; else echo UNKNOWN; fi # a warning of gcloud's, say
+    if [[ "$said" =~ ^[A-Z_]+$ ]]; then echo "$said"; else echo UNKNOWN; fi # such as a gcloud warning
   elif [[ "$said" == *NOT_FOUND* || "$said" == *"not found"* ]]; then
     echo NONE
   else
-    say "the state is not known: ${said##*$'\n'}"
+    say "the state is unknown: ${said##*$'\n'}"
     echo UNKNOWN
   fi
 }
@@ -48,11 +48,11 @@ request() {
     --runtime-version="${setting[RUNTIME]}" --spot --quiet
 }
 
-delete() { # with the VM that belongs to it; looks whether it is really gone
+delete() { # deletes the queued resource with its VM, and checks that it is gone
   local i
   for ((i = 0; i < 2 * tries; i++)); do
     run gcloud compute tpus queued-resources delete "${setting[NAME]}" "${where[@]}" --force --quiet || true
-    if [[ -n "$dry_run" || "$(state)" == NONE ]]; then return 0; fi # plain `return` in a trap gives the code before it
+    if [[ -n "$dry_run" || "$(state)" == NONE ]]; then return 0; fi # in a trap, plain `return` keeps the previous code
     pause
   done
   fail "${setting[NAME]} COULD NOT BE DELETED and may cost money: see gcloud compute tpus queued-resources list" 1
@@ -60,15 +60,15 @@ delete() { # with the VM that belongs to it; looks whether it is really gone
 
 interrupted() {
   trap '' INT TERM HUP
-  say "interrupted: training saves, then the TPU is deleted"
+  say "interrupted: letting training save, then deleting the TPU"
   stop_training
   delete
   exit 130
 }
 
-stop() { # stop CODE MESSAGE: ends this script, not the TPU; whoever comes back to the screen sees it
+stop() { # stop CODE MESSAGE: ends this script but not the TPU, and repeats that on the screen
   local i j
-  say "$2. The log says:"
+  say "$2. End of the log:"
   on_workers all "tail -n 20 $remote/train.log" >&2 || true
   for ((i = 0; i <= reminders; i++)); do
     echo "
@@ -83,7 +83,7 @@ stop() { # stop CODE MESSAGE: ends this script, not the TPU; whoever comes back 
   exit "$1"
 }
 
-newest_step() { # of the checkpoints in WORKDIR; nothing if there is none. Fails if that is not known
+newest_step() { # prints the newest checkpoint's step in WORKDIR, if any; fails if that is unknown
   local said
   if [[ "${setting[WORKDIR]}" == gs://* ]]; then
     if ! said=$(gcloud storage ls "${setting[WORKDIR]}/checkpoints/" 2>&1); then
@@ -95,7 +95,7 @@ newest_step() { # of the checkpoints in WORKDIR; nothing if there is none. Fails
   grep -oE '(^|/)[0-9]+/?$' <<<"$said" | tr -d / | sort -n | tail -n 1 || true
 }
 
-# Whether training has left a newer checkpoint than $1 was when it started.
+# Succeeds if there is a newer checkpoint than $1, the newest one at the start.
 moved() {
   local i now
   for ((i = 0; i < tries; i++)); do
@@ -119,7 +119,7 @@ wait_until_active() {
       NONE)
         if ! request; then
           failed=$((failed + 1))
-          ((failed < tries)) || fail "the TPU could not be asked for (see above)" 1
+          ((failed < tries)) || fail "the TPU could not be requested (see above)" 1
         fi
         ;;
       SUSPENDED) delete ;;
@@ -127,14 +127,14 @@ wait_until_active() {
         gcloud compute tpus queued-resources describe "${setting[NAME]}" "${where[@]}" \
           --format="value(state.failedData.error.message)" >&2 || true
         delete
-        fail "Google Cloud refused the TPU, for the reason above: see TYPE, RUNTIME, ZONE and your quota" 1
+        fail "Google Cloud refused the TPU for the reason above: check TYPE, RUNTIME, ZONE and your quota" 1
         ;;
     esac
     pause
   done
 }
 
-prepare() { # sets up and starts; on a TPU that is there, again and again before it gives up
+prepare() { # sets up and starts training; retries as long as the TPU exists
   local i
   for ((i = 0; i < tries; i++)); do
     if (stop_training && setup_workers && start_training "$@"); then return 0; fi
@@ -144,11 +144,11 @@ prepare() { # sets up and starts; on a TPU that is there, again and again before
       *) return 1 ;;
     esac
   done
-  stop 1 "set-up failed $tries times on a TPU that is there (see above)"
+  stop 1 "set-up failed $tries times on a running TPU (see above)"
 }
 
-# Looks until training has ended, and sets `end` to "done", "again", "renew" (the machine is of no use) or
-# the exit code that stopped it.
+# Waits for the end of training, and sets `end` to "done", "again", "renew" (the TPU is unusable) or the exit
+# code that stopped it.
 wait_for_end() {
   local codes reason gone=0 silent=0
   while true; do
@@ -160,7 +160,7 @@ wait_for_end() {
     esac
     if ! codes=$(worker_codes); then
       silent=$((silent + 1))
-      say "a worker does not answer; looking again"
+      say "a worker does not answer; checking again"
       if ((silent > 3 * tries)); then end=renew && return; fi
       continue
     fi
@@ -170,10 +170,10 @@ wait_for_end() {
       *running* | "") continue ;;
       0) end="done" && return ;;
     esac
-    # 143 is a preemption's SIGTERM before training could take it. 76 says that another process was lost, and "lost" that one left no code: if the machine is gone, the
-    # state may tell only a little later.
+    # 143 is a preemption's SIGTERM before training could handle it. 76 means that another process was lost,
+    # "lost" that a process left no code: if the machine is gone, its state may show this only later.
     reason=$(grep -vE '^(0|75|76|143|lost)$' <<<"$codes" | sort -n | tail -n 1 || true)
-    if grep -qx 2 <<<"$codes"; then reason=2; fi # bad input stays bad
+    if grep -qx 2 <<<"$codes"; then reason=2; fi # bad input does not go away
     if [[ -n "$reason" ]]; then end=$reason && return; fi
     if grep -qxE '75|143' <<<"$codes"; then end=again && return; fi
     gone=$((gone + 1))
@@ -201,7 +201,7 @@ while true; do
   wait_until_active
   before=$(newest_step) || before=""
   if ! prepare "${arguments[@]}"; then
-    say "the TPU went away during set-up"
+    say "the TPU disappeared during set-up"
     continue
   fi
   begin=$SECONDS
@@ -217,7 +217,7 @@ while true; do
       delete
       exit 0
       ;;
-    again) say "preempted: starting again, from the newest checkpoint" ;;
+    again) say "preempted: starting again from the newest checkpoint" ;;
     renew)
       say "the TPU does not answer: asking for another"
       delete

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs training on a Cloud TPU VM, one host or a pod of many.
+# Runs training on a Cloud TPU VM: one host or a pod.
 #
-#   launch/tpu_vm.sh create            makes the VM (on demand; for spot capacity see spot.sh)
-#   launch/tpu_vm.sh setup             brings this checkout's last commit and its packages to all workers
-#   launch/tpu_vm.sh doctor [FLAGS]    looks on all workers whether training can start
-#   launch/tpu_vm.sh train [FLAGS]     starts training on all workers, in the background there
-#   launch/tpu_vm.sh status            running, or the exit code, of each worker
-#   launch/tpu_vm.sh logs [WORKER]     follows a worker's log (0); Ctrl-C ends the following only
-#   launch/tpu_vm.sh kill              ends training on all workers: SIGTERM (it saves), then SIGKILL
+#   launch/tpu_vm.sh create            creates the VM (on demand; for spot capacity see spot.sh)
+#   launch/tpu_vm.sh setup             copies this checkout's last commit to all workers and installs packages
+#   launch/tpu_vm.sh doctor [FLAGS]    checks on all workers whether training can start
+#   launch/tpu_vm.sh train [FLAGS]     starts training in the background on all workers
+#   launch/tpu_vm.sh status            prints "running" or the exit code of each worker
+#   launch/tpu_vm.sh logs [WORKER]     follows the log of a worker (0); Ctrl-C does not end the run
+#   launch/tpu_vm.sh kill              stops training on all workers: SIGTERM (it saves), then SIGKILL
 #   launch/tpu_vm.sh delete            deletes the VM
 #
 # Settings come from launch/settings.env or --settings=FILE; --dry_run prints every command;
-# --any_region allows a bucket elsewhere. `train` ends what an earlier run left behind first.
+# --any_region allows a bucket in another region. `train` first stops what an earlier run left behind.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
@@ -23,11 +23,11 @@ need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 case "$action" in
   create)
     check_region
-    trap 'say "interrupted: deleting what was made"; delete_vm || say "NOT DELETED: see \
+    trap 'say "interrupted: deleting what was created"; delete_vm || say "NOT DELETED: see \
 gcloud compute tpus tpu-vm list"; exit 130' INT TERM HUP
     run gcloud compute tpus tpu-vm create "${setting[NAME]}" "${where[@]}" \
       --accelerator-type="${setting[TYPE]}" --version="${setting[RUNTIME]}" ||
-      fail "${setting[NAME]} was not created (see above); if it exists half-made: launch/tpu_vm.sh delete" 1
+      fail "${setting[NAME]} was not created (see above); if it exists partially: launch/tpu_vm.sh delete" 1
     ;;
   setup)
     make_archive
@@ -37,7 +37,7 @@ gcloud compute tpus tpu-vm list"; exit 130' INT TERM HUP
     check_region
     stop_training
     start_training "${arguments[@]:1}"
-    say "started; follow it with: launch/tpu_vm.sh logs"
+    say "started; to follow the log: launch/tpu_vm.sh logs"
     ;;
   doctor) on_workers all "cd $remote && . venv/bin/activate && cd code && \
 $(train_command "${arguments[@]:1}" | sed 's/pixelflow_jax.train/pixelflow_jax.doctor/')" ;;
