@@ -1,13 +1,13 @@
-"""Images per second of the loader, beside torchvision's ImageFolder in the same run.
+"""Compare the loader's images/s with torchvision's ImageFolder in the same run.
 
     python benchmarks/data.py                     speeds, from JPEG files and from ArrayRecord
     python benchmarks/data.py --memory            resident memory from image 5,000 to 50,000
-    python benchmarks/data.py --start             what a start costs, by 100,000 examples
+    python benchmarks/data.py --start             cost of start-up, from 100,000 examples
 
-The first needs torch and torchvision beside the extra `data`. Makes JPEG photos of ImageNet's usual size
-(500x375) from scikit-image's pictures if --images names no folder. Every loader decodes, resizes the
-short side to 288 (Lanczos), crops 256x256 at random and flips, with as many worker processes; they
-take turns, and medians are compared.
+The first form needs torch and torchvision in addition to the extra `data`. Without --images, it makes
+JPEG photos of ImageNet's usual size (500x375) from scikit-image's pictures. Every loader decodes,
+resizes the short side to 288 (Lanczos), crops 256x256 at random and flips, with the same number of
+worker processes. The loaders run in alternation, and medians are compared.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BATCH = 64
 
 
 def make_photos(folder: pathlib.Path, count: int) -> None:
-    """JPEG files of 500x375 in 10 class folders: crops of real photos, so that they decode like some."""
+    """Write 500x375 JPEG files in 10 class folders, cropped from real photos for realistic decoding."""
     from skimage import data
 
     photos = [Image.fromarray(photo) for photo in (data.chelsea(), data.coffee(), data.astronaut())]
@@ -53,7 +53,7 @@ def make_photos(folder: pathlib.Path, count: int) -> None:
 
 
 def config_for(source: str, path: str, workers: int):
-    """A config whose batches are to be timed."""
+    """Return a config whose batches are timed."""
     config = default_config()
     config.batch_size, config.model.num_classes = BATCH, 0
     config.data.update(source=source, path=path, num_workers=workers)
@@ -61,18 +61,18 @@ def config_for(source: str, path: str, workers: int):
 
 
 def ours(source: str, path: str, workers: int):
-    """An endless stream of our batches."""
+    """Return an endless stream of our batches."""
     config = config_for(source, path, workers)
     return make_batches(load_source(config), config)
 
 
 def torchvision_folder(path: str, workers: int):
-    """An endless stream of torchvision's batches, uint8, channels first."""
+    """Return an endless stream of torchvision's batches, uint8, channels first."""
     import torch
 
     try:
         import torchvision
-    except RuntimeError:  # its operators are for CUDA's torch; the Python part wants two
+    except RuntimeError:  # its operators are built for CUDA's torch; the Python code needs two of them
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -92,7 +92,7 @@ def torchvision_folder(path: str, workers: int):
 
 
 def rate(stream, batches: int) -> float:
-    """Images per second over some batches of a stream that runs already."""
+    """Return images/s over some batches of a running stream."""
     begin = time.perf_counter()
     for _ in range(batches):
         next(stream)
@@ -100,7 +100,7 @@ def rate(stream, batches: int) -> float:
 
 
 def speeds(folder: str, packed: str, workers: int, rounds: int, batches: int) -> None:
-    """Prints medians and ratios; each loader is stopped before the next starts."""
+    """Print medians and ratios; each loader is stopped before the next starts."""
     streams = {
         "torchvision ImageFolder": lambda: torchvision_folder(folder, workers),
         "folder": lambda: ours("folder", folder, workers),
@@ -110,7 +110,7 @@ def speeds(folder: str, packed: str, workers: int, rounds: int, batches: int) ->
     for _ in range(rounds):
         for name, make in streams.items():
             stream = make()
-            rate(stream, 6)  # the workers start, the buffers fill
+            rate(stream, 6)  # start the workers and fill the buffers
             rates[name].append(rate(stream, batches))
             del stream
     base = statistics.median(rates["torchvision ImageFolder"])
@@ -120,7 +120,7 @@ def speeds(folder: str, packed: str, workers: int, rounds: int, batches: int) ->
 
 
 def resident_mib() -> float:
-    """Resident memory of this process and its children, in MiB."""
+    """Return the resident memory of this process and its children, in MiB."""
     import psutil
 
     process = psutil.Process()
@@ -128,7 +128,7 @@ def resident_mib() -> float:
 
 
 def memory(folder: str, workers: int, first: int, last: int) -> None:
-    """Prints resident memory at two places of a long stream."""
+    """Print resident memory at two positions of a long stream."""
     stream, seen, sizes = ours("folder", folder, workers), 0, {}
     for mark in (first, last):
         while seen < mark:
@@ -140,7 +140,7 @@ def memory(folder: str, workers: int, first: int, last: int) -> None:
 
 
 def make_sources(work: pathlib.Path, count: int) -> dict[str, list[tuple[str, pathlib.Path]]]:
-    """Data of `count` examples a kind, of almost no pixels; (what is measured, where it is) of each."""
+    """Write `count` tiny examples of each kind; return (case, path) pairs by source."""
     caption = "a photo of something in front of something else, about as long as captions are"
     for i in range(count):
         path = work / "folder" / f"n{i % 100:08d}" / f"n{i % 100:08d}_{i}.JPEG"
@@ -176,12 +176,12 @@ def make_sources(work: pathlib.Path, count: int) -> dict[str, list[tuple[str, pa
 
 
 def cost_of(source: str, path: str) -> tuple[float, float, float]:
-    """(seconds to open and compare, bytes of peak memory, bytes that a worker gets) of a source."""
+    """Return (seconds to open and compare, bytes of peak memory, bytes per worker) of a source."""
     config = config_for(source, path, 0)
     config.model.context_dim = 8 * (source in ("caption_folder", "webdataset"))
     config.data.resolution = 28
-    data_of(load_source(default_config_of_digits()))  # imports, and JAX's own start
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest memory until then
+    data_of(load_source(default_config_of_digits()))  # imports, and JAX's initialization
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak that Linux records
     before, begin = highest_memory(), time.perf_counter()
     found = load_source(config)
     data_of(found)
@@ -190,20 +190,20 @@ def cost_of(source: str, path: str) -> tuple[float, float, float]:
 
 
 def highest_memory() -> float:
-    """The most bytes that this process has held."""
+    """Return the peak memory of this process in bytes."""
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024.0 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def default_config_of_digits():
-    """A config of the smallest source."""
+    """Return a config of the smallest source."""
     config = config_for("digits", "", 0)
     config.data.resolution = 16
     return config
 
 
 def start(count: int) -> None:
-    """Prints what opening each source costs at `count` examples, and on a line through a tenth of it."""
+    """Print the cost of opening each source at `count` examples, and linear extrapolations from it."""
     costs: dict[str, list[np.ndarray]] = {}
     for examples in (count // 10, count):
         with tempfile.TemporaryDirectory() as work:
@@ -213,27 +213,27 @@ def start(count: int) -> None:
                     with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
                         found = pool.submit(cost_of, source, str(path)).result()
                     costs.setdefault(name, []).append(np.array(found))
-    print(f"{'':<32} {'examples':>12} {'seconds':>9} {'GiB':>8} {'GiB a worker':>13}")
+    print(f"{'':<32} {'examples':>12} {'seconds':>9} {'GiB':>8} {'GiB per worker':>14}")
     for name, (few, many) in costs.items():
         for examples in (count, 10**6, 10**8):
             slope = np.maximum(many - few, 0) / (count - count // 10)
             seconds, peak, shipped = many + (examples - count) * slope
-            sizes = f"{peak / 2**30:>8.2f} {shipped / 2**30:>13.2f}"
+            sizes = f"{peak / 2**30:>8.2f} {shipped / 2**30:>14.2f}"
             print(f"{name:<32} {examples:>12,} {seconds:>9.1f} {sizes}", flush=True)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", help="a folder of class folders; default: made for this run")
+    parser.add_argument("--images", help="a folder of class folders (default: made for this run)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=30, help="timed in each round")
-    parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
-    parser.add_argument("--start", action="store_true", help="measure starts in place of speed")
-    parser.add_argument("--examples", type=int, default=100_000, help="of --start")
+    parser.add_argument("--batches", type=int, default=30, help="number timed per round")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
+    parser.add_argument("--start", action="store_true", help="measure start-up instead of speed")
+    parser.add_argument("--examples", type=int, default=100_000, help="number for --start")
     args = parser.parse_args()
     if args.start:
         start(args.examples)

@@ -1,9 +1,9 @@
-"""Parts on their own, side by side in one run: attention, packing, compile times.
+"""Time single components side by side in one run: attention, packing, compilation.
 
     python benchmarks/micro.py [--torch_python=PYTHON] [--only attention]
 
-Medians of interleaved runs, float32. `--torch_python`, an interpreter with torch, adds torch's SDPA. The
-loader has a benchmark of its own, data.py.
+Reports medians of interleaved runs in float32. `--torch_python`, an interpreter with torch, adds torch's
+SDPA. For the loader, see data.py.
 """
 
 import argparse
@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 
 class Torch:
-    """torch's SDPA in a process of its own."""
+    """torch's SDPA in a separate process."""
 
     def __init__(self, python: str):
         command = [python, "-c", TORCH, str(len(os.sched_getaffinity(0)))]
@@ -52,14 +52,14 @@ class Torch:
         )
 
     def seconds(self, length: int, backward: bool) -> float:
-        """The faster of two runs."""
+        """Return the seconds of the faster of two runs."""
         self.process.stdin.write(f"{length} {int(backward)}\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
 
 def seconds(function: Callable) -> float:
-    """The faster of two runs, as for torch."""
+    """Return the seconds of the faster of two runs, as for torch."""
     times = []
     for _ in range(2):
         begin = time.perf_counter()
@@ -69,7 +69,7 @@ def seconds(function: Callable) -> float:
 
 
 def medians(functions: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
-    """Median of the seconds each function returns, called in turn."""
+    """Return the median of the seconds that each function returns, called in alternation."""
     found = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
@@ -78,14 +78,14 @@ def medians(functions: dict[str, Callable[[], float]], runs: int) -> dict[str, f
 
 
 def table(head: list[str], body: list[list[str]]) -> None:
-    """A Markdown table."""
+    """Print a Markdown table."""
     for row in (head, ["---"] * len(head), *body):
         print("| " + " | ".join(row) + " |", flush=True)
     print()
 
 
 def time_attention(runs: int, torch: Torch | None) -> None:
-    """Ours by backend, JAX's and torch's, by length, forward and forward with backward."""
+    """Time our backends, JAX's attention and torch's by length, with and without the backward pass."""
     print(f"\nAttention of one sequence, {HEADS} heads of {HEAD_DIM}: ms, and GFLOP/s\n")
     body = []
     for length in (64, 256, 1024, 4096):
@@ -95,7 +95,7 @@ def time_attention(runs: int, torch: Torch | None) -> None:
             run = {"jax.nn.dot_product_attention": jax.nn.dot_product_attention}
             run |= {n: functools.partial(attention, backend=n) for n in ("einsum", "blockwise")}
             if length == 4096 and backward:
-                del run["einsum"]  # as JAX's
+                del run["einsum"]  # the same computation as JAX's
 
             def timed(function, qkv=qkv, backward=backward):
                 if backward:
@@ -116,7 +116,7 @@ def time_attention(runs: int, torch: Torch | None) -> None:
 
 
 def time_packing(runs: int) -> None:
-    """The cost of rows of several sizes: the packed network against its parts one by one."""
+    """Time a packed row of several sizes against its groups one by one."""
     print("\nA packed row against its images group by group, forward of `imagenet256_b` at depth 2\n")
     config = load_config("imagenet256_b", ["model.depth=2", "dtype=float32", "model.remat=none"])
     model = build_model(config)
@@ -144,10 +144,10 @@ def time_packing(runs: int) -> None:
 
 
 def time_compilation() -> None:
-    """Seconds to trace and compile the train step of configs that run here."""
+    """Time the first call of the train step, which traces and compiles, for configs that run here."""
     from official import our_config, our_train
 
-    print("\nFirst call of the train step, tracing and compiling in it\n")
+    print("\nFirst call of the train step, including tracing and compilation\n")
     body = []
     for name in ("digits", "fashion", "official.py's shape"):
         config = our_config([]) if " " in name else load_config(name)
@@ -158,7 +158,7 @@ def time_compilation() -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

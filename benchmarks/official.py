@@ -1,13 +1,13 @@
-"""Train step and sampler on CPU, ours and the official implementation side by side in one run.
+"""Compare train step and sampler with the official implementation, side by side in one run on CPU.
 
     git clone https://github.com/ShoufaChen/PixelFlow /tmp/official
     python -m venv /tmp/theirs && /tmp/theirs/bin/pip install torch diffusers einops
     python benchmarks/official.py --checkout=/tmp/official --python=/tmp/theirs/bin/python
 
-Both run in float32 on the same cores, in turn; the median of each and of the ratios of the pairs is
-printed, as one JSON line a task. The official code's loader (corruption, packing) is not counted, ours
-is part of the step. Its flash-attention, which needs CUDA, is replaced by torch's SDPA for each run of
-sequences of equal length (official_worker.py), which is exact.
+Both run in float32 on the same cores, in alternation. One JSON line per task reports the median of each
+and the median ratio of the pairs. Corruption and packing, which the official code does in its loader,
+are not counted there but are part of our step. The official flash-attention needs CUDA; torch's SDPA
+replaces it for each run of sequences of equal length (official_worker.py), which is exact.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHAPE |= dict(resolution=128, batch_size=16, num_samples=8, num_steps=10, guidan
 
 
 class Official:
-    """The official implementation in a process of its own; `run(task)` gives seconds."""
+    """The official implementation in a separate process."""
 
     def __init__(self, python: str, checkout: str, threads: int):
         worker = os.path.join(os.path.dirname(os.path.abspath(__file__)), "official_worker.py")
@@ -41,18 +41,18 @@ class Official:
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("the official implementation's process ended: see its message above")
+            raise SystemExit("the process of the official implementation ended: see its message above")
         return json.loads(line)
 
     def run(self, task: str) -> float:
-        """Seconds of one run."""
+        """Return the seconds of one run of a task."""
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
         return self._answer()["seconds"]
 
 
 def our_config(overrides: list[str]):
-    """The run's config at SHAPE, for float32 on CPU."""
+    """Return the config for SHAPE in float32 on CPU."""
     from pixelflow_jax.config import load_config
 
     names = ("num_heads", "head_dim", "depth", "patch_size", "num_classes")
@@ -62,12 +62,12 @@ def our_config(overrides: list[str]):
     keys |= {"sample.guidance_scale": "guidance_scale"}
     shape = [f"{key}={SHAPE[name]}" for key, name in keys.items()]
     own = ["dtype=float32", "model.remat=none", "mesh.fsdp=1"]
-    own.append(f"model.scan_unroll={SHAPE['depth']}")  # as the configs for CPU have it
+    own.append(f"model.scan_unroll={SHAPE['depth']}")  # as in the configs for CPU
     return load_config("imagenet256_xl", [*shape, *own, *overrides])
 
 
 def our_train(config) -> Callable[[], None]:
-    """Runs one step of `make_train_step`."""
+    """Return a function that runs one step of `make_train_step`."""
     import jax
     import numpy as np
 
@@ -97,7 +97,7 @@ def our_train(config) -> Callable[[], None]:
 
 
 def our_sampler(config) -> Callable[[], None]:
-    """Runs one call of `make_generate`."""
+    """Return a function that runs one call of `make_generate`."""
     import jax
     import numpy as np
 
@@ -115,7 +115,7 @@ def our_sampler(config) -> Callable[[], None]:
 
 
 def compare(task: str, official: Official, ours: Callable, images: int, runs: int) -> None:
-    """Prints the medians of both and of their ratio, run in turn."""
+    """Run both in alternation, and print the medians of both and of their ratio."""
     begin = time.perf_counter()
     ours()
     compiled = time.perf_counter() - begin
@@ -137,12 +137,12 @@ def compare(task: str, official: Official, ours: Callable, images: int, runs: in
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkout", required=True, help="folder with the official repository")
-    parser.add_argument("--python", required=True, help="the interpreter that can run it")
+    parser.add_argument("--python", required=True, help="an interpreter that can run it")
     parser.add_argument("--runs", type=int, default=9, help="pairs of train steps")
     parser.add_argument("--sample_runs", type=int, default=3, help="pairs of sampler calls")
     parser.add_argument("--only", choices=("train", "sample"))

@@ -1,7 +1,8 @@
-"""The official implementation's side of official.py; runs in that implementation's own environment.
+"""Worker of official.py; runs in the environment of the official implementation.
 
-Reads a task a line ("train" or "sample"), runs it once and answers with its seconds. Prints "ready"
-first. Only torch and what the official code imports are needed, not this project.
+Prints torch's version first. Then reads one task per line ("train" or "sample"), runs it once and
+answers with its seconds, as JSON. Needs only torch and the imports of the official code, not this
+project.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 
 def equal_length_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """What flash_attn_varlen_func computes, exactly: SDPA for each run of sequences of equal length."""
+    """Compute flash_attn_varlen_func exactly: SDPA for each run of sequences of equal length."""
     ends = cu_seqlens_q.tolist()
     lengths = [end - begin for begin, end in zip(ends[:-1], ends[1:], strict=True)]
     out, first = torch.empty_like(q), 0
@@ -33,7 +34,7 @@ def equal_length_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 
 
 class Official:
-    """The official model, its optimizer and its pipeline at a shape."""
+    """The official model, optimizer and pipeline for a given shape."""
 
     def __init__(self, checkout: str, shape: dict):
         sys.path.insert(0, checkout)
@@ -59,7 +60,7 @@ class Official:
         self.batch = self.make_batch()
 
     def make_batch(self) -> dict:
-        """A packed batch as the official loader hands it over, the finest stage first."""
+        """Return a packed batch as the official loader provides it, finest stage first."""
         s, generator = self.shape, torch.Generator().manual_seed(0)
         each = s["batch_size"] // s["num_stages"]
         lengths, rotary = [], []
@@ -86,7 +87,7 @@ class Official:
         )
 
     def train(self) -> float:
-        """One step of the official train.py: loss an image, backward, clip, AdamW, average."""
+        """Run one step of the official train.py: loss per image, backward, clip, AdamW, average."""
         self.model.train()
         inputs = {name: x for name, x in self.batch.items() if name != "target"}
         self.optimizer.zero_grad()
@@ -102,7 +103,7 @@ class Official:
         return loss.item()
 
     def sample(self):
-        """One call of the official pipeline."""
+        """Run one call of the official pipeline."""
         s = self.shape
         self.average.eval()
         return self.pipeline(
@@ -115,7 +116,7 @@ class Official:
         )
 
     def sdpa(self, length: int):
-        """torch's attention forward at a length, with the shape's heads."""
+        """Run torch's attention forward at a length, with the shape's heads."""
         shape = (1, self.shape["num_heads"], length, self.shape["head_dim"])
         if getattr(self, "_qkv", (None,))[0] is None or self._qkv[0].shape != shape:
             self._qkv = [torch.randn(shape) for _ in range(3)]
@@ -124,7 +125,7 @@ class Official:
 
 
 def main() -> None:
-    """The loop."""
+    """Answer tasks until stdin closes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkout", required=True)
     parser.add_argument("--shape", required=True, help="JSON")

@@ -1,12 +1,12 @@
-"""A cheaper last stage: one patch size for all stages against a larger one in the last, in equal time.
+"""Compare one patch size for all stages with a larger one in the last stage, in equal training time.
 
     apt-get install dataset-fashion-mnist
     python benchmarks/patches.py --minutes=10 --workdir=runs/patches
 
-Both forms of `fashion` train side by side, each on a core of its own, for as many steps as fit into the
-minutes: first both are timed that way. Then 1000 samples of each are judged as in quality.py, and the
-samplers are timed in turn on all cores. Prints a Markdown table; takes `--seeds` times the minutes, and
-about ten more.
+Both variants of `fashion` train side by side, each on its own core, for as many steps as fit into the
+given minutes; the steps are timed in the same way first. Then 1000 samples of each are judged as in
+quality.py, and the samplers are timed in alternation on all cores. Prints a Markdown table. Takes
+`--seeds` times the minutes, plus about ten.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import time
 
 FORMS = {"(2, 2, 2)": "(2,2,2)", "(2, 2, 4)": "(2,2,4)"}
 HERE = pathlib.Path(__file__).resolve().parent
-BATCH = 100  # images a call of the sampler, when it is timed
+BATCH = 100  # images per call of the sampler in timings
 
 
 def together(commands: list[list[str]]) -> list[str]:
-    """Runs commands at once, each on a core of its own; returns what they printed."""
+    """Run commands simultaneously, each on its own core; return their output."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < len(commands):
         raise SystemExit(f"error: {len(commands)} cores are needed, there are {len(cores)}")
@@ -46,12 +46,12 @@ def together(commands: list[list[str]]) -> list[str]:
 
 
 def overrides(form: str) -> list[str]:
-    """What a form changes in the config."""
+    """Return the config overrides of a variant."""
     return [f"model.patch_size={FORMS[form]}", "sample_every=0"]
 
 
 def print_step_seconds(form: str) -> None:
-    """Prints the median seconds of a train step; run by this command for each form."""
+    """Print the median seconds of a train step; this command runs it for each variant."""
     from official import our_train
 
     from pixelflow_jax.common.cli import keep_freed_memory
@@ -69,7 +69,7 @@ def print_step_seconds(form: str) -> None:
 
 
 def train(folder: pathlib.Path, minutes: float, seeds: int) -> dict[str, int]:
-    """Trains every form from every seed, unless it is there; returns each form's steps."""
+    """Train every variant from every seed, unless it exists; return the steps of each variant."""
     kept = folder / "steps.json"
     if kept.exists():
         steps = json.loads(kept.read_text())
@@ -96,12 +96,12 @@ def train(folder: pathlib.Path, minutes: float, seeds: int) -> dict[str, int]:
 
 
 def workdir(folder: pathlib.Path, form: str, seed: int) -> pathlib.Path:
-    """Where a run is."""
+    """Return the workdir of a run."""
     return folder / f"{form.strip('()').replace(', ', '')}_{seed}"
 
 
 def sampling_seconds(folder: pathlib.Path, runs: int = 5) -> dict[str, float]:
-    """Seconds an image of each form's sampler: medians of calls in turn."""
+    """Return seconds per image for each variant's sampler: medians of alternating calls."""
     import jax
     import numpy as np
 
@@ -126,11 +126,11 @@ def sampling_seconds(folder: pathlib.Path, runs: int = 5) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10, help="of training, for each form")
+    parser.add_argument("--minutes", type=float, default=10, help="training time per variant")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=1000)
     parser.add_argument("--workdir", help="where to train (default: a temporary folder)")
@@ -156,7 +156,7 @@ def main() -> None:
             save_grid(workdir(folder, form, seed) / "quality.png", images)
     seconds = sampling_seconds(folder)
     print(
-        "\n| patch sizes | steps | accuracy | Frechet ratio | ms an image |"
+        "\n| patch sizes | steps | accuracy | Frechet ratio | ms per image |"
         "\n| --- | --- | --- | --- | --- |"
     )
     for form in FORMS:

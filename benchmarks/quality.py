@@ -1,12 +1,13 @@
-"""How good the default config's samples are, judged against real digits it never saw.
+"""Measure the quality of the default config's samples against held-out real digits.
 
     python benchmarks/quality.py                                  trains three seeds, about 25 minutes
-    python benchmarks/quality.py --checkpoints runs/a runs/b      judges these
+    python benchmarks/quality.py --checkpoints runs/a runs/b      judges these checkpoints
 
-Prints for each: conditional accuracy by an RBF SVC fitted on the real training split; the Frechet
-distance from samples to held-out images in 32 PCA dimensions of the training split, as a ratio to
-the distance from training split to held-out; the median distance to the nearest training image as a
-ratio to the same for held-out images (memorising shows as far under 1). Then the medians and bars.
+Prints for each checkpoint: the conditional accuracy according to an RBF SVC fitted on the real training
+split; the Frechet distance from samples to held-out images in 32 PCA dimensions of the training split,
+relative to the distance from training split to held-out images; and the median distance to the nearest
+training image, relative to that of held-out images (memorization shows as a ratio far below 1). Then
+prints the medians and bars.
 """
 
 import argparse
@@ -33,12 +34,12 @@ BARS = {"accuracy": (0.97, "at least"), "frechet": (2.0, "at most"), "nearest": 
 
 
 def flat(images: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] uint8 to [N, H * W] grey in [0, 1]."""
+    """Convert [N, H, W, 3] uint8 to [N, H * W] grey in [0, 1]."""
     return images.mean(-1).reshape(len(images), -1) / 255
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to two sets of vectors."""
+    """Return the Frechet distance between Gaussians fitted to two sets of vectors."""
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
     gap = np.square(a.mean(0) - b.mean(0)).sum()
@@ -46,7 +47,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Judge:
-    """Fitted on the real training split alone, or on 10,000 images of it if there are more."""
+    """Judges fitted on the real training split only, or on 10,000 images of it if there are more."""
 
     def __init__(self, config):
         real, self.held_out = load_source(config, "train"), load_source(config, "test")
@@ -61,7 +62,7 @@ class Judge:
         self.real_nearest = np.median(self.nearest.kneighbors(y)[0])
 
     def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The three numbers for samples with the labels they were asked for."""
+        """Return the three metrics for samples and their requested labels."""
         z = flat(images)
         return {
             "accuracy": float(self.classifier.score(z, labels)),
@@ -71,7 +72,7 @@ class Judge:
 
 
 def draw(checkpoint: str, count: int, scale: float | None = None, ema: float | None = None):
-    """`count` samples with balanced labels, at the config's own guidance unless `scale` is given."""
+    """Return (samples with balanced labels, labels, config); `scale` overrides the config's guidance."""
     params, config, _ = load_params(checkpoint, ema)
     if scale is not None:
         config.sample.guidance_scale = scale
@@ -88,16 +89,16 @@ def draw(checkpoint: str, count: int, scale: float | None = None, ema: float | N
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoints", nargs="+", help="workdirs; default: train three seeds")
+    parser.add_argument("--checkpoints", nargs="+", help="workdirs (default: train three seeds)")
     parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on")
     parser.add_argument("--workdir", help="where to train (default: a temporary folder)")
     parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--guidance_scales", type=float, nargs="+", help="try these as well")
+    parser.add_argument("--guidance_scales", type=float, nargs="+", help="also judge these scales")
     args = parser.parse_args()
     checkpoints, seconds = args.checkpoints or [], {}
     if not checkpoints:

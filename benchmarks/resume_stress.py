@@ -1,10 +1,10 @@
-"""Kills a training run at random moments, again and again, and proves that nothing was lost.
+"""Kill a training run repeatedly at random moments, and verify that nothing is lost.
 
     python benchmarks/resume_stress.py --kills=20
 
-A run is stopped by SIGKILL at random times (starting, stepping, saving), and started again each time.
-At the end its losses and parameters must equal, bit for bit, those of a run that was never stopped.
-Extra flags go to training: --config.mesh.fsdp=2 and so on.
+SIGKILL stops the run at random times (starting, stepping, saving); each time it is started again. At the
+end, its losses and parameters must equal those of an uninterrupted run bit for bit. Extra flags, such as
+--config.mesh.fsdp=2, are passed to training.
 """
 
 import argparse
@@ -29,25 +29,25 @@ SMALL = (
 
 
 def start(workdir: pathlib.Path, flags: list[str]) -> subprocess.Popen:
-    """Starts or resumes the run."""
+    """Start or resume the run."""
     command = [sys.executable, "-m", "pixelflow_jax.train", f"--workdir={workdir}", *flags]
-    log = open(f"{workdir}.log", "a")  # a pipe that nobody reads fills up, and then the run waits
+    log = open(f"{workdir}.log", "a")  # an unread pipe would fill up and block the run
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, text=True)
 
 
 def newest(workdir: pathlib.Path) -> int:
-    """The step of the newest checkpoint."""
+    """Return the step of the newest checkpoint."""
     steps = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
     return max(steps, default=0)
 
 
 def saving(workdir: pathlib.Path) -> bool:
-    """Whether a checkpoint is being written."""
+    """Return whether a checkpoint is being written."""
     return any("tmp" in p.name for p in workdir.glob("checkpoints/*"))
 
 
 def wait_to_kill(child: subprocess.Popen, workdir: pathlib.Path, rng: random.Random) -> str | None:
-    """Waits for a random moment; returns what it was, or None if the run ended before."""
+    """Wait for a random moment and return its description, or None if the run ended first."""
     before = newest(workdir)
     aim = rng.choice(["save", "step", "start"])
     if aim == "start":
@@ -67,13 +67,13 @@ def wait_to_kill(child: subprocess.Popen, workdir: pathlib.Path, rng: random.Ran
 
 
 def numbers(workdir: pathlib.Path) -> list[tuple]:
-    """(step, loss, gradient norm) of every logged row."""
+    """Return (step, loss, gradient norm, parameter norm) of every logged row."""
     rows = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"], row["grad_norm"], row["param_norm"]) for row in rows]
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,7 +96,7 @@ def main() -> None:
         child.kill()
         child.wait()
         if moment is None:
-            sys.exit(f"the run ended after {kills} kills; give more --steps")
+            sys.exit(f"the run ended after {kills} kills; increase --steps")
         kills += 1
         print(f"kill {kills:>2} {moment:<22} newest checkpoint {newest(work / 'killed')}", flush=True)
     last = start(work / "killed", flags)

@@ -1,10 +1,10 @@
-"""Compares the ODE solvers on a trained checkpoint: order, error by evaluations and by cost, speed.
+"""Compare the ODE solvers on a trained checkpoint: order, error by evaluations and by cost, speed.
 
     python benchmarks/solvers.py --checkpoint=runs/digits --out=docs/solvers_measured.md
 
-Errors are root-mean-square differences in the final image to a tight solution (150 steps of dopri5 a
-stage), over all stages, in float64, at the config's guidance. `--quality` adds the judges of quality.py
-on 1000 samples.
+Errors are root-mean-square differences between the final image and a tight solution (150 dopri5 steps
+per stage), over all stages, in float64, at the config's guidance. `--quality` adds the judges of
+quality.py on 1000 samples.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pixelflow_jax.training.checkpoints import load_params
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 from diffrax_fixed import solve_fixed_diffrax
 
-# Steps a stage from which on the error falls as the order says
+# Steps per stage from which the error decreases at the solver's order
 ORDER_STEPS = {
     "euler": 256,
     "heun": 512,
@@ -42,13 +42,13 @@ LINES: list[str] = []
 
 
 def say(line: str = "") -> None:
-    """Prints a line and keeps it for --out."""
+    """Print a line and keep it for --out."""
     print(line, flush=True)
     LINES.append(line)
 
 
 def table(head: list[str], body: list[list[str]]) -> None:
-    """A Markdown table."""
+    """Print a Markdown table."""
     say("| " + " | ".join(head) + " |")
     say("| " + " | ".join("---" for _ in head) + " |")
     for row in body:
@@ -74,11 +74,11 @@ class Trial:
 
     @functools.cached_property
     def truth(self) -> np.ndarray:
-        """The tight solution."""
+        """The tight solution, float64."""
         return self.image("dopri5", (150,))
 
     def image(self, solver: str, steps: tuple[int, ...], kind: str = "uniform", only: int | None = None):
-        """The final images (or the first `only` of them), float64."""
+        """Return the final images (or the first `only` of them), float64."""
         sampler = dataclasses.replace(self.sampler64, solver=solver, grid=TimeGrid(steps, kind))
         with jax.enable_x64(True):
             noise = jax.tree.map(lambda x: x[:only], self.noise64)
@@ -87,23 +87,23 @@ class Trial:
 
     @functools.cache  # noqa: B019
     def error(self, solver: str, steps: tuple[int, ...], kind: str = "uniform") -> float:
-        """Root-mean-square error of the final images."""
+        """Return the root-mean-square error of the final images."""
         return float(np.sqrt(np.mean(np.square(self.image(solver, steps, kind) - self.truth))))
 
     def cost(self, solver: str, steps: tuple[int, ...]) -> tuple[int, float]:
-        """(evaluations, GFLOP) an image."""
+        """Return (evaluations, GFLOP) per image."""
         steps = TimeGrid(steps).steps(len(self.flops))
         evaluations = np.array(steps) * solvers.evaluations_per_step(solver)
         return int(evaluations.sum()), float(evaluations @ self.flops) / 1e9
 
 
 def orders(trial: Trial) -> None:
-    """Slope of the global error in the number of steps, for each solver."""
+    """Measure each solver's order: the slope of the global error over the number of steps."""
     say("## Order of convergence")
     say(
         "Two images, the whole cascade, float64: log2 of |x(n) - x(2n)| / |x(2n) - x(4n)|. Bound: "
-        "within 0.25 of the order. It takes this many steps to see the orders: the time embedding turns "
-        "by a radian each unit of T, of which a stage has hundreds.\n"
+        "within 0.25 of the order. The orders appear only with this many steps, because the time "
+        "embedding turns by one radian per unit of T, and a stage spans hundreds of units.\n"
     )
     body = []
     for solver, count in ORDER_STEPS.items():
@@ -116,9 +116,9 @@ def orders(trial: Trial) -> None:
 
 
 def grids(trial: Trial, judge) -> None:
-    """`uniform` against `reference` with as many steps."""
+    """Compare `uniform` with `reference` at equal numbers of steps."""
     say("## The grid: `uniform` against `reference` at the same number of evaluations")
-    head = ["Euler steps a stage", "error uniform", "error reference", "reference / uniform"]
+    head = ["Euler steps per stage", "error uniform", "error reference", "reference / uniform"]
     body = []
     for count in (5, 10, 20, 30):
         errors = [trial.error("euler", (count,), kind) for kind in ("uniform", "reference")]
@@ -132,10 +132,10 @@ def grids(trial: Trial, judge) -> None:
 
 
 def needed(trial: Trial) -> None:
-    """The fewest evaluations with which each solver reaches the error of 30 Euler steps a stage."""
+    """Find the fewest evaluations that reach the error of 30 Euler steps per stage, for each solver."""
     goal, (nfe30, cost30) = trial.error("euler", (30,)), trial.cost("euler", (30,))
-    say("## Evaluations that reach the error of 30 Euler steps a stage")
-    say(f"That error is {goal:.2e}, at {nfe30} evaluations and {cost30:.1f} GFLOP an image.\n")
+    say("## Evaluations needed for the error of 30 Euler steps per stage")
+    say(f"That error is {goal:.2e}, at {nfe30} evaluations and {cost30:.1f} GFLOP per image.\n")
     body = [["euler", "30", str(nfe30), f"{goal:.1e}", "1.00", "1.00"]]
 
     for solver in ("heun", "midpoint", "ralston", "ab2", "bosh3", "dopri5", "tsit5", "dopri8"):
@@ -146,12 +146,12 @@ def needed(trial: Trial) -> None:
             (nfe, cost), error = trial.cost(solver, (count,)), trial.error(solver, (count,))
             shares = f"{nfe / nfe30:.2f}", f"{cost / cost30:.2f}"
             body.append([solver, str(count), str(nfe), f"{error:.1e}", *shares])
-    table(["solver", "steps a stage", "evaluations", "error", "of Euler's", "of its FLOPs"], body)
+    table(["solver", "steps per stage", "evaluations", "error", "of Euler's", "of its FLOPs"], body)
 
 
 def adaptive_costs(trial: Trial) -> None:
-    """Error and evaluations of error-controlled steps, an image and a batch."""
-    say("## Steps chosen by the error (float32)")
+    """Measure error and evaluations of error-controlled steps, per image and per batch."""
+    say("## Error-controlled steps (float32)")
     body = []
     for solver in ("heun", "bosh3", "dopri5", "tsit5", "dopri8"):
         for control in ("per_image", "per_batch"):
@@ -168,9 +168,9 @@ def adaptive_costs(trial: Trial) -> None:
 
 
 def medians(functions, x, repeats: int, block: int) -> list[float]:
-    """Median seconds of each function, called in turn, each `block` times in a row.
+    """Return the median seconds of each function, called in alternation, `block` times in a row.
 
-    The first call after another program's takes longer (by 50 us here), whichever program it is.
+    The first call after a call of another program takes longer (50 us here), for any program.
     """
     times = [[] for _ in functions]
     for _ in range(repeats):
@@ -184,11 +184,9 @@ def medians(functions, x, repeats: int, block: int) -> list[float]:
 
 
 def speed(trial: Trial, repeats: int) -> None:
-    """The fixed loop against Diffrax's fixed steps, side by side, by field, batch and solver."""
+    """Compare the fixed loop with Diffrax's fixed steps, side by side, by field, batch and solver."""
     say("## The fixed loop against Diffrax with the same fixed steps (float32, ratios of medians)")
-    say(
-        "400 steps of the small fields, so that calling the program does not count; 20 of the network.\n"
-    )
+    say("400 steps of the small fields, so that the call overhead is negligible; 20 of the network.\n")
     body = []
     both = (solvers.solve_fixed, solve_fixed_diffrax)
 
@@ -219,11 +217,11 @@ def speed(trial: Trial, repeats: int) -> None:
 
         for solver in names:
             compare("the network", network, trial.params, trial.noise.start[:count], solver, 20)
-    table(["field", "batch", "solver", "loop, a step", "Diffrax / loop"], body)
+    table(["field", "batch", "solver", "loop, per step", "Diffrax / loop"], body)
 
 
 def quality_judge(trial: Trial):
-    """A function (solver, steps, grid) -> the three numbers of quality.py on 1000 samples."""
+    """Return a function (solver, steps, grid) -> the three metrics of quality.py on 1000 samples."""
     from quality import Judge
 
     judge, start = Judge(trial.config), FromSeed(1000)
@@ -246,13 +244,13 @@ def quality_judge(trial: Trial):
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--num_images", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=15, help="timings of each, in turn")
+    parser.add_argument("--repeats", type=int, default=15, help="timings of each function")
     parser.add_argument("--only", choices=("orders", "grids", "needed", "adaptive", "speed"))
     parser.add_argument("--quality", action="store_true", help="also judge 1000 samples of each grid")
     parser.add_argument("--out", help="Markdown file to write")

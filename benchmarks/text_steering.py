@@ -1,12 +1,12 @@
-"""Do words steer the pictures? Judges a text model on attribute combinations that training never showed.
+"""Measure whether words steer the images: judge a text model on unseen attribute combinations.
 
     python benchmarks/text_steering.py --checkpoint=runs/t2i_tiny
 
-Prompts are captions of the split "test" of captioned_digits: combinations of digit, colour and
+Prompts are captions from the split "test" of captioned_digits: combinations of digit, colour and
 background that training never showed. Each attribute has a judge, an SVC on simple features (see
-`features`), fitted on real composites of the training scans alone. Printed for each: the share of
-samples in which the judge finds what the prompt said, the same for real composites of held-out scans,
-and chance.
+`features`), fitted only on real composites of the training scans. For each attribute, the table shows
+the share of samples in which the judge finds what the prompt said, the same for real composites of
+held-out scans, and chance.
 """
 
 import argparse
@@ -35,14 +35,14 @@ CHOICES = dict(
 
 
 def features(picture: np.ndarray) -> dict[str, np.ndarray]:
-    """What each judge sees: colours, the box around the ink, its middle, and the ink in the box."""
+    """Return each judge's input: colours, the box around the ink, its centre, and the ink in the box."""
     x = picture.astype(float)
     border = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
     background = np.median(border, axis=0)
     distance = np.linalg.norm(x - background, axis=-1)
     ink = distance / max(distance.max(), 1)
     rows, columns = (np.flatnonzero((ink > 0.4).any(axis)) for axis in (1, 0))
-    if not len(rows):  # of one colour all over
+    if not len(rows):  # a single colour everywhere
         rows, columns = (np.arange(side) for side in x.shape[:2])
         ink = np.ones(x.shape[:2])
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -58,13 +58,13 @@ def features(picture: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def stacked(pictures) -> dict[str, np.ndarray]:
-    """The features of many pictures."""
+    """Return the stacked features of many images."""
     found = [features(picture) for picture in pictures]
     return {name: np.stack([f[name] for f in found]) for name in CHOICES}
 
 
 def composites(split: str, count: int, size: tuple[int, int], held_out: bool | None = None):
-    """(pictures, attributes) of real scans; of either kind of combination, or of both in turn."""
+    """Return (images, attributes) of real scans; `held_out=None` alternates both combinations."""
     source = digits.captioned_digits(default_config().data, split)
     pictures, attributes = [], []
     for index in range(count):
@@ -77,7 +77,7 @@ def composites(split: str, count: int, size: tuple[int, int], held_out: bool | N
 
 
 class Judges:
-    """An SVC an attribute, fitted on real composites of the training scans."""
+    """One SVC per attribute, fitted on real composites of the training scans."""
 
     def __init__(self, size: tuple[int, int], count: int = 4000):
         pictures, attributes = composites("train", count, size)
@@ -88,7 +88,7 @@ class Judges:
             self._judges[name] = make_pipeline(StandardScaler(), SVC(C=10)).fit(seen[name], truth)
 
     def scores(self, pictures, attributes) -> dict[str, float]:
-        """The share of pictures in which each judge finds the attribute."""
+        """Return the share of images in which each judge finds the attribute."""
         seen = stacked(pictures)
         return {
             name: float(judge.score(seen[name], [getattr(a, name) for a in attributes]))
@@ -97,7 +97,7 @@ class Judges:
 
 
 def draw(checkpoint: str, prompts: list[str], scale: float | None, size=(None, None), batch: int = 100):
-    """(a picture a prompt, config), at the config's own guidance and size unless they are given."""
+    """Return (one image per prompt, config); `scale` and `size` override those of the config."""
     params, config, _ = load_params(checkpoint)
     if scale is not None:
         config.sample.guidance_scale = scale
@@ -114,7 +114,7 @@ def draw(checkpoint: str, prompts: list[str], scale: float | None, size=(None, N
 
 
 def captioned_grid(path: str, pictures, prompts, columns: int = 4, side: int = 192) -> None:
-    """A picture with the prompt under each sample."""
+    """Write a grid of images with the prompt below each."""
     rows = -(-len(prompts) // columns)
     canvas = Image.new("RGB", (columns * (side + 12), rows * (side + 48)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -134,15 +134,15 @@ def captioned_grid(path: str, pictures, prompts, columns: int = 4, side: int = 1
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--guidance_scales", type=float, nargs="+", help="default: the config's")
-    parser.add_argument("--height", type=int, help="default: as trained")
-    parser.add_argument("--width", type=int, help="default: as trained")
+    parser.add_argument("--guidance_scales", type=float, nargs="+", help="default: from the config")
+    parser.add_argument("--height", type=int, help="default: the trained size")
+    parser.add_argument("--width", type=int, help="default: the trained size")
     parser.add_argument("--grid", help="PNG file to write, with 12 samples and their prompts")
     args = parser.parse_args()
     rng = np.random.default_rng(1)

@@ -1,8 +1,8 @@
-"""Prints the licences of what is installed, as docs/licences.md holds them.
+"""Print the licences of the installed packages in the form of docs/licences.md.
 
     python3 -m venv v && v/bin/pip install . && v/bin/python docs/licences.py > docs/licences.md
 
-Ends with an error for a licence that is not on the list of those that a MIT project can depend on.
+Ends with an error if a licence is not on the list of those that an MIT project can depend on.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ NOT_OURS = {"pixelflow_jax", "pip", "setuptools"}
 
 
 def licence(meta) -> str:
-    """A short name: the expression, else the classifiers, else the first line of the text."""
+    """Return a short name: the expression, else the classifiers, else the first line of the text."""
     if meta.get("License-Expression"):
         return meta["License-Expression"]
     classified = [c for c in meta.get_all("Classifier") or () if c.startswith("License ::")]
@@ -25,13 +25,13 @@ def licence(meta) -> str:
 
 
 def is_fine(text: str) -> bool:
-    """Whether each of the licences that apply together is on the list; of alternatives one is enough."""
+    """Return whether every licence that applies is on the list; of alternatives, one is enough."""
     parts = re.split(r",|\band\b", text.lower())
     return all(any(re.search(rf"\b{word}\b", part) for word in FINE) for part in parts)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     found = {d.metadata["Name"]: d.metadata for d in importlib.metadata.distributions()}
     rows = sorted((n, m["Version"], licence(m)) for n, m in found.items() if n not in NOT_OURS)
     print("# Licences of the dependencies\n\n`docs/licences.py` made this list.\n")

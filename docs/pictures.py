@@ -1,10 +1,11 @@
-"""Makes the pictures of the README, docs/method.md and docs/first_hour.md from a trained default model.
+"""Make the pictures for the README, docs/method.md and docs/first_hour.md from a trained default model.
 
     python docs/pictures.py --checkpoint=runs/digits
-    python docs/pictures.py --checkpoint=runs/digits --browser   demo.png too: extras demo, browser, test
+    python docs/pictures.py --checkpoint=runs/digits --browser   and demo.png; extras demo, browser, test
 
-The others: `python benchmarks/text_steering.py --checkpoint=runs/t2i_tiny --grid=docs/t2i_tiny.png`, and
-fashion.png is the quality.png that `python benchmarks/quality.py --config=configs/fashion.py` leaves.
+`python benchmarks/text_steering.py --checkpoint=runs/t2i_tiny --grid=docs/t2i_tiny.png` makes
+t2i_tiny.png. fashion.png is the quality.png that `python benchmarks/quality.py
+--config=configs/fashion.py` writes.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.training import objective
 
 HERE = pathlib.Path(__file__).resolve().parent
-SIDE = 64  # pixels that every image of a picture is enlarged to
+SIDE = 64  # pixels per side of every enlarged image
 
 
 def board(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Rows of small uint8 images as one picture, each pixel a square; None leaves a gap."""
+    """Arrange rows of small uint8 images in one picture, each pixel a square; None leaves a gap."""
     lines = []
     for row in rows:
         parts = []
@@ -45,13 +46,13 @@ def board(rows: list[list[np.ndarray]]) -> np.ndarray:
 
 
 def samples(model: Pipeline) -> np.ndarray:
-    """Ten of each class, a column each."""
+    """Draw ten samples per class, one class per column."""
     made = model.sample(num_images=100)
     return board([list(made[i : i + 10]) for i in range(0, 100, 10)])
 
 
 def cascade(model: Pipeline, labels=(2, 5, 8), at=(0.0, 0.33, 0.66, 1.0)) -> np.ndarray:
-    """A row an image: x at these tau of every stage, from noise to the sample."""
+    """Draw one image per row: x at these tau of every stage, from noise to the sample."""
     sampler = build_sampler(model.config)
     conditions = class_conditions(np.array(labels, np.int32), model.config.model.num_classes)
     noise = sampler.draw_noise(image_keys(0, np.arange(len(labels))))
@@ -73,13 +74,13 @@ def cascade(model: Pipeline, labels=(2, 5, 8), at=(0.0, 0.33, 0.66, 1.0)) -> np.
 
 
 def solve(model, sampler, grid, x, conditions):
-    """Follows the velocity over a grid of one stage."""
+    """Integrate the velocity over a grid of one stage."""
     call = functools.partial(sampler.solve_stage, model.params)
     return jax.jit(lambda x: call(x, grid, *conditions))(x)
 
 
 def renoising(model: Pipeline, count: int = 10) -> np.ndarray:
-    """Begins of the second stage: as training makes them; stepped up with block noise; without."""
+    """Draw starts of the second stage: as in training; stepped up with block noise; without it."""
     sampler, source = build_sampler(model.config), load_source(model.config)
     cascade, keys = sampler.cascade, image_keys(0, np.arange(count))
     clean = images.from_uint8(source.images[:count])
@@ -92,13 +93,13 @@ def renoising(model: Pipeline, count: int = 10) -> np.ndarray:
 
 
 def guidance(model: Pipeline, scales=(1.0, 1.2, 2.0, 4.0, 8.0)) -> np.ndarray:
-    """A row for each guidance scale, a column a class, from the same noise."""
+    """Draw one guidance scale per row and one class per column, from the same noise."""
     rows = [model.sample(num_images=10, guidance_scale=scale) for scale in scales]
     return board([list(row) for row in rows])
 
 
 def demo_page(checkpoint: str, out: pathlib.Path) -> None:
-    """The demo in a headless Chromium, after two pictures."""
+    """Take a screenshot of the demo in headless Chromium, after two images."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     import test_demo
 
@@ -110,20 +111,20 @@ def demo_page(checkpoint: str, out: pathlib.Path) -> None:
                 test_demo.choose(browser, "class", label)
                 test_demo.choose(browser, "solver", solver)
                 test_demo.generate(browser)
-            time.sleep(2)  # pictures fade in
+            time.sleep(2)  # images fade in
             browser.save_screenshot(str(out))
         finally:
             browser.quit()
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="workdir of configs/digits.py")
     parser.add_argument("--out", default=str(HERE), help="folder to write (default: %(default)s)")
-    parser.add_argument("--browser", action="store_true", help="also the demo's page")
+    parser.add_argument("--browser", action="store_true", help="also make demo.png")
     args = parser.parse_args()
     model = Pipeline(args.checkpoint)
     for make in (samples, cascade, renoising, guidance):
