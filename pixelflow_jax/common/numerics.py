@@ -1,8 +1,8 @@
-"""What JAX's own switches must not change: random numbers, dtypes, and what float32 means.
+"""Make results independent of JAX's configuration: random numbers, dtypes, and float32 precision.
 
-JAX reads switches from the environment (JAX_...), and takes them as context managers. What the documents
-promise holds whatever they say: keys are made with an implementation of their own, programs are built
-under `pinned`, and products of float32 models are float32 on every chip (`precision`).
+JAX reads options from the environment (JAX_...) and from context managers. Results do not depend on
+them: keys use a fixed implementation, programs are built under `pinned`, and products of float32 models
+are float32 on every chip (`precision`).
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-# By the names of JAX's context managers; those that a version does not have are left out
+# By the names of JAX's context managers; those that JAX does not have are skipped
 PINNED: dict[str, Any] = {
     "allow_f16_reductions": True,
     "check_tracer_leaks": False,
@@ -31,7 +31,7 @@ PINNED: dict[str, Any] = {
     "threefry_partitionable": True,
     "transfer_guard": "allow",
 }
-# Those of the compiler, which have no context managers: recorded where they are not as JAX has them
+# Compiler options, which have no context managers: recorded where they differ from JAX's defaults
 RECORDED: dict[str, Any] = {
     "jax_compiler_enable_remat_pass": True,
     "jax_disable_most_optimizations": False,
@@ -45,7 +45,7 @@ RECORDED: dict[str, Any] = {
 
 @contextlib.contextmanager
 def pinned():
-    """Sets, in this thread, JAX's switches that change numbers, or break us, to what we rely on."""
+    """Set the JAX options that change results, or break this package, to fixed values in this thread."""
     with contextlib.ExitStack() as stack:
         for name, value in PINNED.items():
             if hasattr(jax, name):
@@ -54,19 +54,19 @@ def pinned():
 
 
 def switches() -> dict[str, Any]:
-    """The switches of JAX's compiler that are not as JAX has them: they may change the last bits."""
+    """Return the compiler options that differ from JAX's defaults: they may change the last bits."""
     found = {name: jax.config.values.get(name, usual) for name, usual in RECORDED.items()}
     return {name: value for name, value in found.items() if value != RECORDED[name]}
 
 
 def key(seed: int | Int[Array, ""]) -> Key[Array, ""]:
-    """`jax.random.key(seed)` of Threefry, whatever JAX's default; the seed counts modulo 2^32."""
+    """Return `jax.random.key(seed)` for Threefry, whatever JAX's default; seeds are modulo 2^32."""
     seed = jnp.asarray(seed % 2**32 if isinstance(seed, int) else seed, jnp.uint32)
     return jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(seed), seed]), impl="threefry2x32")
 
 
 def precise(method):
-    """Decorates a method of a Flax module: `precision` of its `dtype`, or float32 if it has none."""
+    """Decorate a Flax method to run under `precision` of the module's `dtype`, or of float32."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
@@ -77,10 +77,10 @@ def precise(method):
 
 
 def precision(dtype: Any):
-    """A context in which products have the precision of a model's dtype.
+    """Return a context in which matrix products have the precision of a model's dtype.
 
-    JAX's default for float32 is bfloat16 on TPU and TF32 on recent GPUs. So float32 models are traced at
-    the highest, for forward passes and for backward passes that are traced in it as well.
+    JAX's default for float32 is bfloat16 on TPU and TF32 on recent GPUs. Therefore float32 models are
+    traced at the highest precision, in forward passes and in backward passes traced within the context.
     """
     wide = jnp.dtype(dtype).itemsize >= 4
     return jax.default_matmul_precision("highest" if wide else "default")

@@ -1,9 +1,9 @@
-"""The roll call: whether all processes of a run have come, and whether they agree.
+"""The roll call: check that all processes of a run have arrived and agree with each other.
 
-JAX itself waits for missing processes and then aborts without saying which, and takes processes of
-different code or config for one run. So before JAX connects them they meet over plain TCP, at the
-address where JAX will: process 0 collects a record of each (host name, versions, config) and answers
-all with the same verdict. The connections stay open for watchdog.py.
+JAX itself waits for missing processes and then aborts without naming them, and it accepts processes with
+different code or config. Therefore the processes first meet over plain TCP, at the address that JAX will
+use: process 0 collects a record from each (host name, versions, config) and sends all of them the same
+verdict. The connections stay open for watchdog.py.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ from pixelflow_jax.common.errors import Lost, UserError
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-HELLO_SECONDS = 5.0  # for whoever connects to say who it is
-MAX_HELLO = 1 << 20  # bytes of a message before it is known who sends it: records have some thousands
-MAX_MESSAGE = 1 << 28  # and after: the records of all
-SEND_SECONDS = 60.0  # for a process to take what it is sent
-STRANGERS = 64  # connections that may wait at a time; of more, the oldest ends
+HELLO_SECONDS = 5.0  # for a new connection to identify itself
+MAX_HELLO = 1 << 20  # bytes per message before the sender is known; records have thousands
+MAX_MESSAGE = 1 << 28  # bytes per message afterwards: all records
+SEND_SECONDS = 60.0  # for a process to accept a message
+STRANGERS = 64  # unidentified connections at a time; beyond that, the oldest is closed
 SHOWN = 10  # disagreements that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a process stands in its run: process `index` of `count`, which meet at `address`."""
+    """The place of a process in its run: process `index` of `count`, which meet at `address`."""
 
     address: str
     count: int
@@ -51,18 +51,18 @@ class Link:
     """JSON lines over a connection to another process."""
 
     def __init__(self, connection: socket.socket, limit: int = MAX_MESSAGE):
-        self.socket, self.limit = connection, limit  # bytes of a message
+        self.socket, self.limit = connection, limit  # bytes per message
         self._received = bytearray()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Sends one message. Raises OSError if the other side is gone."""
+        """Send one message. Raises OSError if the other side is gone."""
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
-        """The next message, or None if none came in time.
+        """Return the next message, or None if none arrives within `timeout` seconds.
 
         Raises:
-          ConnectionError: if the other side is gone, or does not speak as ours do.
+          ConnectionError: if the other side is gone or does not follow the protocol.
         """
         end = time.monotonic() + timeout
         while b"\n" not in self._received:
@@ -85,11 +85,11 @@ class Link:
         return message
 
     def close(self) -> None:
-        """Hangs up."""
+        """Close the connection."""
         self.socket.close()
 
     def is_closed(self) -> bool:
-        """Whether the other side has hung up."""
+        """Return whether the other side has closed the connection."""
         try:
             self.receive(0)
         except OSError:
@@ -99,20 +99,20 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes of a run after the roll call; `links` are of process 0 to all, of others to it."""
+    """The processes of a run after the roll call; process 0 has `links` to all, others only to it."""
 
     place: Place
     records: list[dict[str, Any]]
     links: dict[int, Link]
-    offsets: dict[int, float]  # on process 0: seconds by which its clock is ahead of others'
+    offsets: dict[int, float]  # on process 0: seconds by which its clock is ahead
 
     def name(self, index: int) -> str:
-        """How messages call a process."""
+        """Return the name of a process in messages."""
         return f"process {index} ({self.records[index]['hostname']})"
 
 
 def make_record(**settings: Any) -> dict[str, Any]:
-    """What a process tells of itself; all but the host name must agree. `settings`: config and so on."""
+    """Return the record of this process, with `settings`; all but the host name must agree."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -126,7 +126,7 @@ def make_record(**settings: Any) -> dict[str, Any]:
 
 @functools.cache
 def code_digest() -> str:
-    """A short digest of this package's source, which tells one checkout from another."""
+    """Return a short digest of this package's source, which distinguishes checkouts."""
     folder, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -134,16 +134,16 @@ def code_digest() -> str:
 
 
 def roll_call(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
-    """Waits for all processes and compares their records; the same verdict on every process.
+    """Wait for all processes and compare their records; every process gets the same verdict.
 
     Args:
-      place: of this process.
-      record: see `make_record`.
+      place: the place of this process.
+      record: the record of this process, see `make_record`.
       timeout: seconds to wait for the others.
 
     Raises:
-      Lost: if some do not come in time.
-      UserError: if two claim the same place, or they disagree.
+      Lost: if some processes do not arrive in time.
+      UserError: if two processes claim the same place, or the records disagree.
     """
     if place.index:
         return _report(place, record, timeout)
@@ -160,17 +160,17 @@ def roll_call(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
         raise
     finally:
         for link in links.values():
-            with contextlib.suppress(OSError):  # the watchdog will say who
+            with contextlib.suppress(OSError):  # the watchdog will report it
                 link.send(verdict)
     return Cluster(place, ordered, links, offsets)
 
 
 def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: dict) -> None:
-    """On process 0: adds those who come in time. Raises as `roll_call` does.
+    """On process 0: add the processes that arrive in time. Raise as `roll_call` does.
 
-    Whoever connects is heard beside the others, so that a stranger who says nothing holds up nobody.
+    Connections are served concurrently, so that one that sends nothing delays nobody.
     """
-    end, waiting = time.monotonic() + timeout, {}  # socket: (link, when it has to have said who it is)
+    end, waiting = time.monotonic() + timeout, {}  # socket: (link, deadline)
     with _listen(place.address) as listener, contextlib.ExitStack() as stack:
         stack.callback(lambda: [link.close() for link, _ in waiting.values()])
         while len(records) < place.count:
@@ -179,7 +179,7 @@ def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: 
                 raise Lost(_missing(place, records, timeout))
             for ready in select.select([listener, *waiting], [], [], min(left, 1.0))[0]:
                 if ready is listener:
-                    with contextlib.suppress(OSError):  # gone already, or no descriptor is free
+                    with contextlib.suppress(OSError):  # gone already, or no free descriptor
                         connection = listener.accept()[0]
                         connection.settimeout(SEND_SECONDS)
                         waiting[connection] = (
@@ -194,7 +194,7 @@ def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: 
 
 
 def _hear(place: Place, waiting: dict, connection: socket.socket, records, links, offsets) -> None:
-    """Takes what a connection has said so far; adds its process when that is a whole record."""
+    """Read from a connection; add its process when the record is complete."""
     link, _ = waiting[connection]
     try:
         hello = link.receive(0)
@@ -204,9 +204,9 @@ def _hear(place: Place, waiting: dict, connection: socket.socket, records, links
         offset, host = time.time() - float(hello["time"]), str(record["hostname"])
         if not 0 < index < max(place.count, count):
             raise ValueError(index)
-        flatten_dict(record)  # not too deep to be compared
+        flatten_dict(record)  # raises if it is too deep to be compared
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
-        waiting.pop(connection)[0].close()  # a port scanner, or a process that was stopped meanwhile
+        waiting.pop(connection)[0].close()  # a port scanner, or a process that was stopped
         return
     del waiting[connection]
     link.limit = MAX_MESSAGE
@@ -214,7 +214,7 @@ def _hear(place: Place, waiting: dict, connection: socket.socket, records, links
         links[-1] = link  # so that it hears the verdict too
         raise UserError(
             f"two processes say that they are process {index}: on {records[index]['hostname']} "
-            f"and on {host}. Start each process once, with an index of its own"
+            f"and on {host}. Start each process once, with its own index"
         )
     links[index], records[index], offsets[index] = link, record, offset
     if count != place.count:
@@ -230,15 +230,15 @@ def _missing(place: Place, records: dict[int, dict], timeout: float) -> str:
     return (
         f"{len(records)} of {place.count} hosts arrived within {timeout:g} s: processes {here}; "
         f"missing: {', '.join(missing)}. Run the same command on all workers "
-        f"(launch/tpu_vm.sh train does), and see whether the missing ones have stopped with an error"
+        f"(launch/tpu_vm.sh train does), and check whether the missing ones stopped with an error"
     )
 
 
 def _listen(address: str) -> socket.socket:
-    """Listens where the others look for process 0, and, as far as can be told, nowhere else.
+    """Return a socket that listens at the address of process 0 and, if possible, nowhere else.
 
-    The name may lead to an address that this machine does not have (a proxy's, a public one), or to
-    one that others cannot reach (Debian's 127.0.1.1): then it listens on all interfaces, and says so.
+    The name may resolve to an address that this machine does not have (a proxy's or a public one), or to
+    one that others cannot reach (Debian's 127.0.1.1). Then it listens on all interfaces and warns.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
@@ -250,7 +250,7 @@ def _listen(address: str) -> socket.socket:
     if own:
         return _bound(address, own[0], int(port))
     log.warning(
-        "the roll call listens on all interfaces, as %s is no address of this machine that others see",
+        "the roll call listens on all interfaces: others cannot reach this machine at %s",
         host,
     )
     return _bound(address, "", int(port))
@@ -261,7 +261,7 @@ def _is_loopback(ip: str) -> bool:
 
 
 def _is_here(ip: str) -> bool:
-    """Whether an address is of this machine."""
+    """Return whether an address belongs to this machine."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as trial:
             trial.bind((ip, 0))
@@ -278,12 +278,12 @@ def _bound(address: str, ip: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"process 0 cannot listen at {address}: {error.strerror}. Is a process of an earlier run "
-            f"still there? (launch/tpu_vm.sh kill ends it)"
+            f"still running? (launch/tpu_vm.sh kill ends it)"
         ) from None
 
 
 def _report(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
-    """On another process: tells process 0 its record, and takes its verdict."""
+    """On another process: send the record to process 0 and wait for its verdict."""
     host, _, port = place.address.rpartition(":")
     hello = {"index": place.index, "count": place.count, "record": record}
     end, reason = time.monotonic() + timeout, "nothing answers"
@@ -292,17 +292,17 @@ def _report(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
             link = Link(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
             link.socket.settimeout(None)
             link.send({**hello, "time": time.time()})
-            verdict = link.receive(timeout + 2 * HELLO_SECONDS)  # process 0 may have come last
+            verdict = link.receive(timeout + 2 * HELLO_SECONDS)  # process 0 may have arrived last
             if verdict is not None:
                 break
-            reason = "it answers, but did not finish the roll call"
+            reason = "it answered but did not finish the roll call"
         except OSError as error:
             reason = str(error)
             time.sleep(0.2)
     else:
         raise Lost(
             f"process {place.index}: process 0 at {place.address} was not reached within {timeout:g} s "
-            f"({reason}). Run the same command on all workers, process 0 too"
+            f"({reason}). Run the same command on all workers, including process 0"
         )
     if "error" in verdict:
         raise (Lost if verdict["lost"] else UserError)(verdict["error"])
@@ -310,7 +310,7 @@ def _report(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
 
 
 def disagreements(records: Sequence[dict[str, Any]]) -> str:
-    """What keeps processes with these records from being one run, in a sentence; "" if nothing does."""
+    """Return why processes with these records cannot form one run, in a sentence; "" if they can."""
     flat = [flatten_dict(record, sep=".") for record in records]
     found = []
     for key in sorted(set().union(*flat) - {"hostname"}):
@@ -328,6 +328,6 @@ def disagreements(records: Sequence[dict[str, Any]]) -> str:
         return ""
     more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
     return (
-        f"the hosts disagree, so nothing was started. {' | '.join(found[:SHOWN])}{more}. Bring all to "
-        f"the same code, packages, environment and flags"
+        f"the hosts disagree, so nothing was started. {' | '.join(found[:SHOWN])}{more}. Use the same "
+        f"code, packages, environment and flags on all hosts"
     )

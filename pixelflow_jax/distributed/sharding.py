@@ -1,10 +1,10 @@
-"""The mesh of devices, and how parameters and batches are split over it.
+"""The device mesh, and how parameters and batches are sharded over it.
 
-Three axes: `data` copies the parameters, `fsdp` splits them; the batch is split over both. Devices along
-`context` share their images: each holds a part of every sequence of tokens (packing.py). The train
-step runs under shard_map: each device works on its own packed row, gathers a layer's parameters
-just before it needs them, and gets its share of their gradient back by a reduce-scatter, which is
-the transpose of that gather. So the collectives are those written here and no others.
+The mesh has three axes. `data` replicates the parameters, `fsdp` shards them, and the batch is split
+over both. Devices along `context` share their images: each holds a part of every sequence of tokens
+(cascade/packing.py). The train step runs under shard_map: each device works on its own packed row,
+gathers a layer's parameters just before using them, and receives its shard of their gradient from a
+reduce-scatter, the transpose of that gather. All collectives are written here.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ from pixelflow_jax.common.errors import UserError
 
 AXES = ("data", "fsdp")
 BATCH = P(AXES)
-GATHERED = "gathered_parameters"  # name of what the backward pass gathers again, not keeps
-SCANNED = "blocks"  # parameters below this name have a leading layer axis, which is never split
+GATHERED = "gathered_parameters"  # name of what the backward pass gathers again instead of keeping
+SCANNED = "blocks"  # parameters below this name have a leading layer axis, which is never sharded
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None, context: int = 1) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `context`; one of the first two may be -1, for the rest.
+    """Return a mesh with the axes `data`, `fsdp` and `context`.
 
-    With several TPU slices, `data` goes over the slow network between them (so its size is a
-    multiple of their number); `fsdp` and `context` stay inside a slice. On GPUs they stay inside a node
-    where they fit.
+    One of `data` and `fsdp` may be -1 for the remaining devices. With several TPU slices, `data` runs
+    over the slow network between them, so its size must be a multiple of their number; `fsdp` and
+    `context` stay within a slice. On GPUs they stay within a node where they fit.
 
     Raises:
-      UserError: if the sizes do not fit the devices; it says which would.
+      UserError: if the sizes do not fit the devices; the message suggests sizes that do.
     """
     devices = (hardware.local_devices() and jax.devices()) if devices is None else devices
     tpu = devices[0].platform == "tpu"
@@ -62,34 +62,34 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def _arrange(sizes: list[int], devices: list, slices: int) -> np.ndarray:
-    """The devices as an array of `sizes`, neighbours along the last axes closest."""
-    if devices[0].platform != "tpu":  # nodes one after the other
+    """Return the devices as an array of `sizes`, with the closest neighbours along the last axes."""
+    if devices[0].platform != "tpu":  # node by node
         attributes = ("slice_index", "process_index", "id")
         place = [[getattr(d, name, None) or 0 for name in attributes] for d in devices]
         order = sorted(range(len(devices)), key=place.__getitem__)
         return np.array(devices)[order].reshape(sizes)
     inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-    for split in (False, True):  # whether an axis of the mesh may take a part of one of the torus
+    for split in (False, True):  # whether a mesh axis may use a part of a torus axis
         options = dict(devices=devices, allow_split_physical_axes=split)
         try:
             if slices > 1:
                 return mesh_utils.create_hybrid_device_mesh(inner, outer, **options)
             return mesh_utils.create_device_mesh(sizes, **options)
-        except (NotImplementedError, AssertionError, ValueError):  # no torus, or not a whole one
+        except (NotImplementedError, AssertionError, ValueError):  # no torus, or an incomplete one
             continue
     return np.array(devices).reshape(sizes)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many parts a batch is split into."""
+    """Return the number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def param_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
-    """Which axis of a parameter (or of its moments and averages) is split over `fsdp`.
+    """Return the spec of a parameter (or of its moments and averages).
 
-    Matrices are split along their first axis that `fsdp` divides (the layer axis of scanned blocks
-    aside); vectors, which are small, are on every device.
+    Matrices are sharded along the first axis that `fsdp` divides, except the layer axis of scanned
+    blocks. Vectors are small and replicated.
     """
     skip = 1 if SCANNED in path.split("/") else 0
     own = shape[skip:]
@@ -101,7 +101,7 @@ def param_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def specs(tree: Any, mesh: Mesh) -> Any:
-    """The spec of every leaf of a state or of parameters (arrays or shapes)."""
+    """Return the spec of every leaf of a state or of parameters (arrays or shapes)."""
 
     def one(path, leaf):
         return param_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, fsdp)
@@ -111,14 +111,14 @@ def specs(tree: Any, mesh: Mesh) -> Any:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a state or of parameters (arrays or shapes)."""
+    """Return the sharding of every leaf of a state or of parameters (arrays or shapes)."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
 
 
 def gather(params: Any, param_specs: Any, dtype: Any) -> Any:
-    """Inside shard_map: whole matrices from each device's part, sent in the compute dtype.
+    """Inside shard_map: gather whole matrices from each device's shard, in the compute dtype.
 
-    The transpose, which the backward pass runs, is a reduce-scatter of the gradient in that dtype.
+    The backward pass runs the transpose, a reduce-scatter of the gradient in that dtype.
     """
 
     def one(x, spec):
@@ -131,20 +131,20 @@ def gather(params: Any, param_specs: Any, dtype: Any) -> Any:
 
 
 def layer_gather(param_specs: Any, dtype: Any) -> Callable[[Any], Any]:
-    """`gather` for one layer of the scanned blocks, whose leaves have lost their layer axis."""
+    """Return `gather` for one layer of the scanned blocks, whose leaves have no layer axis."""
     inner = jax.tree.map(lambda spec: P(*spec[1:]), param_specs, is_leaf=lambda x: isinstance(x, P))
     return lambda params: gather(params, inner, dtype)
 
 
 def gather_rest(params: Any, param_specs: Any, dtype: Any) -> Any:
-    """`gather` for all parameters but those of the scanned blocks, which are left as they are."""
+    """Apply `gather` to all parameters except those of the scanned blocks."""
     rest = [name for name in params if name != SCANNED]
     whole = gather(*({name: tree[name] for name in rest} for tree in (params, param_specs)), dtype)
     return {**params, **whole}
 
 
 def reduce_gradients(grads: Any, param_specs: Any) -> Any:
-    """Inside shard_map: the sum over devices of what each of them holds of the gradients."""
+    """Inside shard_map: sum the gradients over the devices."""
 
     def one(grad, spec):
         return jax.lax.psum(grad, ("data", CONTEXT) if "fsdp" in spec else (*AXES, CONTEXT))
@@ -153,13 +153,13 @@ def reduce_gradients(grads: Any, param_specs: Any) -> Any:
 
 
 def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
-    """Which entries of a batch of `size` this process must load, in the order of the batch."""
+    """Return the indices in a batch of `size` that this process must load, in order."""
     slices = sharding.addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[index] for (index,) in slices]))
 
 
 def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding, size: int) -> dict:
-    """Global arrays of `size` entries from what each process has loaded of them."""
+    """Return global arrays of `size` entries from the part that each process has loaded."""
     return {
         name: jax.make_array_from_process_local_data(sharding, part, (size, *part.shape[1:]))
         for name, part in batch.items()
