@@ -250,7 +250,7 @@ def _listen(address: str) -> socket.socket:
     if own:
         return _bound(address, own[0], int(port))
     log.warning(
-        "the roll call listens on all interfaces, as %s is not an address at which others reach this host",
+        "the roll call listens on all interfaces, as %s is not an address where others reach this host",
         host,
     )
     return _bound(address, "", int(port))
