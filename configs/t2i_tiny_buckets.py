@@ -3,9 +3,9 @@
 python -m pixelflow_jax.train --config=configs/t2i_tiny_buckets.py --workdir=runs/t2i_tiny_buckets \\
     --config.init_from=runs/t2i_tiny
 
-4,000 steps take 18 minutes. Expected (benchmarks/text_steering.py): at these sizes, the digit is right in
-54 to 71% of samples, size, place and colours in at least 98.6%; at the unseen sizes 16x24 and 24x16, the
-digit is right in 36 to 40%.
+4,000 steps take 18 minutes. Expected (benchmarks/text_steering.py): at these sizes, the digit is right
+in 54 to 71% of samples, size, place and colours in at least 98.6%; at the unseen sizes 16x24 and 24x16,
+the digit is right in 36 to 40%.
 """
 
 from pixelflow_jax.configs.t2i_tiny import get_config as square
