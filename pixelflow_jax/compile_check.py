@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from pixelflow_jax.common import cli, files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.common.hardware import CHIPS, DEVICE_KINDS, GIB
-from pixelflow_jax.config import build_model, check_batch_size
+from pixelflow_jax.config import build_model, check_batch_size, parse_flags
 from pixelflow_jax.distributed import sharding
 
 TASKS = ("train", "sample")
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="train", help="what to compile")
     parser.add_argument("--batch_per_chip", type=int, help="images a chip; default: config.batch_size")
     parser.add_argument("--json", help="also write the figures to this file")
-    args, config = cli.parse_with_config(parser, argv)
+    args, config = parse_flags(parser, argv)
     for flag in ("num_slices", "batch_per_chip"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")

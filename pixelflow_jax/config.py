@@ -1,7 +1,9 @@
 """Run configurations: every key with its default, loading, overrides, and what they build."""
 
+import argparse
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,6 +156,28 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             value = parse(key, text, default)
             (config[section] if section else config)[leaf] = value
     return check_config(config)
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, ConfigDict | None]:
+    """Parse a command's flags, and load --config with the overrides --config.KEY=VALUE.
+
+    Returns:
+      (flags, config); the config is None without --config.
+
+    Raises:
+      UserError: for a bad flag or config.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
+    for key in overrides:
+        if "=" not in key:
+            raise UserError(f"--config.{key}: write it as --config.{key}=VALUE")
+    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
+    if args.config is None and overrides:
+        raise UserError(f"--config.{overrides[0]} goes with --config")
+    return args, None if args.config is None else load_config(args.config, overrides)
 
 
 def config_from_dict(values: dict[str, Any]) -> ConfigDict:

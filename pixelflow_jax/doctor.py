@@ -28,11 +28,11 @@ from packaging.requirements import Requirement
 from pixelflow_jax.common import cli, files, hardware, locks
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
+from pixelflow_jax.config import parse_flags
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.distributed.rollcall import Cluster, code_digest
-from pixelflow_jax.train import check_init_from
 from pixelflow_jax.training import checkpoints
-from pixelflow_jax.training.start import check_same_data, data_of, holds_run
+from pixelflow_jax.training.start import check_init_from, check_same_data, data_of, holds_run
 
 BATCHES = 5  # read to see how fast the data comes
 FOLDERS = (checkpoints.FOLDER, "samples", "tensorboard", "profile", "damaged")  # of a workdir
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/digits.py", help="config file (%(default)s)")
     parser.add_argument("--workdir", required=True, help="folder that the run would use")
     parser.add_argument("--no_compile", action="store_true", help="skip the memory estimate (minutes)")
-    args, config = cli.parse_with_config(parser, argv)
+    args, config = parse_flags(parser, argv)
     with no_new_folders(args.workdir):  # from before the roll call, after which hosts make them
         cluster = hosts.gather(
             config.hosts.start_timeout, config=config.to_dict(), workdir=args.workdir, command="doctor"

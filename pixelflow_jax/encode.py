@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pixelflow_jax.common import cli, files, locks
 from pixelflow_jax.common.errors import UserError
-from pixelflow_jax.config import default_config
+from pixelflow_jax.config import default_config, parse_flags
 from pixelflow_jax.data.sources import captions_at, open_source
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.text.cache import encode_texts, length_groups
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--shard_size", type=int, default=4096, help="texts (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder of the cache: new, or one to add to")
-    args, config = cli.parse_with_config(parser, argv)
+    args, config = parse_flags(parser, argv)
     if (args.config is None) == (args.captions is None):
         raise UserError("give either --config or --captions")
     config = config or default_config()

@@ -11,18 +11,16 @@ import functools
 import sys
 
 import jax
-from etils import epath
-from ml_collections import ConfigDict
 
 from pixelflow_jax.common import cli
-from pixelflow_jax.common.errors import EXIT_PREEMPTED, UserError
+from pixelflow_jax.common.errors import EXIT_PREEMPTED
+from pixelflow_jax.config import parse_flags
 from pixelflow_jax.distributed.preemption import Preempted
 from pixelflow_jax.distributed.watchdog import joined
-from pixelflow_jax.foreign.official import read_official
-from pixelflow_jax.training.checkpoints import CheckpointFailed, find_step, load_params
+from pixelflow_jax.training.checkpoints import CheckpointFailed
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
-from pixelflow_jax.training.start import has_begun
+from pixelflow_jax.training.start import check_init_from, initial_params
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         "--config", default="configs/digits.py", help="config file (default: %(default)s)"
     )
     parser.add_argument("--workdir", required=True, help="folder of the run: new, or one to resume")
-    args, config = cli.parse_with_config(parser, argv)
+    args, config = parse_flags(parser, argv)
     check_init_from(config, args.workdir)
     load_initial = functools.partial(initial_params, config) if config.init_from else None
     try:
@@ -46,26 +44,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     if jax.process_index() == 0:
         print(report)
-
-
-def check_init_from(config: ConfigDict, workdir: str) -> None:
-    """Raises UserError if what a new run is to start from is not there; one that has begun is fine."""
-    begun = has_begun(epath.Path(workdir))
-    if config.init_from and not begun and not epath.Path(config.init_from).exists():
-        raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
-
-
-def initial_params(config: ConfigDict) -> dict:
-    """The parameters that `config.init_from` names: a checkpoint of ours, or official weights."""
-    path, ours = epath.Path(config.init_from), True
-    try:
-        find_step(path)
-    except UserError:
-        ours = False
-    try:
-        return load_params(path)[0] if ours else read_official(path)[0]
-    except UserError as error:
-        raise UserError(f"config.init_from={config.init_from} cannot be read: {error}") from None
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ import warnings
 from collections.abc import Callable
 
 import jax
-from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files, hardware, numerics
-from pixelflow_jax.common.errors import EXIT_LOST, Lost, UserError, sentence
-from pixelflow_jax.config import load_config
-from pixelflow_jax.distributed import hosts
+from pixelflow_jax.common import ends, files, hardware, numerics
+from pixelflow_jax.common.errors import Explained, UserError, sentence
 
 # Flags of text that may look like anything
 WORDS = ("prompt", "negative_prompt", "labels", "negative_labels")
@@ -60,21 +57,6 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return Parser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
 
-def parse_with_config(
-    parser: argparse.ArgumentParser, argv: list[str] | None
-) -> tuple[argparse.Namespace, ConfigDict | None]:
-    """The flags, and the config of --config with what --config.KEY=VALUE says; None without --config."""
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-    for key in overrides:
-        if "=" not in key:
-            raise UserError(f"--config.{key}: write it as --config.{key}=VALUE")
-    args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
-    if args.config is None and overrides:
-        raise UserError(f"--config.{overrides[0]} goes with --config")
-    return args, None if args.config is None else load_config(args.config, overrides)
-
-
 def run(main: Callable[[], None]) -> None:
     """Runs a command: bad input is one line on stderr and exit code 2, without a traceback."""
     for name in ("absl", "asyncio"):  # Orbax logs tracebacks there of what we report in a sentence
@@ -87,7 +69,7 @@ def run(main: Callable[[], None]) -> None:
     sys.unraisablehook = _unraisable
     mend_streams()
     keep_freed_memory()
-    hosts.end_at_signals()
+    ends.end_at_signals()
     try:
         if callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
@@ -97,12 +79,9 @@ def run(main: Callable[[], None]) -> None:
             main()
         sys.stdout.flush()  # a full disk shows here, not at Python's end
         return
-    except UserError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        code = 2
-    except Lost as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_LOST
+    except Explained as error:
+        print(f"error: {sentence(error, error.printed)}", file=sys.stderr)
+        code = error.exit_code
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error}{_which_is_full(error)}", file=sys.stderr)
         code = 1
@@ -123,7 +102,7 @@ def run(main: Callable[[], None]) -> None:
         else:
             traceback.print_exc()
         code = 2 if why else 1
-    hosts.leave(code)
+    ends.leave(code)
 
 
 def mend_streams() -> None:

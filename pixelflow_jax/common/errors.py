@@ -1,27 +1,46 @@
-"""The one exception that means: the user can mend this."""
+"""Errors that a person can act on, and how a command reports them."""
 
 import contextlib
 import importlib
 import types
 from collections.abc import Iterator
 
-LONGEST = 3000
+LONGEST = 3000  # characters of a message
 
 
-class UserError(ValueError):
+class Explained(Exception):
+    """An error whose message tells a person why the command ended.
+
+    Commands print it as one line, without a traceback, and exit with `exit_code`. Any other exception
+    that escapes is a bug.
+    """
+
+    exit_code = 1
+    printed = LONGEST  # characters that a command prints
+
+
+class UserError(Explained, ValueError):
     """Bad input from a person: a flag, a file, a config value.
 
-    The message says what was wrong, where it came from and what would be right. Commands print it
-    as one line without a traceback and exit with code 2; anything else that escapes is a bug. A longer
-    one than LONGEST characters, such as one that quotes a value, loses its middle.
+    The message says what is wrong, where it came from and what would be right. A message longer than
+    LONGEST characters, such as one that quotes a value, loses its middle.
     """
+
+    exit_code = 2
+    printed = 600
 
     def __init__(self, message: str = ""):
         super().__init__(_cut(message, LONGEST))
 
 
-def sentence(error: BaseException, limit: int = 600) -> str:
-    """What an error says, on one line that a terminal can show; a long text loses its middle."""
+class Lost(Explained):
+    """The run cannot continue without a process that is missing, gone or hanging; nothing is broken."""
+
+    exit_code = 76  # start the same command again when the machines are well
+
+
+def sentence(error: BaseException, limit: int = UserError.printed) -> str:
+    """Return an error's message as one printable line; a long message loses its middle."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return _cut(text, limit)
@@ -33,7 +52,7 @@ def _cut(text: str, limit: int) -> str:
 
 @contextlib.contextmanager
 def blame(what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
-    """Turns errors of these kinds into a UserError: "{what}: {what the error says}"."""
+    """Turn errors of these kinds into a UserError: "{what}: {the error's message}"."""
     try:
         yield
     except UserError:
@@ -43,25 +62,21 @@ def blame(what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exce
 
 
 def optional(module: str, extra: str, what: str) -> types.ModuleType:
-    """A module of an extra. Raises UserError, with the way to install it, if it is not there."""
+    """Import a module of an extra.
+
+    Raises:
+      UserError: if it cannot be imported; says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
             f"{what} needs the extra `{extra}` (pip install 'pixelflow_jax[{extra}]'): {sentence(error)}"
         ) from None
-    except Exception as error:  # a library of the system's, a setting in the environment
+    except Exception as error:  # a system library, an environment variable
         raise UserError(
-            f"{what} needs {module}, which is there but cannot start: {sentence(error)}"
+            f"{what} needs {module}, which is installed but cannot be imported: {sentence(error)}"
         ) from None
 
 
-class Lost(Exception):
-    """The run cannot go on without a process that is missing, gone or hangs; nothing is broken.
-
-    Commands print it as one line and exit with EXIT_LOST.
-    """
-
-
-EXIT_PREEMPTED = 75  # a run stopped by a preemption signal after saving: start it again
-EXIT_LOST = 76  # see Lost: start it again when the machines are well
+EXIT_PREEMPTED = 75  # stopped by a preemption signal after saving: start the same command again

@@ -1,7 +1,6 @@
 """The processes of a run: where each stands, how JAX connects them, and how they part."""
 
 import collections
-import contextlib
 import ctypes
 import glob
 import hashlib
@@ -9,19 +8,16 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import socket
-import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 from typing import Any
 
 import jax
 
+from pixelflow_jax.common import ends
 from pixelflow_jax.common.errors import Lost, UserError
 from pixelflow_jax.distributed.rollcall import Cluster, Place, make_record, roll_call
 
@@ -29,13 +25,7 @@ WORKER_NUMBER = (
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
 )
 START_SILENCE = 300.0  # seconds of silence that a process may keep before its first step
-LEAVE_SECONDS = 10.0  # for the others to end, before process 0 does
 BARRIER_SECONDS = 24 * 3600  # the watchdog knows sooner if somebody is missing
-INTERRUPT_SECONDS = 1.0  # for the main thread to end by itself after a signal
-# Signals that end a process at once: with which exit code and words
-ENDS: dict[int, tuple[int, str]] = {signal.SIGINT: (130, "interrupted")}
-
-_connected: "Cluster | None" = None  # as JAX's own connection, one a process
 
 # What tells that this process is one of several, by who sets it. JAX finds out the rest.
 SIGNS = {
@@ -138,7 +128,6 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
 
-    global _connected
     place = cluster.place
     jax.distributed.initialize(
         place.address,
@@ -148,7 +137,8 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
         initialization_timeout=int(start_timeout),
         heartbeat_timeout_seconds=int(2 * max(START_SILENCE, heartbeat_timeout)),
     )
-    _connected = cluster
+    if place.index == 0:  # JAX aborts in the other processes as soon as process 0 is gone
+        ends.LAST += [link.is_closed for link in cluster.links.values()]
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         has = ", ".join(f"{cluster.name(index)} {count}" for index, count in sorted(counts.items()))
@@ -164,45 +154,6 @@ def barrier(name: str) -> None:
 
         # by JAX's coordinator: a collective could run into its own timeout
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_SECONDS * 1000)
-
-
-def leave(code: int) -> None:
-    """Ends this process at once, whatever threads it has; of several, process 0 goes last.
-
-    Python would join the threads, some of which wait for minutes for what a failed save never tells
-    them, and JAX would wait for the other processes, in which it aborts when process 0 is gone.
-    """
-    end = time.monotonic() + LEAVE_SECONDS
-    for link in _connected.links.values() if _connected and _connected.place.index == 0 else ():
-        while not link.is_closed() and time.monotonic() < end:
-            time.sleep(0.05)
-    for child in multiprocessing.active_children():
-        child.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full or not there
-            stream.flush()
-    os._exit(code)
-
-
-def end_at_signals() -> None:
-    """Lets the signals of ENDS end this process though its main thread is in C and does not hear them.
-
-    Python's own handlers run in the main thread alone, which an XLA compilation holds for minutes.
-    """
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
-
-    def wait():
-        while received := receiver.recv(1):
-            if received[0] in ENDS:
-                time.sleep(INTERRUPT_SECONDS)
-                code, words = ENDS.get(received[0], (0, ""))
-                if code:  # it still holds
-                    print(words, file=sys.stderr)
-                    leave(code)
-
-    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def host_table(cluster: Cluster) -> str:

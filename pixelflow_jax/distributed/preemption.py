@@ -6,8 +6,8 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+from pixelflow_jax.common import ends
 from pixelflow_jax.common.errors import EXIT_PREEMPTED
-from pixelflow_jax.distributed import hosts
 
 NOTHING = "Stopped before a first step was done: start me again"
 
@@ -36,11 +36,11 @@ class PreemptionWatch:
     def __enter__(self):
         if not self._several and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
-            hosts.ENDS[signal.SIGTERM] = EXIT_PREEMPTED, NOTHING
+            ends.SIGNALS[signal.SIGTERM] = EXIT_PREEMPTED, NOTHING
         return self
 
     def __exit__(self, *_):
-        hosts.ENDS.pop(signal.SIGTERM, None)
+        ends.SIGNALS.pop(signal.SIGTERM, None)
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
@@ -52,7 +52,7 @@ class PreemptionWatch:
     def requested(self, step: int) -> bool:
         """Whether to save after update number `step` and stop; the same answer on every process."""
         self._begun = True
-        hosts.ENDS.pop(signal.SIGTERM, None)
+        ends.SIGNALS.pop(signal.SIGTERM, None)
         if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._seen

@@ -18,18 +18,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common.errors import EXIT_LOST, Lost, UserError
+from pixelflow_jax.common.errors import Explained, Lost
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.distributed.hosts import START_SILENCE
 from pixelflow_jax.distributed.preemption import Preempted
 from pixelflow_jax.distributed.rollcall import Cluster
-from pixelflow_jax.training.metrics import TrainingDiverged
 
 BEAT = 1.0  # seconds between messages
 GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over
 WAITING = "waiting for the others"  # a place where nobody is late
 STARTING = "starting"  # so begins the name of a place where a process may stay for as long as it likes
-OWN = (UserError, TrainingDiverged, Preempted)  # errors that speak for themselves
+OWN = (Explained, Preempted)  # errors that explain themselves
 LOST = "Checkpoints are kept: start the same command again on all, and it goes on from the newest"
 
 
@@ -120,7 +119,7 @@ class Watchdog:
             self._tell({"end": verdict})
         if not self._done.wait(GRACE):
             print(f"\nerror: {verdict}", file=sys.stderr, flush=True)
-            os._exit(EXIT_LOST)  # the main thread is in a collective that will not return
+            os._exit(Lost.exit_code)  # the main thread is in a collective that will not return
 
     def _exchange(self) -> str | None:
         """Hears the others for a beat, tells them where we are; what is wrong, if anything is."""

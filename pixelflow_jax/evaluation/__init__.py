@@ -1,1 +1,4 @@
-"""Judging samples: image sets, features, statistics in float64, the metrics."""
+"""Judging samples: reference statistics, FID, sFID, Inception Score, precision and recall, sweeps.
+
+Code that makes images does not belong here (see sampling/ and requests/).
+"""

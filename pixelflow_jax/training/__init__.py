@@ -1,1 +1,4 @@
-"""Training: optimizer and state, the step, checkpoints, metrics, and the loop that joins them."""
+"""The objective, optimizer, train step, checkpoints, metrics, how a run starts, and the loop.
+
+Reading data (see data/) and drawing samples (see sampling/) do not belong here.
+"""

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from pixelflow_jax.common import files
+from pixelflow_jax.common.errors import Explained
 from pixelflow_jax.common.hardware import PEAK_FLOPS
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.training.writes import Journal
@@ -26,7 +27,7 @@ JOURNAL = "journal"
 FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is not
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(Explained):
     """A step's loss, gradient or parameters were NaN or infinite."""
 
 

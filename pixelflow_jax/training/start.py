@@ -23,6 +23,7 @@ from pixelflow_jax.config import differences
 from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
+from pixelflow_jax.foreign.official import read_official
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints
@@ -72,6 +73,26 @@ def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
         return init_state(init_params(model, config.seed), optimizer)
 
     return jax.jit(init, out_shardings=shardings)()
+
+
+def check_init_from(config: ConfigDict, workdir: str) -> None:
+    """Raises UserError if what a new run is to start from is not there; one that has begun is fine."""
+    begun = has_begun(epath.Path(workdir))
+    if config.init_from and not begun and not epath.Path(config.init_from).exists():
+        raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
+
+
+def initial_params(config: ConfigDict) -> dict:
+    """The parameters that `config.init_from` names: a checkpoint of ours, or official weights."""
+    path, ours = epath.Path(config.init_from), True
+    try:
+        checkpoints.find_step(path)
+    except UserError:
+        ours = False
+    try:
+        return checkpoints.load_params(path)[0] if ours else read_official(path)[0]
+    except UserError as error:
+        raise UserError(f"config.init_from={config.init_from} cannot be read: {error}") from None
 
 
 def check_shapes(params: dict, expected: dict, path: str) -> None:

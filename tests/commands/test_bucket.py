@@ -23,9 +23,9 @@ from pixelflow_jax.data.sources import open_source
 from pixelflow_jax.distributed.preemption import Preempted
 from pixelflow_jax.requests.layouts import read_prompts_file, write_layout
 from pixelflow_jax.requests.output import OutputFolder
-from pixelflow_jax.train import initial_params
 from pixelflow_jax.training import loop, saver, writes
 from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
+from pixelflow_jax.training.start import initial_params
 
 from bucket import Bucket
 from conftest import TINY, start_hosts

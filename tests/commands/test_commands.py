@@ -235,9 +235,9 @@ def test_exit_codes_and_no_traceback(tmp_path):
 def test_reports_end_as_errors_do(monkeypatch, capsys):
     """Catches a process that says what is wrong and then waits for the others of its run for minutes."""
     left = []
-    monkeypatch.setattr(cli.hosts, "leave", left.append)
-    for name in ("cli.keep_freed_memory", "cli.mend_streams", "hosts.end_at_signals"):
-        monkeypatch.setattr(f"pixelflow_jax.{name}", lambda: None)
+    monkeypatch.setattr(cli.ends, "leave", left.append)
+    for name in ("cli.keep_freed_memory", "cli.mend_streams", "ends.end_at_signals"):
+        monkeypatch.setattr(f"pixelflow_jax.common.{name}", lambda: None)
     cli.run(lambda: sys.exit("error: image 3 is not finite"))
     assert left == [1]
     assert "image 3" in capsys.readouterr().err

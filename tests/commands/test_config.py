@@ -15,6 +15,7 @@ from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.common.removed import Removed
 from pixelflow_jax.config import check_config, config_from_dict, default_config, differences, load_config
 from pixelflow_jax.data.sources import SOURCES
+from pixelflow_jax.models import attention, transformer
 from pixelflow_jax.sampling import grids, guidance, solvers
 
 CONFIGS = sorted(p.stem for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
@@ -119,6 +120,7 @@ def test_the_table_is_whole():
     assert config_keys.BOUNDS.keys() | config_keys.CHOICES.keys() <= DEFAULT.keys()
     assert not config_keys.REMOVED.keys() & DEFAULT.keys()
     rooms = {
+        "model.remat": transformer.REMAT_POLICIES,
         "data.source": SOURCES,
         "sample.solver": solvers.SOLVERS,
         "sample.step_control": solvers.CONTROLS,
@@ -127,6 +129,7 @@ def test_the_table_is_whole():
     }
     for key, names in rooms.items():
         assert config_keys.CHOICES[key] == tuple(names)
+    assert {*config_keys.CHOICES["model.attention"]} == {"auto", "splash", *attention.BACKENDS}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import pixelflow_jax as pf
-from pixelflow_jax import convert, train
+from pixelflow_jax import convert
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.training.checkpoints import find_step, load_params
+from pixelflow_jax.training.start import initial_params
 
 from conftest import TINY
 
@@ -40,7 +41,7 @@ def test_a_step_under_another_name(trained, tmp_path, name):
     assert config == own_config and meta["step"] == own_meta["step"] == 4
     for x, y in zip(values(params), values(expected), strict=True):
         np.testing.assert_array_equal(x, y)
-    initial = train.initial_params(pf.load_config("digits", [*TINY, f"init_from={place}"]))
+    initial = initial_params(pf.load_config("digits", [*TINY, f"init_from={place}"]))
     for x, y in zip(values(initial), values(expected), strict=True):
         np.testing.assert_array_equal(x, y)
 
