@@ -1,5 +1,4 @@
 """Errors, files on disk and in buckets, arrays in files, locks, numerics, and what is known of chips.
 
-Code that any room or command may use. Nothing here knows what a PixelFlow model or a run is, and nothing
-here imports another room.
+Any room or command may use this. Code that knows what a model or a run is does not belong here.
 """
