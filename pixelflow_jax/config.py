@@ -29,98 +29,107 @@ FREE = {
 
 
 def default_config() -> ConfigDict:
-    """Every key that a config has, with the released class model's training recipe as defaults."""
-    return ConfigDict(
-        dict(
-            seed=0,
-            num_train_steps=1_600_000,
-            batch_size=256,  # global
-            accumulation_steps=1,  # parts a batch is worked off in, to save memory
-            init_from="",  # a checkpoint (ours or official) whose parameters a new run starts from
-            dtype="float32",  # of computation, may change on resume; parameters and EMA stay float32
-            log_every=100,
-            checkpoint_every=5000,
-            sample_every=5000,  # a sample grid; 0 = never
-            keep_checkpoints=2,  # the newest ones
-            keep_every=0,  # also every checkpoint at a multiple of this step; 0 = none
-            model=dict(
-                num_heads=16,
-                head_dim=72,
-                depth=28,
-                # pixels a side; or one a stage, such as (4, 4, 4, 8)
-                patch_size=FieldReference(4, field_type=object),
-                num_classes=1000,  # 0 = no class labels
-                context_dim=0,  # width of the text states; 0 = no text
-                cross_gate=False,  # of text models: start as the class model of init_from
-                remat="none",  # none, dots or full: what the backward pass recomputes
-                scan_unroll=1,
-                attention="auto",  # by platform and length; or einsum, blockwise, splash, cudnn
-            ),
-            text=dict(  # of models with a context_dim
-                encoder="",  # a T5 folder or hub id; joint: a small T5 that is trained with the model
-                cache="",  # folder of states that `encode` wrote, in place of running the encoder
-                max_length=128,  # tokens, the end mark among them; longer texts are cut
-                words=(),  # a joint encoder's vocabulary
-                num_layers=2,  # sizes of a joint encoder; its width is model.context_dim
-                num_heads=4,
-                head_dim=32,
-                mlp_dim=256,
-            ),
-            cascade=dict(num_stages=4, gamma=-1 / 3),
-            data=dict(
-                source="digits",  # see SOURCES in data/sources.py
-                path="",
-                name="",  # of a TFDS dataset
-                split="train",
-                resolution=256,
-                max_aspect_ratio=1.0,  # above 1: sizes of resolution^2 pixels, up to this much longer
-                bucket_unit=64,  # their sides are multiples of it
-                crop="random",  # random (short side to 1.125 x resolution first), center or none
-                flip=True,
-                label_dropout=0.1,  # share of labels (or captions) dropped, for guidance
-                max_broken_share=0.05,  # of images that cannot be read; more stop the run
-                num_workers=0,  # processes that load; 0 = threads of this one
-                num_threads=8,
-                prefetch=4,  # batches read ahead, by each worker
-            ),
-            optimizer=dict(
-                learning_rate=1e-4,
-                schedule="constant",  # constant, or cosine or linear to 0 at num_train_steps
-                warmup_steps=0,
-                b1=0.9,
-                b2=0.999,
-                eps=1e-8,
-                weight_decay=0.0,
-                weight_decay_on="matrices",  # matrices (not biases and norms), or all
-                clip_norm=1.0,  # of the gradient; 0 = no clipping
-            ),
-            ema=dict(
-                decays=(0.9999,),  # an average each
-                half_lives=(),  # in images; an average each
-                warmup=False,  # a smaller decay in the first steps
-            ),
-            # -1 = the rest of the devices; context devices share the tokens of their images
-            mesh=dict(data=-1, fsdp=1, context=1),
-            hosts=dict(  # seconds
-                start_timeout=300.0,  # until all processes must have come
-                heartbeat_timeout=60.0,  # of silence, after which one counts as gone
-                step_timeout=1800.0,  # in which no process moves, after which the run counts as hanging
-            ),
-            profile=dict(first_step=10, num_steps=0),  # a profiler trace of these steps; 0 = none
-            sample=dict(
-                solver="euler",
-                step_control="auto",  # fixed, per_image, per_batch: see sampling/solvers.py
-                rtol=1e-3,  # where the error chooses the steps
-                atol=1e-6,
-                num_steps=(30,),  # a stage: one number for all, or one each
-                grid="uniform",
-                shift=1.0,
-                guidance_scale=2.4,
-                guidance_schedule="stagewise",
-                guidance_interval=(0.0, 1.0),  # on the way from noise (0) to data (1)
-                num_images=16,
-            ),
-        )
+    """Return every key of a config; the defaults are the released class model's training recipe."""
+    run = dict(
+        seed=0,
+        num_train_steps=1_600_000,
+        batch_size=256,  # global
+        accumulation_steps=1,  # parts that a batch is split into, to save memory
+        init_from="",  # checkpoint (ours or official) with the initial parameters of a new run
+        dtype="float32",  # of computation, may change on resume; parameters and EMA stay float32
+        log_every=100,
+        checkpoint_every=5000,
+        sample_every=5000,  # a sample grid; 0 = never
+        keep_checkpoints=2,  # the newest ones
+        keep_every=0,  # also keep every checkpoint at a multiple of this step; 0 = none
+    )
+    return ConfigDict({**run, **_model_and_data(), **_training_and_sampling()})
+
+
+def _model_and_data() -> dict[str, Any]:
+    return dict(
+        model=dict(
+            num_heads=16,
+            head_dim=72,
+            depth=28,
+            # pixels per side; or one per stage, such as (4, 4, 4, 8)
+            patch_size=FieldReference(4, field_type=object),
+            num_classes=1000,  # 0 = no class labels
+            context_dim=0,  # width of the text states; 0 = no text
+            cross_gate=False,  # of text models: start as the class model of init_from
+            remat="none",  # none, dots or full: what the backward pass recomputes
+            scan_unroll=1,
+            attention="auto",  # by platform and length; or einsum, blockwise, splash, cudnn
+        ),
+        text=dict(  # of models with a context_dim
+            encoder="",  # T5 folder or hub id; joint: a small T5 that is trained with the model
+            cache="",  # folder of states that `encode` wrote, instead of running the encoder
+            max_length=128,  # tokens, including the end token; longer texts are cut
+            words=(),  # a joint encoder's vocabulary
+            num_layers=2,  # sizes of a joint encoder; its width is model.context_dim
+            num_heads=4,
+            head_dim=32,
+            mlp_dim=256,
+        ),
+        cascade=dict(num_stages=4, gamma=-1 / 3),
+        data=dict(
+            source="digits",  # see SOURCES in data/sources.py
+            path="",
+            name="",  # of a TFDS dataset
+            split="train",
+            resolution=256,
+            max_aspect_ratio=1.0,  # above 1: sizes of resolution^2 pixels, up to this aspect ratio
+            bucket_unit=64,  # their sides are multiples of it
+            crop="random",  # random (short side to 1.125 x resolution first), center or none
+            flip=True,
+            label_dropout=0.1,  # share of labels (or captions) dropped, for guidance
+            max_broken_share=0.05,  # of images that cannot be read; more stop the run
+            num_workers=0,  # loader processes; 0 = threads of this process
+            num_threads=8,
+            prefetch=4,  # batches that each worker reads ahead
+        ),
+    )
+
+
+def _training_and_sampling() -> dict[str, Any]:
+    return dict(
+        optimizer=dict(
+            learning_rate=1e-4,
+            schedule="constant",  # constant, or cosine or linear to 0 at num_train_steps
+            warmup_steps=0,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            weight_decay_on="matrices",  # matrices (not biases and norms), or all
+            clip_norm=1.0,  # of the gradient; 0 = no clipping
+        ),
+        ema=dict(
+            decays=(0.9999,),  # one average per decay
+            half_lives=(),  # in images; one average per half-life
+            warmup=False,  # a smaller decay in the first steps
+        ),
+        # -1 = the remaining devices; context devices share the tokens of their images
+        mesh=dict(data=-1, fsdp=1, context=1),
+        hosts=dict(  # seconds
+            start_timeout=300.0,  # until all processes must have arrived
+            heartbeat_timeout=60.0,  # of silence, after which a process counts as lost
+            step_timeout=1800.0,  # without progress anywhere, after which the run counts as hanging
+        ),
+        profile=dict(first_step=10, num_steps=0),  # a profiler trace of these steps; 0 = none
+        sample=dict(
+            solver="euler",
+            step_control="auto",  # fixed, per_image, per_batch: see sampling/solvers.py
+            rtol=1e-3,  # of adaptive steps
+            atol=1e-6,
+            num_steps=(30,),  # per stage: one number for all stages, or one each
+            grid="uniform",
+            shift=1.0,
+            guidance_scale=2.4,
+            guidance_schedule="stagewise",
+            guidance_interval=(0.0, 1.0),  # between noise (0) and data (1)
+            num_images=16,
+        ),
     )
 
 

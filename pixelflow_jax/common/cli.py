@@ -1,4 +1,4 @@
-"""What the commands share: a parser that teaches, and errors for people."""
+"""What the commands share: a flag parser, and errors reported as one line."""
 
 import argparse
 import contextlib
@@ -21,50 +21,47 @@ import jax
 from pixelflow_jax.common import ends, files, hardware, numerics
 from pixelflow_jax.common.errors import Explained, UserError, sentence
 
-# Flags of text that may look like anything
+# Flags that take free text
 WORDS = ("prompt", "negative_prompt", "labels", "negative_labels")
-LITTLE = 1 << 16  # bytes that are free on a full disk
+LITTLE = 1 << 16  # a disk with fewer free bytes is full
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes a bad flag as all other bad input: one sentence, no page of usage."""
+    """Parse flags; report a bad one as a UserError, without a page of usage."""
 
     def parse_args(self, args=None, namespace=None):
         found = super().parse_args(args, namespace)
         for action in self._actions:
             value, flag = getattr(found, action.dest, None), (action.option_strings or [action.dest])[0]
-            if action.nargs is None and value == [] != action.default:  # argparse's way with --flag=--
+            if action.nargs is None and value == [] != action.default:  # argparse, of --flag=--
                 self.error(f"{flag}: expected a value")
             each = value if isinstance(value, (list, tuple)) else [value]
             is_path = action.dest not in WORDS
             each = [files.clean_text(flag, x, is_path) if isinstance(x, str) else x for x in each]
             if value is not None:
-                setattr(
-                    found,
-                    action.dest,
-                    type(value)(each) if isinstance(value, (list, tuple)) else each[0],
-                )
+                cleaned = type(value)(each) if isinstance(value, (list, tuple)) else each[0]
+                setattr(found, action.dest, cleaned)
         return found
 
     def error(self, message: str):
-        raise UserError(f"{message.removeprefix('argument ')} (--help tells all flags)")
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists all flags)")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help shows the module's docstring as it is written."""
+    """Return a parser whose help shows a module's docstring verbatim."""
     formatter = argparse.RawDescriptionHelpFormatter
     return Parser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command: bad input is one line on stderr and exit code 2, without a traceback."""
-    for name in ("absl", "asyncio"):  # Orbax logs tracebacks there of what we report in a sentence
+    """Run a command: bad input gives one line on stderr and exit code 2, without a traceback."""
+    for name in ("absl", "asyncio"):  # Orbax logs tracebacks of errors that we report ourselves
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # A failed save leaves its other writes unawaited, and Python would say so after our sentence.
+    # A failed save leaves other writes unawaited; Python would warn of them after our message.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {sentence(message)}\n"
-    # Who ends at once leaves the semaphores of its workers to Python's tracker, which says so.
+    # `ends.leave` leaves the semaphores of workers to Python's resource tracker, which would warn.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     sys.unraisablehook = _unraisable
     mend_streams()
@@ -77,24 +74,24 @@ def run(main: Callable[[], None]) -> None:
             print(f"warning: {name.upper()}={value} may change the last bits", file=sys.stderr)
         with numerics.pinned():
             main()
-        sys.stdout.flush()  # a full disk shows here, not at Python's end
+        sys.stdout.flush()  # here, a full disk still gives our error
         return
     except Explained as error:
         print(f"error: {sentence(error, error.printed)}", file=sys.stderr)
         code = error.exit_code
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # such as a full disk or a read-only folder
         print(f"error: {error}{_which_is_full(error)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one
         print("interrupted", file=sys.stderr)
         code = 130
-    except SystemExit as request:  # a command's own report
-        if request.code in (None, 0):
+    except SystemExit as end:  # a command has reported by itself
+        if end.code in (None, 0):
             raise
-        if not isinstance(request.code, int):
-            print(request.code, file=sys.stderr)
-        code = request.code if isinstance(request.code, int) else 1
+        if not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else 1
     except Exception as error:
         why = usual_cause(error)
         if why:
@@ -106,14 +103,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def mend_streams() -> None:
-    """Lets a command run whose standard streams were closed, or cannot show every letter."""
+    """Replace standard streams that are closed, and escape characters that they cannot show."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
             mode = os.O_RDONLY if number == 0 else os.O_WRONLY
             null = os.open(os.devnull, mode)
             try:
-                os.fstat(number)  # taken by a file meanwhile
+                os.fstat(number)  # free; otherwise a file has taken the number
             except OSError:
                 os.dup2(null, number)
             setattr(sys, name, open(null, "w" if number else "r"))
@@ -122,18 +119,18 @@ def mend_streams() -> None:
 
 
 def _which_is_full(error: OSError) -> str:
-    """Where there is no space left, as far as the error does not say so itself: "" or ": the places"."""
+    """Return ": " and the places without space left, if the error does not name one; else ""."""
     if error.errno != errno.ENOSPC or error.filename is not None:
         return ""
     full = []
-    for place in ("/dev/shm", tempfile.gettempdir()):  # the first is where processes share memory
+    for place in ("/dev/shm", tempfile.gettempdir()):  # the first is shared memory
         with contextlib.suppress(OSError):
             full += [place] if shutil.disk_usage(place).free < LITTLE else []
     return f": {' and '.join(full)}" if full else ""
 
 
 def usual_cause(error: Exception) -> str:
-    """What is behind an error that has nothing to do with where it came up; "" if nobody knows."""
+    """Return the cause of an error that does not show where it was raised, or "" if it is unknown."""
     if isinstance(error, ImportError) and "gcsfs" in str(error):
         return "gs:// paths need gcsfs: pip install 'pixelflow_jax[gcs]'"
     try:
@@ -145,11 +142,10 @@ def usual_cause(error: Exception) -> str:
 
 
 def keep_freed_memory() -> None:
-    """On CPU, keeps memory that XLA frees after a step for the next one.
+    """On CPU, keep the memory that XLA frees after a step for the next step.
 
-    glibc hands large arrays back to the kernel at once, and gets them again as zeroed pages: a quarter
-    of the processor time of a small training. Hosts of accelerators are left alone: their loaders'
-    threads want heaps of their own.
+    glibc would return large arrays to the kernel and get zeroed pages again: a quarter of the
+    CPU time of a small training. On hosts with accelerators the loader's threads need separate heaps.
     """
     plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin")
     if any(importlib.util.find_spec(name) for name in plugins):
@@ -163,10 +159,10 @@ def keep_freed_memory() -> None:
 
 
 def _unraisable(what) -> None:
-    """Python's own hook for exceptions that nobody can catch, but for noise of a failed save or read.
+    """Report uncaught exceptions as Python does, except those that follow a failed save or read.
 
-    Tensorstore's threads go on to call a loop that Orbax has closed, and coroutines of other arrays end
-    with errors of their own; the first is reported in a sentence.
+    Tensorstore's threads still call an event loop that Orbax has closed, and the coroutines of other
+    arrays fail too; the first error is reported by `run`.
     """
     if str(what.exc_value) != "Event loop is closed" and not inspect.iscoroutine(what.object):
         sys.__unraisablehook__(what)
