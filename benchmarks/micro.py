@@ -121,10 +121,11 @@ def time_packing(runs: int) -> None:
     config = load_config("imagenet256_b", ["model.depth=2", "dtype=float32", "model.remat=none"])
     model = build_model(config)
     params = jax.jit(lambda: init_params(model, 0))()
-    groups = [Group(1, side, side) for side in (8, 16, 32, 64)]
+    p = model.base_patch
+    groups = [Group(1, side, side, p) for side in (8, 16, 32, 64)]
 
     def forward(layout):
-        tokens = jnp.ones((1, layout.row_length, 3 * model.base_patch**2))
+        tokens = [jnp.ones((1, group.count, group.length, 3 * p**2)) for group in layout.groups]
         zeros = jnp.zeros((1, layout.num_sequences))
         run = jax.jit(
             lambda p: model.apply({"params": p}, tokens, zeros, layout, zeros.astype(jnp.int32))

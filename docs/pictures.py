@@ -20,12 +20,12 @@ import jax
 import numpy as np
 
 from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.paths import stage_ends
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.pipeline import Pipeline
 from pixelflow_jax.sampling.generate import GAP, GREY, build_sampler, save_png
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import image_keys
-from pixelflow_jax.training import objective
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDE = 64  # pixels per side of every enlarged image
@@ -86,8 +86,8 @@ def renoising(model: Pipeline, count: int = 10) -> np.ndarray:
     clean = images.from_uint8(source.images[:count])
     noise = sampler.draw_noise(keys)
     fine = jax.random.normal(jax.random.key(1), clean.shape)
-    trained, _ = objective.stage_ends(cascade, 1, clean, fine)
-    _, before = objective.stage_ends(cascade, 0, clean, noise.start)
+    trained, _ = stage_ends(cascade, 1, clean, fine)
+    _, before = stage_ends(cascade, 0, clean, noise.start)
     stepped = [sampler.step_up(1, before, scale * noise.blocks[0]) for scale in (1, 0)]
     return board([list(images.to_uint8(x)) for x in (trained, *stepped)])
 

@@ -20,7 +20,8 @@ import numpy as np
 import optax
 
 from pixelflow_jax.cascade import images
-from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.packing import Group, PackLayout, cascade_layout
+from pixelflow_jax.cascade.paths import corrupt_stage
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.config import build_model, default_config
 from pixelflow_jax.foreign.official import from_official, to_official
@@ -117,7 +118,7 @@ def run_forward(case) -> Errors:
         suffix = name.removeprefix("in/x")
         x = nhwc(case[name])
         count, height, width, _ = x.shape
-        layout = PackLayout((Group(count, height // p, width // p),))
+        layout = PackLayout((Group(count, height // p, width // p, p),))
         kwargs = {}
         if model.num_classes:
             kwargs["labels"] = jnp.asarray(case[f"in/label{suffix}"])[None]
@@ -126,9 +127,9 @@ def run_forward(case) -> Errors:
             kwargs["context_mask"] = jnp.asarray(case[f"in/context_mask{suffix}"])[None] == 1
         apply = jax.jit(model.apply, static_argnums=3)
         timesteps = jnp.asarray(case[f"in/timestep{suffix}"])[None]
-        tokens = layout.pack([images.patchify(x, p)[None]])
-        out = apply({"params": params}, tokens, timesteps, layout, **kwargs)
-        velocity = images.unpatchify(layout.unpack(out)[0][0], height, width, p)
+        tokens = [images.patchify(x, p)[None]]
+        (out,) = apply({"params": params}, tokens, timesteps, layout, **kwargs)
+        velocity = images.unpatchify(out[0], height, width, p)
         errors.append((nchw(velocity), case[f"out/velocity{suffix}"]))
     result = {"velocity": (worst(errors), 1e-5)}
     for name in (n for n in case.files if n.startswith("rope_")):
@@ -153,25 +154,22 @@ def train_batch(case, step: int, cascade: Cascade, p: int):
         chosen = np.flatnonzero(stages == stage)
         noise = nhwc(get(f"noise_stage{stage}"))
         index = jnp.asarray(get("timesteps")[chosen])
-        x_tau, velocity, timestep = objective.corrupt_stage(cascade, stage, x1[chosen], noise, index)
+        x_tau, velocity, timestep = corrupt_stage(cascade, stage, x1[chosen], noise, index)
         tokens.append(images.patchify(x_tau, p)[None])
         target.append(images.patchify(velocity, p)[None])
         times.append(timestep)
         order.append(chosen)
-    counts = tuple(len(chosen) for chosen in order)
-    layout = objective.train_layout(cascade, counts, *x1.shape[1:3], p)
+    counts = {stage: len(chosen) for stage, chosen in enumerate(order)}
+    layout = cascade_layout(cascade, counts, *x1.shape[1:3], p)
     order = np.concatenate(order)
     labels = jnp.asarray(get("labels"))[order]
-    batch = objective.FlowBatch(
-        layout.pack(tokens), layout.pack(target), jnp.concatenate(times)[None], {"labels": labels[None]}
-    )
-    return batch, layout
+    times = jnp.concatenate(times)[None]
+    return objective.FlowBatch(tokens, target, times, {"labels": labels[None]}), layout
 
 
-def official_order(row, layout: PackLayout, p: int | None = None) -> np.ndarray:
-    """Official rows hold the finest stage first; returns [tokens, ...] in that order."""
-    parts = [np.asarray(part[0]).reshape(-1, row.shape[-1]) for part in layout.unpack(row)]
-    return np.concatenate(parts[::-1])
+def official_order(parts) -> np.ndarray:
+    """Official rows hold the finest stage first; returns [tokens, d] in that order."""
+    return np.concatenate([np.asarray(part[0]).reshape(-1, part.shape[-1]) for part in parts[::-1]])
 
 
 def run_train(case) -> Errors:
@@ -197,16 +195,16 @@ def run_train(case) -> Errors:
     sequence_order = [part[0] for part in layout.split_sequences(batch.timesteps)][::-1]
     result = {
         "packed tokens": (
-            relative_error(official_order(batch.tokens, layout), channel_last(packed["tokens"], p)),
+            relative_error(official_order(batch.tokens), channel_last(packed["tokens"], p)),
             1e-5,
         ),
         "packed target": (
-            relative_error(official_order(batch.target, layout), channel_last(packed["target"], p)),
+            relative_error(official_order(batch.target), channel_last(packed["target"], p)),
             1e-5,
         ),
         "packed T": (relative_error(jnp.concatenate(sequence_order), packed["Timesteps"]), 1e-5),
         "velocity": (
-            relative_error(official_order(velocity, layout), channel_last(packed["velocity"], p)),
+            relative_error(official_order(velocity), channel_last(packed["velocity"], p)),
             1e-5,
         ),
         "clipped gradients": (

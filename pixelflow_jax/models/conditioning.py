@@ -19,8 +19,8 @@ TEXT = "text_encoder"  # where the parameters hold an encoder that is trained wi
 def init_params(model: PixelFlow, seed: int) -> dict:
     """Fresh parameters. They do not depend on the sizes of the layout they are traced with."""
     patches = model.patch_sizes
-    layout, count = PackLayout(tuple(Group(1, 1, 1, p // patches[0]) for p in patches)), len(patches)
-    tokens = [jnp.zeros((1, 1, 3 * p**2)) for p in patches]
+    layout, count = PackLayout(tuple(Group(1, 1, 1, p) for p in patches)), len(patches)
+    tokens = [jnp.zeros((1, 1, 1, 3 * p**2)) for p in patches]
     labels = jnp.zeros((1, count), jnp.int32) if model.num_classes else None
     context = jnp.zeros((1, count, 1, model.context_dim)) if model.context_dim else None
     mask = jnp.ones((1, count, 1), bool) if model.context_dim else None

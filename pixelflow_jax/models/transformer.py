@@ -7,7 +7,7 @@ Precision: parameters stay in float32 (`param_dtype`); `dtype` is that of the re
 matrix products. Norms, modulation, gates and rotation run in at least float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pixelflow_jax.cascade.packing import PackLayout, Rows, join_runs, map_runs
+from pixelflow_jax.cascade.packing import PackLayout
 from pixelflow_jax.common import numerics
 from pixelflow_jax.distributed.sharding import GATHERED
 from pixelflow_jax.models.attention import attention, by_chunks
@@ -252,31 +252,39 @@ class PixelFlow(nn.Module):
     @numerics.precise
     def __call__(
         self,
-        tokens: Rows,
+        tokens: Sequence[Float[Array, "rows count length d"]],
         timesteps: Float[Array, "rows s"],
         layout: PackLayout,
         labels: Int[Array, "rows s"] | None = None,
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
-    ) -> Rows:
-        """Velocity for packed tokens, in their form.
+    ) -> list[Float[Array, "rows count length d"]]:
+        """Return the velocity of every token, in the form of `tokens`.
 
         Args:
-          tokens: [rows, n, patch_size^2 * 3], patches as `images.patchify` orders them; where groups
-            have several patch sizes, a list of such rows, one for each of `layout.runs()`.
-          timesteps: T in [0, 999] for every sequence.
-          layout: which sequences stand where in a row.
+          tokens: one array per group of the layout, with d = 3 * patch_size^2: patches as
+            `images.patchify` orders them.
+          timesteps: T in [0, 999] of every sequence.
+          layout: where each sequence stands in a row.
           labels: class of every sequence, 0..num_classes; class models only.
           context, context_mask: text states, and True where they are not padding; text models only.
+
+        Raises:
+          ValueError: if the model has no layers for the patch size of a group.
         """
         dim = self.num_heads * self.head_dim
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
-        def embed(run, tokens):
-            name = self._name("patch_embed", run)
-            return nn.Dense(dim, kernel_init=xavier, name=name, **dtypes)(tokens)
+        def dense(name, p, width, init):
+            name = name if p == self.base_patch else f"{name}_{p}"
+            return nn.Dense(width, kernel_init=init, name=name, **dtypes)
 
-        x = join_runs(map_runs(embed, layout, tokens))
+        unknown = {group.patch_size for group in layout.groups} - {*self.patch_sizes}
+        if unknown:
+            raise ValueError(f"the model has patch sizes {self.patch_sizes}, the layout also {unknown}")
+        runs = [*layout.by_patch_size(tokens)]
+        embed = {p: dense("patch_embed", p, dim, xavier) for p in self.patch_sizes}
+        x = jnp.concatenate([embed[p](run.pack(parts)) for p, run, parts in runs], axis=1)
         conditioning = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)
         conditioning += self._size_embedding(layout, dim)
         if self.num_classes:
@@ -285,7 +293,7 @@ class PixelFlow(nn.Module):
             )
             conditioning += embed(labels)
 
-        rope = map(layout.local, rope_table(layout.positions(), self.head_dim))
+        rope = map(layout.local_row, rope_table(layout.positions(), self.head_dim))
         rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
 
         block = Block
@@ -317,12 +325,10 @@ class PixelFlow(nn.Module):
         shift, scale = (layout.to_tokens(m) for m in jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1))
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
-        def head(run, x, tokens):
-            name = self._name("head", run)
-            return nn.Dense(tokens.shape[-1], kernel_init=zeros, name=name, **dtypes)(x)
-
-        ends = np.cumsum([run.num_tokens for run in layout.runs()])[:-1]
-        return map_runs(head, layout, jnp.split(x, ends, axis=1), tokens)
+        head = {p: dense("head", p, 3 * p * p, zeros) for p in self.patch_sizes}
+        ends = np.cumsum([run.row_length // run.shards for _, run, _ in runs])[:-1]
+        split = zip(runs, jnp.split(x, ends, axis=1), strict=True)
+        return [part for (p, run, _), y in split for part in run.unpack(head[p](y))]
 
     @property
     def patch_sizes(self) -> list[int]:
@@ -334,15 +340,11 @@ class PixelFlow(nn.Module):
         """The smallest patch size."""
         return self.patch_sizes[0]
 
-    def _name(self, name: str, run: PackLayout) -> str:
-        """The name of a layer for a run's patch size: the plain one for the smallest."""
-        scale = run.groups[0].scale
-        return name if scale == 1 else f"{name}_{scale * self.base_patch}"
-
     def _size_embedding(self, layout: PackLayout, dim: int) -> Float[Array, "*rows s d"]:
         """Resolution embedding: mean over a grid's height and width (equal for squares)."""
         embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")
-        sizes = np.array([[g.height * g.scale, g.width * g.scale] for g in layout.groups], np.float32)
+        grids = [np.array([g.height, g.width]) * g.patch_size for g in layout.groups]
+        sizes = np.array(grids, np.float32) / self.base_patch
         if (sizes[:, 0] == sizes[:, 1]).all():
             sizes = sizes[:, :1]
         each = np.repeat(np.arange(len(layout.groups)), [group.count for group in layout.groups])

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from pixelflow_jax.cascade import images
-from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.packing import PackLayout, cascade_layout
+from pixelflow_jax.cascade.renoising import correlate_blocks, step_up
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import numerics
 from pixelflow_jax.common.errors import UserError
@@ -101,10 +102,8 @@ class Sampler:
 
     def layout(self, stage: int, count: int) -> PackLayout:
         """The layout of a row of `count` images at a stage."""
-        height, width, _ = self.stage_size(stage)
-        patches = self.cascade.patches(self.model.patch_size)
-        p = patches[stage]
-        return PackLayout((Group(count, height // p, width // p, p // min(patches)),), self.shards)
+        size, patch_size = (self.height, self.width), self.model.patch_size
+        return cascade_layout(self.cascade, {stage: count}, *size, patch_size, self.shards)
 
     def stage_flops(self, context_length: int = 0) -> Float[np.ndarray, " stages"]:
         """Return the FLOPs of one evaluation of each stage for one image, guidance included.
@@ -169,8 +168,7 @@ class Sampler:
 
     def step_up(self, stage: int, x: Float[Array, "b h w c"], block: Float[Array, "b h2 w2 c"]):
         """From the end of the stage before to the start of `stage`: twice the size, and block noise."""
-        alpha, beta = self.cascade.renoising(stage)
-        return alpha * images.up(x) + beta * block
+        return step_up(self.cascade, stage, x, block)
 
     def solve_stage(
         self,
@@ -252,21 +250,17 @@ class Sampler:
         both = weight != 1
         pair = (null_condition, condition) if both else (condition,)
         inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *pair)
-        p = self.cascade.patches(self.model.patch_size)[grid.stage]
 
         def network(x, inputs, tau):
             batch, height, width, _ = x.shape
             layout = self.layout(grid.stage, len(pair))
-            tokens = images.patchify(x, p)
+            p = layout.groups[0].patch_size
+            tokens = jnp.stack([images.patchify(x, p)] * len(pair), axis=1)
             timesteps = jnp.full((batch, len(pair)), grid.timestep(tau), x.dtype)
-            out = self.model.apply(
-                {"params": params},
-                layout.local(jnp.tile(tokens, (1, len(pair), 1))),
-                timesteps,
-                layout,
-                **inputs,
+            (out,) = self.model.apply(
+                {"params": params}, [layout.local(tokens)], timesteps, layout, **inputs
             )
-            (out,) = map(layout.whole, layout.unpack(out.astype(x.dtype)))
+            out = layout.whole(out.astype(x.dtype))
             if both:
                 uncond, cond = out[:, 0], out[:, 1]
                 out = uncond + weight * (cond - uncond)
@@ -281,16 +275,6 @@ class Sampler:
             return self._by_groups(part, len(pair), x, inputs)
 
         return velocity
-
-
-def correlate_blocks(z: Float[Array, "b h w c"], gamma: float) -> Float[Array, "b h w c"]:
-    """White noise to noise with covariance (1 - gamma) I + gamma 11^T within each 2x2 block.
-
-    The covariance has the eigenvalue 1 - gamma off the block's mean and 1 + 3 gamma along it, so at
-    gamma = -1/3 the mean vanishes: sqrt(4/3) (z - blockmean(z)).
-    """
-    mean = images.up(images.down(z))
-    return (1 - gamma) ** 0.5 * (z - mean) + max(1 + 3 * gamma, 0.0) ** 0.5 * mean
 
 
 def class_conditions(

@@ -18,12 +18,13 @@ from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 from PIL import Image
 
 from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.paths import stage_ends
+from pixelflow_jax.cascade.renoising import step_down
 from pixelflow_jax.common import files, numerics
 from pixelflow_jax.common.errors import UserError, blame
 from pixelflow_jax.data.pixels import decode, is_image, kinds_left_out, report_left_out
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling.sampler import Noise, Sampler
-from pixelflow_jax.training import objective
 
 LEAST_STRENGTH = 1e-5  # of less, no step of the solver would remain: the image itself
 
@@ -85,7 +86,7 @@ class FromImages(FromSeed):
 
     def _noised(self, sampler, clean, noise):
         if clean.shape[1:] == (sampler.height, sampler.width, 3):
-            x_start, x_end = objective.stage_ends(sampler.cascade, self.stage, clean, noise)
+            x_start, x_end = stage_ends(sampler.cascade, self.stage, clean, noise)
             return self.tau * x_end + (1 - self.tau) * x_start
         start = sampler.cascade.start[self.stage]
         return start * images.up(clean) + (1 - start) * noise
@@ -222,8 +223,6 @@ def invert(
         grid = sampler.stage_grid(stage).backwards()
         x, _ = sampler.solve_stage(params, x, grid, condition, null_condition)
         if stage:
-            alpha, beta = sampler.cascade.renoising(stage)
-            coarse = images.down(x)
-            blocks.append((x - images.up(coarse)) / beta)
-            x = coarse / alpha
+            x, block = step_down(sampler.cascade, stage, x)
+            blocks.append(block)
     return Noise(jnp.asarray(x), blocks[::-1])

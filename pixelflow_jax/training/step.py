@@ -1,7 +1,6 @@
 """The train state and the compiled train step."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from pixelflow_jax.cascade import images
-from pixelflow_jax.cascade.packing import CONTEXT, PackLayout, map_runs
+from pixelflow_jax.cascade.packing import CONTEXT, PackLayout
 from pixelflow_jax.common import numerics
 from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, build_model
@@ -119,8 +118,8 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         )
         if shards > 1:
             layout = dataclasses.replace(layout, shards=shards)
-            local = functools.partial(map_runs, PackLayout.local, layout)
-            packed = packed._replace(tokens=local(packed.tokens), target=local(packed.target))
+            local = {name: [*map(layout.local, getattr(packed, name))] for name in ("tokens", "target")}
+            packed = packed._replace(**local)
         per_image = packed_loss(model, params, packed, layout)
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total

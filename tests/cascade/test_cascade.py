@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.renoising import correlate_blocks
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.sampling.grids import TimeGrid
-from pixelflow_jax.sampling.sampler import correlate_blocks
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5, 7])

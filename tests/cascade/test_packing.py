@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pixelflow_jax.cascade.packing import Group, PackLayout
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.models.attention import attention
-from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.models.transformer import Block, PixelFlow
 from pixelflow_jax.training import objective
 
 LAYOUT = PackLayout((Group(2, 1, 1), Group(3, 2, 3), Group(1, 4, 4)))
@@ -43,8 +44,30 @@ def test_tokens_positions_and_segments_agree():
     for i in range(LAYOUT.num_sequences):
         own = positions[segments == i]
         assert (own[0] == 0).all() and len(np.unique(own, axis=0)) == len(own)
-    means = LAYOUT.sequence_means(LAYOUT.to_tokens(ids))
-    np.testing.assert_allclose(means[0], ids[0, :, 0])
+    tokens = LAYOUT.unpack(LAYOUT.to_tokens(ids))
+    losses = objective.loss_per_image(LAYOUT, tokens, [jnp.zeros_like(x) for x in tokens])
+    np.testing.assert_allclose(losses[0], ids[0, :, 0] ** 2)
+
+
+def test_a_block_sees_one_row(noisy_params):
+    """Catches blocks that run group by group, or one patch size at a time."""
+    model = PixelFlow(2, 8, 2, (2, 4), num_classes=3)
+    layout = PackLayout((Group(2, 2, 2, 2), Group(1, 4, 4, 2), Group(3, 2, 3, 4)))
+    tokens = [jnp.zeros((5, g.count, g.length, 3 * g.patch_size**2)) for g in layout.groups]
+    seen = []
+
+    def keep(next_fn, args, kwargs, context):
+        if isinstance(context.module, Block) and context.method_name == "__call__":
+            seen.append(args[0].shape)
+        return next_fn(*args, **kwargs)
+
+    params, labels = noisy_params(model), jnp.zeros((5, 6), jnp.int32)
+    with nn.intercept_methods(keep):
+        out = jax.eval_shape(
+            lambda p: model.apply({"params": p}, tokens, labels * 1.0, layout, labels), params
+        )
+    assert seen and set(seen) == {(5, 2 * 4 + 16 + 3 * 6, 16)}
+    assert [x.shape for x in out] == [x.shape for x in tokens]
 
 
 def packed_model(noisy_params, dtype=jnp.float32):
@@ -68,7 +91,7 @@ def test_a_neighbour_changes_no_bit(noisy_params):
     def run(x1):
         batch, _ = flow_batch(x1)
         args = (batch.tokens, batch.timesteps, layout, batch.condition["labels"])
-        return model.apply({"params": params}, *args)
+        return layout.pack(model.apply({"params": params}, *args))
 
     segments, order = segment_ids(layout), [0, 2, 4, 1, 3, 5]  # coarse stage first
     before = np.asarray(run(x1))
@@ -138,14 +161,14 @@ def test_text_padding_changes_no_bit(noisy_params):
     """Catches cross-attention that sees padding: other values or more of it must change nothing."""
     model = PixelFlow(2, 8, 2, 2, context_dim=6)
     params = noisy_params(model)
-    layout = PackLayout((Group(1, 4, 4), Group(1, 2, 2)))
-    tokens = jax.random.normal(jax.random.key(0), (1, 20, 12))
+    layout = PackLayout((Group(1, 4, 4, 2), Group(1, 2, 2, 2)))
+    tokens = layout.unpack(jax.random.normal(jax.random.key(0), (1, 20, 12)))
     text = jax.random.normal(jax.random.key(1), (1, 2, 5, 6))
     mask = jnp.arange(5)[None, None] < jnp.array([[[3], [4]]])
 
     def run(text, mask):
         timesteps = jnp.array([[10.0, 900.0]])
-        return model.apply({"params": params}, tokens, timesteps, layout, None, text, mask)
+        return layout.pack(model.apply({"params": params}, tokens, timesteps, layout, None, text, mask))
 
     before = run(text, mask)
     assert (run(jnp.where(mask[..., None], text, 7.0), mask) == before).all()

@@ -43,6 +43,26 @@ def test_equal_sizes_are_the_network_of_one(noisy_params):
     assert (losses(one, params, x1)[0] == losses(two, params, x1)[0]).all()
 
 
+def test_neighbors_of_one_size_share_a_product(noisy_params):
+    """Catches an embedding or a head that runs once per group, and sizes that meet again unshared."""
+
+    def products(patch_size):
+        model = PixelFlow(2, 8, 1, patch_size, 5)
+        layout = PackLayout(tuple(Group(1, 2, 2, p) for p in cascade.patches(patch_size)))
+        tokens = [jnp.zeros((1, 1, 4, 3 * g.patch_size**2)) for g in layout.groups]
+        labels = jnp.zeros((1, 4), jnp.int32)
+        args = (tokens, labels * 1.0, layout, labels)
+        return str(
+            jax.make_jaxpr(lambda p: model.apply({"params": p}, *args))(noisy_params(model))
+        ).count("dot_general[")
+
+    cascade = Cascade(4)
+    one = products(2)
+    assert products((2, 2, 2, 2)) == one
+    assert products((2, 2, 4, 4)) == one + 2
+    assert products((2, 4, 2, 2)) == one + 4
+
+
 def test_a_row_of_two_sizes_gives_each_image_its_own_loss(noisy_params):
     """Catches tokens of one size that go through the other's layers, or losses of the wrong tokens."""
     model = PixelFlow(2, 8, 2, (2, 4), 5)
@@ -51,7 +71,7 @@ def test_a_row_of_two_sizes_gives_each_image_its_own_loss(noisy_params):
     assert params["head"]["kernel"].shape == (16, 12)
     x1 = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     together, layout = losses(model, params, x1)
-    assert [(g.length, g.scale) for g in layout.groups] == [(16, 1), (16, 2)]
+    assert [(g.length, g.patch_size) for g in layout.groups] == [(16, 2), (16, 4)]
     for name, others, own in (
         ("patch_embed", slice(2, 4), slice(0, 2)),
         ("head_4", slice(0, 2), slice(2, 4)),
@@ -64,7 +84,7 @@ def test_a_row_of_two_sizes_gives_each_image_its_own_loss(noisy_params):
 
 def test_the_size_embedding_counts_the_smallest_patches(noisy_params):
     """Catches a network that is told half the resolution where its patches are twice as large."""
-    model, layout = PixelFlow(2, 8, 2, (2, 4), 5), PackLayout((Group(1, 4, 4, 2),))
+    model, layout = PixelFlow(2, 8, 2, (2, 4), 5), PackLayout((Group(1, 4, 4, 4),))
     params, zero = noisy_params(model), jnp.zeros((1, 1), jnp.int32)
 
     def size_embedding(layout, p):
@@ -77,11 +97,11 @@ def test_the_size_embedding_counts_the_smallest_patches(noisy_params):
             return out
 
         with nn.intercept_methods(keep):
-            tokens = jnp.zeros((1, layout.row_length, 3 * p * p))
+            tokens = [jnp.zeros((1, 1, layout.row_length, 3 * p * p))]
             model.apply({"params": params}, tokens, jnp.zeros((1, 1)), layout, zero)
         return found[0]
 
-    same = PackLayout((Group(1, 8, 8),))
+    same = PackLayout((Group(1, 8, 8, 2),))
     np.testing.assert_array_equal(size_embedding(layout, 4), size_embedding(same, 2))
 
 
@@ -96,7 +116,7 @@ def test_it_trains_samples_and_costs_what_it_says(tmp_path):
     assert out.pixels.shape == (3, 16, 16, 3) and out.finite.all()
     layout = sampler.layout(1, 2)
     model = build_model(config)
-    tokens = jnp.zeros((1, layout.row_length, 48))
+    tokens = [jnp.zeros((1, 2, layout.groups[0].length, 48))]
 
     def forward(params, tokens):
         return model.apply(
@@ -104,6 +124,14 @@ def test_it_trains_samples_and_costs_what_it_says(tmp_path):
         )
 
     assert 1 <= traced_flops(forward, params, tokens) / forward_flops(model, layout) < 1.01
+
+
+def test_a_patch_size_that_the_model_lacks(noisy_params):
+    """Catches a missing parameter in place of a reason."""
+    model, layout = PixelFlow(2, 8, 1, (2, 4), 5), PackLayout((Group(1, 2, 2, 8),))
+    zero = jnp.zeros((1, 1))
+    with pytest.raises(ValueError, match=r"patch sizes \[2, 4\], the layout also \{8\}"):
+        model.apply({"params": noisy_params(model)}, [jnp.zeros((1, 1, 4, 192))], zero, layout, zero)
 
 
 @pytest.mark.parametrize(

@@ -215,15 +215,16 @@ def test_text_model_from_a_class_model(noisy_params):
     old = noisy_params(old_model)
     params = from_class_model(old, init_params(model, 0))
     check_shapes(params, jax.eval_shape(lambda: init_params(model, 0)), "the class model")
-    layout = PackLayout((Group(2, 2, 3),))
+    layout = PackLayout((Group(2, 2, 3, classes.model.patch_size),))
     keys = jax.random.split(jax.random.key(0), 3)
-    tokens, times = jax.random.normal(keys[0], (1, 12, 48)), jnp.array([[10.0, 600.0]])
+    tokens, times = [jax.random.normal(keys[0], (1, 2, 6, 48))], jnp.array([[10.0, 600.0]])
     states, mask = jax.random.normal(keys[1], (1, 2, 5, 16)), jnp.ones((1, 2, 5), bool)
-    expected = old_model.apply({"params": old}, tokens, times, layout, labels=jnp.full((1, 2), 10))
+    labels = jnp.full((1, 2), 10)
+    (expected,) = old_model.apply({"params": old}, tokens, times, layout, labels=labels)
 
     def velocity(model, params):
         inputs = dict(context=states, context_mask=mask)
-        return model.apply({"params": params}, tokens, times, layout, **inputs)
+        return model.apply({"params": params}, tokens, times, layout, **inputs)[0]
 
     found = velocity(model, params)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=3e-5)  # values up to 15

@@ -83,7 +83,7 @@ def test_an_example_does_not_depend_on_its_batch():
     def sequences(count):
         args = (x1[:, :count], {"labels": labels[:, :count]}, keys[:, :count])
         batch, layout = objective.corrupt(Cascade(2), 2, *args, 10, 0.5)
-        parts = zip(layout.unpack(batch.tokens), layout.unpack(batch.target), strict=True)
+        parts = zip(batch.tokens, batch.target, strict=True)
         per_stage = [layout.split_sequences(x) for x in (batch.timesteps, batch.condition["labels"])]
         return [(*part, *(x[s] for x in per_stage)) for s, part in enumerate(parts)]
 
