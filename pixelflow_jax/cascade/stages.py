@@ -1,7 +1,7 @@
-"""The cascade of stages: windows in time, the network's time axis, renoising between stages.
+"""The cascade of stages: time windows, the network's time axis, coefficients of the step between stages.
 
-Plain numbers (numpy float64), no JAX arrays. Source: PixelFlow (arXiv 2504.07963), section 3; the
-released code's rounding is kept, since the released weights were trained with it.
+Plain numbers (numpy float64), no JAX arrays. Source: PixelFlow (arXiv 2504.07963), section 3. Rounding
+follows the released code, because the released weights were trained with it.
 
 Time runs from noise (0) to data (1). Stage 0 is the coarsest; each stage doubles height and width.
 """
@@ -23,12 +23,12 @@ class Cascade:
     """Stages, their time windows and the noise added between them.
 
     Attributes:
-      num_stages: S, at least 1. At target size R, stage s works at R / 2^(S-1-s).
-      gamma: correlation of the noise within a 2x2 block when moving up a stage; in [-1/3, 0). At
+      num_stages: S, at least 1. For images of size R, stage s works at R / 2^(S-1-s).
+      gamma: covariance of the noise within a 2x2 block in the step to the next stage, in [-1/3, 0). At
         -1/3, the default, the noise of a block sums to zero.
 
     Raises:
-      UserError: for values outside those ranges.
+      UserError: if a value is out of range.
     """
 
     num_stages: int = 4
@@ -42,24 +42,24 @@ class Cascade:
 
     @functools.cached_property
     def original_start(self) -> tuple[float, ...]:
-        """o[s]: where stage s would start if upsampling did not make the noise blocky."""
+        """o[s]: the end of stage s - 1, where stage s would start if upsampling kept the noise white."""
         return tuple(self._cut(s) for s in range(self.num_stages))
 
     @functools.cached_property
     def start(self) -> tuple[float, ...]:
-        """Start of each stage's window, moved back so that renoising matches the variance."""
+        """The start of each stage's window: o[s], moved back so that renoising matches the variance."""
         return tuple(o * self._rectify(o) if s else o for s, o in enumerate(self.original_start))
 
     @functools.cached_property
     def end(self) -> tuple[float, ...]:
-        """End of each stage's window; the last is exactly 1."""
+        """The end of each stage's window; the last is exactly 1."""
         return (*(self._cut(s + 1) for s in range(self.num_stages - 1)), 1.0)
 
     @functools.cached_property
     def timesteps(self) -> np.ndarray:
-        """[S, 1000] float64: the time T in [0, 999] that the network sees at tau = i/1000.
+        """The time T in [0, 999] that the network sees at tau = i/1000: [S, 1000] float64.
 
-        One axis over all stages: each has a share proportional to the length of its window.
+        All stages share one axis; the share of each is proportional to the length of its window.
         """
         lengths = [end - start for start, end in zip(self.start, self.end, strict=True)]
         total = sum(lengths)
@@ -72,43 +72,45 @@ class Cascade:
         return np.stack([*tables, last])
 
     def timestep_line(self, stage: int) -> tuple[float, float]:
-        """(T at tau 0, dT/dtau) of the line through a stage's training points."""
+        """Return (T at tau = 0, dT/dtau) of the line through a stage's training points."""
         table = self.timesteps[stage]
         return float(table[0]), float((table[-1] - table[0]) / (1 - 1 / NUM_TRAIN_TIMES))
 
     def renoising(self, stage: int) -> tuple[float, float]:
-        """(alpha, beta) of the step into `stage` >= 1: x <- alpha * Up(x) + beta * block noise."""
+        """Return (alpha, beta) of the step to `stage` >= 1: x <- alpha * Up(x) + beta * block noise."""
         o = self.original_start[stage]
         alpha = self._rectify(o)
         return alpha, alpha * (1 - o) / math.sqrt(-self.gamma)
 
     def size(self, stage: int, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels of `stage` when the last stage has `height` x `width`."""
+        """Return (height, width) of `stage`, where the last stage has `height` x `width` pixels."""
         factor = 2 ** (self.num_stages - 1 - stage)
         return height // factor, width // factor
 
     def patches(self, patch_size: int | Sequence[int]) -> tuple[int, ...]:
-        """The patch size of each stage, from one for all or one each, all multiples of the smallest.
+        """Return the patch size of each stage, from one for all stages or one per stage.
 
         Raises:
-          UserError: otherwise.
+          UserError: if their number is wrong, or one is not a multiple of the smallest.
         """
         if isinstance(patch_size, int):
             return (patch_size,) * self.num_stages
         sizes = tuple(patch_size)
         if len(sizes) != self.num_stages:
-            raise UserError(f"patch_size {sizes} needs one number, or {self.num_stages}: one a stage")
+            raise UserError(
+                f"patch_size {sizes} must be one number, or {self.num_stages}: one per stage"
+            )
         if min(sizes) < 1 or any(size % min(sizes) for size in sizes):
-            raise UserError(f"patch_size {sizes}: all must be multiples of the smallest")
+            raise UserError(f"patch_size {sizes}: every size must be a multiple of the smallest")
         return sizes
 
     def unit(self, patch_size: int | Sequence[int]) -> int:
-        """What an image's height and width must be multiples of, in pixels."""
+        """Return the number of pixels that an image's height and width must be multiples of."""
         last = self.num_stages - 1
         return max(p * 2 ** (last - stage) for stage, p in enumerate(self.patches(patch_size)))
 
     def check_size(self, height: int, width: int, patch_size: int | Sequence[int]) -> None:
-        """Raises UserError unless every stage's image is a whole number of patches."""
+        """Raise UserError unless the image of every stage is a whole number of patches."""
         unit = self.unit(patch_size)
         for name, value in (("height", height), ("width", width)):
             if value < unit or value % unit:

@@ -1,6 +1,6 @@
-"""Attention behind one door, `attention`, with a backend per platform and length.
+"""`attention` and the choice of its backend, by platform and shapes.
 
-Softmax runs in at least float32, whatever the inputs' dtype.
+The softmax runs in at least float32, whatever the dtype of the inputs.
 """
 
 import functools
@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.models.blockwise import blockwise_attention
 
-MASKED = -10000.0  # what the released text model adds to the scores of padding
-ABSENT = -1e30  # the score of a key that is not there; finite, so that no gradient is NaN
-CHUNK = 16  # keys of the first chunk where keys are masked
+MASKED = -10000.0  # added to the scores of padding, as in the released text model
+ABSENT = -1e30  # the score of keys beyond the last; finite, so that no gradient is NaN
+CHUNK = 16  # keys in the first chunk of a masked sequence
 
 
 def attention(
@@ -27,14 +27,14 @@ def attention(
     backend: str = "auto",
     platform: str | None = None,
 ) -> Float[Array, "b n h d"]:
-    """softmax(q k^T / sqrt(d)) v for every batch entry and head.
+    """Return softmax(q k^T / sqrt(d)) v for every batch entry and head.
 
     Args:
       q, k, v: queries, keys and values, of one dtype.
-      key_mask: True for the keys that are there, False for the padding after them; None means all are.
-      backend: a name of BACKENDS, "splash" (TPU's kernel; elsewhere it is interpreted, for tests), or
-        "auto": the one for the platform and the shapes. Einsum stands in for one that cannot.
-      platform: what it will run on, as `hardware.platform_of` says it; None is JAX's default.
+      key_mask: True for keys, False for the padding after them; None: there is no padding.
+      backend: a name of BACKENDS; "splash", the TPU kernel (interpreted elsewhere, for tests); or
+        "auto", which chooses by platform and shapes. "einsum" replaces a backend that cannot run.
+      platform: the target platform, from `hardware.platform_of`; None: that of JAX's first device.
     """
     platform = platform or platform_of(jax.devices()[0])
     if backend == "auto":
@@ -55,10 +55,10 @@ def choose_backend(
     k: Float[Array, "b m h d"],
     key_mask: Bool[Array, "b m"] | None = None,
 ) -> str:
-    """The backend for a platform and for arguments, which may be abstract.
+    """Return the name of the backend for a platform and arguments, which may be abstract.
 
-    TPU: the kernel, from a length of 128 on. GPU: cuDNN. CPU: head by head from a length of 128 on. All
-    at once ("einsum") elsewhere, and where these cannot.
+    TPU: "splash" for lengths from 128. GPU: "cudnn". CPU: "blockwise" for lengths from 128. Otherwise,
+    and where these cannot run, "einsum".
     """
     backend = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}.get(platform.partition(" ")[0])
     long = backend == "cudnn" or min(q.shape[1], k.shape[1]) >= 128
@@ -66,10 +66,10 @@ def choose_backend(
 
 
 def can_run(backend: str, platform: str, q, key_mask=None) -> bool:
-    """Whether a backend takes such queries and masks there; keys and values are as the queries are."""
+    """Return whether a backend supports such queries (and keys and values like them) and masks."""
     if backend == "splash":
         return q.dtype in (jnp.bfloat16, jnp.float32)
-    if backend == "cudnn":  # heads: the bound of Ampere's kernel, the tightest
+    if backend == "cudnn":  # heads: the limit of the Ampere kernel, which is the lowest
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         heads = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
         return platform == "gpu" and half and heads
@@ -77,7 +77,7 @@ def can_run(backend: str, platform: str, q, key_mask=None) -> bool:
 
 
 def einsum_attention(q, k, v, key_mask=None):
-    """All scores at once: [b, h, n, m] in memory."""
+    """Compute all scores at once, [b, h, n, m] in memory."""
     if key_mask is not None:
         return _masked_attention(q, k, v, key_mask)
     weights = jax.nn.softmax(_scores(q, k), axis=-1).astype(v.dtype)
@@ -90,7 +90,7 @@ def _scores(q, k):
 
 
 def key_chunks(count: int) -> list[slice]:
-    """Chunks of a text of `count` tokens; the last may go beyond it."""
+    """Return the chunks of a text of `count` tokens; the last may extend beyond it."""
     ends = [CHUNK]
     while ends[-1] < count:
         ends.append(2 * ends[-1])
@@ -98,7 +98,7 @@ def key_chunks(count: int) -> list[slice]:
 
 
 def by_chunks(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """`function` of [..., t, c] to arrays [..., t, d], a chunk of t at a time, each of full length."""
+    """Return `function`, from [..., t, c] to arrays [..., t, d], applied chunk by chunk along t."""
 
     def apply(x):
         count, chunks = x.shape[-2], key_chunks(x.shape[-2])
@@ -110,10 +110,10 @@ def by_chunks(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 
 def _masked_attention(q, k, v, key_mask):
-    """Keys in chunks that end at 16, 32, 64, ..., added up one after the other.
+    """Add up the keys in chunks that end at 16, 32, 64, ...
 
-    So the order of the sums does not depend on how many keys there are, and padding, whose weights are
-    exact zeros, changes no bit by its length either.
+    The order of the sums then does not depend on the number of keys. As padding has weights of exactly
+    zero, its length changes no bit either.
     """
     count, chunks = k.shape[1], key_chunks(k.shape[1])
     widen = [(0, 0), (0, chunks[-1].stop - count), (0, 0), (0, 0)]
@@ -137,17 +137,14 @@ def _masked_attention(q, k, v, key_mask):
 
 
 def cudnn_attention(q, k, v, key_mask=None):
-    """NVIDIA's fused kernel.
-
-    Its backward pass takes even lengths alone, so that odd ones are filled up.
-    """
+    """Call NVIDIA's fused kernel, whose backward pass requires even lengths: odd ones are padded."""
     b, n, m = len(q), q.shape[1], k.shape[1]
     q, k, v = (fill(x, 2) for x in (q, k, v))
     lengths = {}
     if key_mask is not None or k.shape[1] > m:
         there = jnp.full(b, m) if key_mask is None else key_mask.sum(axis=-1)
-        there = jnp.where(there == 0, m, there)  # masked everywhere is as good as nowhere
-        # JAX's rule for vmap wants its axis on the lengths too; this is zero, whatever q holds
+        there = jnp.where(there == 0, m, there)  # all keys masked equals none masked
+        # JAX's vmap rule requires its axis on the lengths too; this is zero for any q
         zero = (jnp.isnan(q[:, 0, 0, 0]) & False).astype(jnp.int32)
         lengths = dict(query_seq_lengths=zero + q.shape[1])
         lengths |= dict(key_value_seq_lengths=zero + there.astype(jnp.int32))
@@ -155,14 +152,14 @@ def cudnn_attention(q, k, v, key_mask=None):
 
 
 def fill(x: Shaped[Array, "b n ..."], multiple: int, value: int = 0) -> Shaped[Array, "b n2 ..."]:
-    """`x`, filled up along n to a multiple."""
+    """Pad `x` along n to a multiple."""
     missing = -x.shape[1] % multiple
     widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
 BACKENDS = {
-    "einsum": einsum_attention,  # all scores at once
-    "blockwise": blockwise_attention,  # CPU's: one head and one block of queries at a time
+    "einsum": einsum_attention,
+    "blockwise": blockwise_attention,
     "cudnn": cudnn_attention,
 }

@@ -1,9 +1,9 @@
-"""Attention for CPU: one head and one block of queries at a time, with a backward pass of its own.
+"""Attention on CPUs: one head and one block of queries at a time, with a custom backward pass.
 
-XLA multiplies two matrices on CPU twice as fast as it does stacks of thin ones, and a block's scores
-stay in cache. The backward pass recomputes a block's scores from the saved log of the softmax's sum:
-five products (scores, dP, dV, dQ, dK), and no more memory than the forward pass (FlashAttention-2,
-arXiv 2307.08691, algorithm 2).
+On a CPU, XLA multiplies two matrices twice as fast as stacks of thin ones, and the scores of a block
+stay in cache. The backward pass recomputes them from the saved logarithm of the softmax's denominator:
+five products (scores, dP, dV, dQ, dK) and no more memory than the forward pass (FlashAttention-2, arXiv
+2307.08691, algorithm 2).
 """
 
 import jax
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-BLOCK = 256  # queries a block at most
-SAVED = "attention"  # name of what the backward pass needs, for remat policies
+BLOCK = 256  # queries per block, at most
+SAVED = "attention"  # the checkpoint name, for remat policies, of what the backward pass needs
 
 
 def blockwise_attention(q, k, v, key_mask=None):
-    """As `attention`; without key masks."""
+    """Return `attention` without a key mask."""
     del key_mask
     b, n, h, d = q.shape
 
@@ -29,7 +29,7 @@ def blockwise_attention(q, k, v, key_mask=None):
 
 
 def block_size(length: int) -> int:
-    """Queries a block: the largest divisor of a length up to BLOCK; all, if that is a small one."""
+    """Return the queries per block: the largest divisor up to BLOCK, or `length` if that is below 64."""
     best = max(size for size in range(1, min(length, BLOCK) + 1) if length % size == 0)
     return best if best >= 64 else length
 
@@ -52,7 +52,7 @@ _attend.defvjp(_fwd, _bwd)
 
 
 def _folded(function):
-    """Under vmap, the new axis becomes more heads, so that the products stay those of two matrices."""
+    """Fold the axis of a vmap into the heads, so that products remain those of two matrices."""
     folded = jax.custom_batching.custom_vmap(function)
 
     @folded.def_vmap
@@ -78,7 +78,7 @@ def _scores(q: Float[Array, "n d"], k: Float[Array, "m d"]) -> Float[Array, "n m
 
 @_folded
 def _forward(q, k, v):
-    """(out [g, n, d], log of the sum of exponentials [g, n])."""
+    """Return (out [g, n, d], log of the sum of exponentials [g, n])."""
 
     def one_head(args):
         q, k, v = args
@@ -99,14 +99,14 @@ def _forward(q, k, v):
 
 @_folded
 def _backward(q, k, v, out, lse, grad):
-    """Gradients to q, k and v."""
+    """Return the gradients with respect to q, k and v."""
 
     def one_head(args):
         q, k, v, out, lse, grad = args
         dtype = lse.dtype
         shift = (out.astype(dtype) * grad.astype(dtype)).sum(axis=-1)
 
-        def one_block(total, part):  # total: the gradients to k and v so far, transposed
+        def one_block(total, part):  # total: the gradients of k and v so far, transposed
             q, q_t, lse, grad, grad_t, shift = part
             weights = jnp.exp(_scores(q, k) - lse[:, None])
             to_weights = jnp.dot(grad, v.T, preferred_element_type=dtype)

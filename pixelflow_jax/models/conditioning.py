@@ -1,4 +1,4 @@
-"""What the network is conditioned on: labels, text states, or token ids that become text states."""
+"""What the network is conditioned on: labels, text states, or token ids to encode into text states."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,15 @@ from pixelflow_jax.common import numerics
 from pixelflow_jax.models.t5 import T5Encoder
 from pixelflow_jax.models.transformer import PixelFlow
 
-# By argument name of PixelFlow.__call__, or {"text_ids", "text_mask"} for an encoder in the model. The
-# leading axes are those of the images.
+# Keys are arguments of PixelFlow.__call__, or "text_ids" and "text_mask" for an encoder in the model.
+# The leading axes are those of the images.
 Condition = dict[str, Array]
-TEXT = "text_encoder"  # where the parameters hold an encoder that is trained with the model
+TEXT = "text_encoder"  # the key, in the parameters, of an encoder that is trained with the model
 
 
 @numerics.pinned()
 def init_params(model: PixelFlow, seed: int) -> dict:
-    """Fresh parameters. They do not depend on the sizes of the layout they are traced with."""
+    """Return fresh parameters. They do not depend on the layout that they are traced with."""
     patches = model.patch_sizes
     layout, count = PackLayout(tuple(Group(1, 1, 1, p) for p in patches)), len(patches)
     tokens = [jnp.zeros((1, 1, 1, 3 * p**2)) for p in patches]
@@ -34,11 +34,11 @@ def init_params(model: PixelFlow, seed: int) -> dict:
 
 
 def from_class_model(params: dict, fresh: dict) -> dict:
-    """A text model's parameters from those of a class model of the same size.
+    """Return a text model's parameters from those of a class model of the same size.
 
-    What only a text model has is taken from `fresh`. The null class moves into the size embedding's
-    bias; with `cross_gate` the new model's velocity therefore is, at first, the class model's for no
-    class.
+    Parameters that only a text model has come from `fresh`. The embedding of the null class is added to
+    the bias of the size embedding. With `cross_gate`, the initial velocity is therefore the class
+    model's for the null class.
     """
 
     def merged(old, new):
@@ -53,7 +53,7 @@ def from_class_model(params: dict, fresh: dict) -> dict:
 
 
 def encode_text(model: PixelFlow, params: dict, condition: Condition) -> Condition:
-    """Turns {"text_ids", "text_mask"} into {"context", "context_mask"}; leaves all else as it is."""
+    """Replace "text_ids" and "text_mask" by "context" and "context_mask"; return others unchanged."""
     if "text_ids" not in condition:
         return condition
     ids, mask = condition["text_ids"], condition["text_mask"]

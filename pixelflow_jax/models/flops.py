@@ -1,4 +1,4 @@
-"""How many floating-point operations a model needs: from its shapes, and from a traced function."""
+"""Count the floating-point operations of a model, from its shapes or from a traced function."""
 
 import math
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from pixelflow_jax.models.transformer import SINCOS_DIM, PixelFlow
 
 
 def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0) -> int:
-    """Operations of the matrix products of one forward pass over one row.
+    """Return the FLOPs of the matrix products in one forward pass over one row.
 
-    A multiply-add counts as two; norms, gates and rotations are left out, as MFU's definition has it
+    A multiply-add counts as two. Norms, gates and rotations are left out, as in the definition of MFU
     (PaLM, arXiv 2204.02311, appendix B). Training costs three times as much.
     """
     dim, tokens, sequences = model.num_heads * model.head_dim, layout.row_length, layout.num_sequences
-    layer = 2 * tokens * (4 + 8) * dim * dim  # q, k, v, o; the MLP's two
-    layer += sum(4 * group.count * group.length**2 * dim for group in layout.groups)  # attention's two
+    layer = 2 * tokens * (4 + 8) * dim * dim  # q, k, v, o; two in the MLP
+    layer += sum(4 * group.count * group.length**2 * dim for group in layout.groups)  # attention
     layer += 2 * sequences * 6 * dim * dim
     if model.context_dim:
         text = sequences * context_length
@@ -34,25 +34,26 @@ def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0)
 
 
 def traced_flops(function: Callable, *args: Any, lanes: int = 1) -> int:
-    """Operations of the matrix products that a function runs, counted from its trace.
+    """Return the FLOPs of the matrix products that a function runs, counted from its trace.
 
-    Loops count by their length, Pallas kernels by their grid, and what a backward pass recomputes as
-    often as it does; what no result needs is left out, as the compiler does. Inside shard_map it is
-    one device's share. XLA's own cost_analysis counts loop bodies once and kernels not at all.
+    Loop bodies count once per iteration, Pallas kernels once per grid point, and recomputation in a
+    backward pass as often as it happens. Unused results are left out, as by the compiler. Inside
+    shard_map, the count is one device's share. XLA's own cost_analysis counts loop bodies once and
+    kernels not at all.
 
     Args:
-      function, args: as for jax.make_jaxpr; arrays may be shapes.
-      lanes: of a matrix unit; a product's inner and outer width are rounded up to a multiple of it, as
-        the hardware does. 1 counts the arithmetic.
+      function, args: as for jax.make_jaxpr; arrays may be abstract.
+      lanes: lanes of the matrix unit. The inner and outer widths of a product are rounded up to a
+        multiple, as in hardware; 1 counts the arithmetic alone.
 
     Raises:
-      ValueError: if a product stands in a loop of unknown length.
+      ValueError: if a product is inside a loop of unknown length.
     """
     return program_flops(jax.make_jaxpr(function)(*args).jaxpr, lanes)
 
 
 def program_flops(jaxpr: core.Jaxpr, lanes: int = 1) -> int:
-    """`traced_flops` of a program that is traced already."""
+    """Return `traced_flops` of a traced program."""
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(jaxpr, lanes)
 
@@ -69,7 +70,7 @@ def _count_equation(equation: core.JaxprEqn, lanes: int) -> int:
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "while" and sum(inner):
-        raise ValueError("a matrix product stands in a while loop, whose length is not known")
+        raise ValueError("a matrix product is inside a while loop, whose length is unknown")
     if name == "cond":
         return max(inner)
     if name == "pallas_call":
@@ -78,7 +79,7 @@ def _count_equation(equation: core.JaxprEqn, lanes: int) -> int:
 
 
 def _product(equation: core.JaxprEqn, lanes: int) -> int:
-    """2 x batch x rows x columns x inner."""
+    """Return 2 x batch x rows x columns x inner."""
     (left_inner, right_inner), (left_batch, right_batch) = equation.params["dimension_numbers"]
     left, right = (var.aval.shape for var in equation.invars)
 
@@ -93,7 +94,7 @@ def _product(equation: core.JaxprEqn, lanes: int) -> int:
 
 
 def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
-    """The programs among an equation's parameters."""
+    """Return the programs among an equation's parameters."""
     kinds = (core.Jaxpr, core.ClosedJaxpr)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, kinds))
     return [getattr(x, "jaxpr", x) for x in leaves if isinstance(x, kinds)]

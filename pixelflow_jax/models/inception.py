@@ -1,11 +1,10 @@
-"""The Inception-v3 of FID: the TensorFlow graph of 2015-12-05, whose weights the public .pth holds.
+"""The Inception-v3 of FID: the TensorFlow graph of 2015-12-05, with weights from the public .pth file.
 
-It differs from torchvision's: average pooling leaves padding out of its mean, the last block pools by
-maximum, images are resized as TensorFlow 1 did, and there are 1008 classes. Source: Heusel et al., arXiv
-1706.08500, and its ports to PyTorch, whose names of arrays are kept.
+It differs from torchvision's: average pooling excludes padding from the mean, the last block uses
+maximum pooling, images are resized as in TensorFlow 1, and there are 1008 classes. Source: Heusel et
+al., arXiv 1706.08500, and its ports to PyTorch, which the names of arrays follow.
 """
 
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +19,11 @@ from pixelflow_jax.common.errors import UserError
 
 SIZE = 299
 NUM_LOGITS = 1008
-SPATIAL_CHANNELS = 7  # of the 192 that sFID takes
+SPATIAL_CHANNELS = 7  # used by sFID, of 192
 
 
 def resize_tf1(x: Float[Array, "b h w c"], size: int = SIZE) -> Float[Array, "b size size c"]:
-    """Bilinear, as TensorFlow 1 had it: pixel i of the result lies at i * (old / new), no half pixel."""
+    """Resize bilinearly as in TensorFlow 1: output pixel i is at i * (old / new), no half pixels."""
     for axis in (1, 2):
         old = x.shape[axis]
         place = np.arange(size, dtype=np.float32) * np.float32(old / size)
@@ -36,7 +35,7 @@ def resize_tf1(x: Float[Array, "b h w c"], size: int = SIZE) -> Float[Array, "b 
 
 
 class Unit(nn.Module):
-    """Convolution, batch normalisation by stored statistics (eps 1e-3), ReLU."""
+    """Convolution, batch normalization with stored statistics (eps 1e-3), ReLU."""
 
     features: int
     kernel: tuple[int, int] = (1, 1)
@@ -71,70 +70,50 @@ def _maximum(x, stride: int = 1):
     return nn.max_pool(x, (3, 3), (stride, stride), padding=same)
 
 
-# The blocks: {branch: [(name, features, kernel)]}; a list in place of such a unit: its units stand
-# side by side. "pool" branches begin with a pooling. "half" blocks halve the size in each last unit.
+def _chain(name: str, *units):
+    """Return consecutive units NAME_1, NAME_2, ..., each (features, kernel)."""
+    return [(f"{name}_{i}", *unit) for i, unit in enumerate(units, 1)]
+
+
+# Blocks: {branch: [(name, features, kernel)]}; a list in place of a unit holds parallel units. Branches
+# named "pool" begin with pooling. In "half" blocks, the last unit of each branch halves the size.
 def _a(pool: int):
     return {
         "": [("branch1x1", 64, (1, 1))],
-        "5x5": [("branch5x5_1", 48, (1, 1)), ("branch5x5_2", 64, (5, 5))],
-        "3x3": [
-            ("branch3x3dbl_1", 64, (1, 1)),
-            ("branch3x3dbl_2", 96, (3, 3)),
-            ("branch3x3dbl_3", 96, (3, 3)),
-        ],
+        "5x5": _chain("branch5x5", (48, (1, 1)), (64, (5, 5))),
+        "3x3": _chain("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
         "pool": [("branch_pool", pool, (1, 1))],
     }
 
 
 def _c(width: int):
+    double = [(width, (1, 1)), (width, (7, 1)), (width, (1, 7)), (width, (7, 1)), (192, (1, 7))]
     return {
         "": [("branch1x1", 192, (1, 1))],
-        "7x7": [
-            ("branch7x7_1", width, (1, 1)),
-            ("branch7x7_2", width, (1, 7)),
-            ("branch7x7_3", 192, (7, 1)),
-        ],
-        "7x7dbl": [
-            ("branch7x7dbl_1", width, (1, 1)),
-            ("branch7x7dbl_2", width, (7, 1)),
-            ("branch7x7dbl_3", width, (1, 7)),
-            ("branch7x7dbl_4", width, (7, 1)),
-            ("branch7x7dbl_5", 192, (1, 7)),
-        ],
+        "7x7": _chain("branch7x7", (width, (1, 1)), (width, (1, 7)), (192, (7, 1))),
+        "7x7dbl": _chain("branch7x7dbl", *double),
         "pool": [("branch_pool", 192, (1, 1))],
     }
 
 
+def _pair(name: str):
+    return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
+
+
 E = {
     "": [("branch1x1", 320, (1, 1))],
-    "3x3": [
-        ("branch3x3_1", 384, (1, 1)),
-        [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))],
-    ],
-    "3x3dbl": [
-        ("branch3x3dbl_1", 448, (1, 1)),
-        ("branch3x3dbl_2", 384, (3, 3)),
-        [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))],
-    ],
+    "3x3": [("branch3x3_1", 384, (1, 1)), _pair("branch3x3_2")],
+    "3x3dbl": [*_chain("branch3x3dbl", (448, (1, 1)), (384, (3, 3))), _pair("branch3x3dbl_3")],
     "pool": [("branch_pool", 192, (1, 1))],
 }
 HALF_6A = {
     "": [("branch3x3", 384, (3, 3))],
-    "dbl": [
-        ("branch3x3dbl_1", 64, (1, 1)),
-        ("branch3x3dbl_2", 96, (3, 3)),
-        ("branch3x3dbl_3", 96, (3, 3)),
-    ],
+    "dbl": _chain("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
     "pool": [],
 }
 HALF_7A = {
-    "": [("branch3x3_1", 192, (1, 1)), ("branch3x3_2", 320, (3, 3))],
-    "7x7": [
-        ("branch7x7x3_1", 192, (1, 1)),
-        ("branch7x7x3_2", 192, (1, 7)),
-        ("branch7x7x3_3", 192, (7, 1)),
-        ("branch7x7x3_4", 192, (3, 3)),
-    ],
+    "": _chain("branch3x3", (192, (1, 1)), (320, (3, 3))),
+    "7x7": _chain("branch7x7x3", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3))),
     "pool": [],
 }
 BLOCKS = {
@@ -153,14 +132,14 @@ BLOCKS = {
 
 
 class Mixed(nn.Module):
-    """A block of parallel branches, joined along the channels."""
+    """A block of parallel branches, concatenated along the channels."""
 
     branches: Any
     kind: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
-        """(output, the first branch alone)."""
+        """Return (output, output of the first branch)."""
         outputs = []
         for branch, units in self.branches.items():
             y = x
@@ -180,16 +159,17 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """Inception-v3 for FID and its kin, in float32 on every chip."""
+    """Inception-v3 for FID and related metrics, in float32 on every chip."""
 
     @nn.compact
     @numerics.precise
     def __call__(self, pixels: UInt8[Array, "b h w 3"]) -> dict[str, Float[Array, "b d"]]:
-        """Features of images of any size.
+        """Return features of images of any size.
 
         "2048": the pooled features (FID, precision and recall). "spatial": the first 7 channels of the
         1x1 branch of Mixed_6d, 17 x 17 x 7, which ADM's evaluator reads as "mixed_6/conv:0" for sFID.
-        "logits_unbiased": for the Inception Score, as ADM has it. "64", "192", "768": pooled earlier.
+        "logits_unbiased": for the Inception Score, as in ADM. "64", "192", "768": pooled from earlier
+        layers.
         """
         x = (resize_tf1(pixels.astype(jnp.float32)) - 128) / 128
         found = {}
@@ -215,7 +195,7 @@ class Inception(nn.Module):
         return found
 
 
-# Of a unit's official arrays: the end of the name, ours, and the way of its axes
+# The arrays of a unit: the end of the public name, the end of our path, and the order of axes
 UNIT = {
     "conv.weight": (("conv", "kernel"), (2, 3, 1, 0)),
     "bn.weight": (("scale",), (0,)),
@@ -225,53 +205,46 @@ UNIT = {
 }
 
 
+def _arrays() -> dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Return {public name: (our path, order of axes, our shape)}."""
+    shapes = jax.eval_shape(Inception().init, numerics.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    found = {}
+    for path, x in flatten_dict(shapes["params"]).items():
+        for public, (ours, axes) in UNIT.items():
+            if path[-len(ours) :] == ours:
+                found[".".join((*path[: -len(ours)], public))] = path, axes, x.shape
+        if len(path) == 1:  # fc_kernel, fc_bias
+            public, axes = ("fc.weight", (1, 0)) if x.ndim == 2 else ("fc.bias", (0,))
+            found[public] = path, axes, x.shape
+    return found
+
+
 def inception_params(state: dict[str, np.ndarray]) -> dict:
-    """Our parameters from the public state dict.
+    """Return our parameters from the public state dict.
 
     Raises:
-      UserError: if an array is missing, left over or of a wrong shape.
+      UserError: if an array is missing, unexpected or of the wrong shape.
     """
-    shapes = jax.eval_shape(Inception().init, numerics.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
-    expected = {path: x.shape for path, x in flatten_dict(shapes["params"], sep="/").items()}
-    params, problems = {}, []
+    expected, params, problems = _arrays(), {}, []
     for name, array in state.items():
         if name.endswith("num_batches_tracked") or name.startswith("AuxLogits."):
             continue
-        ours, axes = _our_name(name)
-        if ours not in expected:
+        path, axes, shape = expected.pop(name, ((), (), ()))
+        if not path:
             problems.append(f"left over: {name}")
-        elif len(axes) != np.ndim(array) or tuple(np.shape(array)[i] for i in axes) != expected[ours]:
+        elif len(axes) != np.ndim(array) or tuple(np.shape(array)[i] for i in axes) != shape:
             problems.append(f"{name} has shape {np.shape(array)}")
         else:
-            params[ours] = np.asarray(array, np.float32).transpose(axes)
-            del expected[ours]
+            params[path] = np.asarray(array, np.float32).transpose(axes)
     problems += [f"missing: {name}" for name in expected]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
             f"these are not the weights of FID's Inception-v3: {'; '.join(problems[:5])}{more}"
         )
-    return unflatten_dict(params, sep="/")
+    return unflatten_dict(params)
 
 
 def inception_names() -> set[str]:
-    """The public names of the arrays that are used."""
-    shapes = jax.eval_shape(Inception().init, numerics.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
-    ends = {ours: theirs for theirs, (ours, _) in UNIT.items()}
-    names = {"fc.weight", "fc.bias"}
-    for path in flatten_dict(shapes["params"]):
-        for cut in (-1, -2):
-            if path[cut:] in ends:
-                names.add(".".join((*path[:cut], ends[path[cut:]])))
-    return names
-
-
-def _our_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """(our path, order of axes) of an official array; ("", ()) if the name is not known."""
-    if name in ("fc.weight", "fc.bias"):
-        return ("fc_kernel", (1, 0)) if name == "fc.weight" else ("fc_bias", (0,))
-    match = re.fullmatch(r"(.+?)\.(conv\.weight|bn\.\w+)", name)
-    if not match or match[2] not in UNIT:
-        return "", ()
-    path, axes = UNIT[match[2]]
-    return "/".join([*match[1].split("."), *path]), axes
+    """Return the public names of the arrays that the network uses."""
+    return set(_arrays())

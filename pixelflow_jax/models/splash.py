@@ -1,7 +1,7 @@
-"""Attention on TPU: JAX's Pallas kernel (splash attention), forward and backward.
+"""Attention on TPUs: JAX's Pallas kernel (splash attention), forward and backward.
 
-Scores never leave the chip's own memory. The backward kernel is the fused one: five products for each
-pair of blocks (scores, dP, dV, dK, dQ), where separate kernels for dQ and for dK and dV take seven.
+Scores stay in VMEM. The backward kernel is the fused one: five products per pair of blocks (scores, dP,
+dV, dK, dQ), where separate kernels for dQ and for dK and dV take seven.
 """
 
 import functools
@@ -14,21 +14,26 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from pixelflow_jax.models.attention import fill
 
 LANES = 128  # lengths are multiples of it
-# Queries and keys a block at most, forward, by generation. VMEM holds a block of scores in float32: v4
-# has 16 MiB a core, the later ones have more.
+# Queries and keys per block, at most, in the forward pass, by generation. VMEM holds a block of scores
+# in float32: v4 has 16 MiB per core, later generations more.
 BLOCKS = {"v4": (512, 512), "v5e": (1024, 1024), "v5p": (1024, 1024), "v6e": (1024, 1024)}
-# The backward kernel writes the gradient to q once for each block of keys, to be summed: few and large
-# ones. More does not fit on v4 and v5p, nor on v5e with 16,384 tokens.
+# The same in the backward pass, which writes the gradient of q once per block of keys, to be summed: few
+# and large blocks are faster. Larger ones do not fit on v4 and v5p, nor on v5e with 16,384 tokens.
 BACKWARD = (512, 2048)
-COMPUTE = 512  # keys a product
-PADDING = -1  # the segment of what fills a length up
+COMPUTE = 512  # keys per product
+PADDING = -1  # the segment id of padding up to a multiple of LANES
 
 
 def splash_attention(q, k, v, key_mask=None, generation="", interpret=False):
-    """As `attention`; any length, filled up to a multiple of 128.
+    """Return `attention` for any length, padded to a multiple of 128; segment ids mask keys and padding.
 
-    Masked keys get no weight at all, where `einsum` adds -10000 to their scores: the same. If all keys
-    of a sequence are masked, that is as good as none.
+    Masked keys get weight zero, which equals adding -10000 to their scores. If all keys of a sequence
+    are masked, none is, as there.
+
+    Args:
+      q, k, v, key_mask: as for `attention`.
+      generation: of TPU, a key of BLOCKS; others take conservative block sizes.
+      interpret: run the kernel on another platform, slowly.
     """
     b, n, m = len(q), q.shape[1], k.shape[1]
     segments = None
@@ -47,12 +52,12 @@ def splash_attention(q, k, v, key_mask=None, generation="", interpret=False):
 
 
 def _block(length: int, most: int) -> int:
-    """The largest multiple of LANES up to `most` that divides a length."""
+    """Return the largest multiple of LANES, at most `most`, that divides `length`."""
     return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)
 
 
 def _kernel(heads: int, n: int, m: int, generation: str, interpret: bool):
-    """The kernel for `n` queries and `m` keys."""
+    """Return the kernel for `n` queries and `m` keys."""
     most_q, most_kv = BLOCKS.get(generation, (512, 512))
     block_q, block_kv = _block(n, most_q), _block(m, most_kv)
     back_q, back_kv = _block(n, BACKWARD[0]), _block(m, BACKWARD[1])

@@ -1,10 +1,10 @@
 """T5 encoder, version 1.1 (gated GELU): Flan-T5 small to XXL, or a small one trained with the model.
 
 Source: Raffel et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202 (the gated MLP). Names of weights and
-of config keys are those of the public checkpoints (transformers' T5EncoderModel).
+config keys follow the public checkpoints (transformers' T5EncoderModel).
 
-Precision: `dtype` is that of the residual stream and of matrix products; norms and softmax run in at
-least float32. No dropout: the text model uses the encoder as it is.
+Precision: the residual stream and matrix products are in `dtype`; norms and the softmax run in at least
+float32. There is no dropout.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ SPECIAL = ("<pad>", "</s>", "<unk>")  # the first entries of every vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of an encoder, by the names of its config.json.
+    """The sizes of an encoder, named as in its config.json.
 
     Attributes:
-      d_model: width of the states. d_kv: of a head. d_ff: of the MLP's inside.
+      d_model, d_kv, d_ff: the width of the states, of a head, and of the MLP's hidden layer.
     """
 
     vocab_size: int
@@ -45,16 +45,16 @@ class T5Config:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "T5Config":
-        """From the contents of config.json at `where`.
+        """Return the config from `values`, the contents of the config.json at `where`.
 
         Raises:
-          UserError: if a size is missing, or it is not a T5 of version 1.1.
+          UserError: if a size is missing, or the encoder is not a T5 of version 1.1.
         """
         kind = values.get("feed_forward_proj")
         if kind != "gated-gelu":
             raise UserError(
-                f"{where}: feed_forward_proj is {kind!r}; this encoder is T5 version 1.1 (Flan-T5, "
-                f"t5-v1_1, mT5), which has 'gated-gelu'"
+                f"{where}: feed_forward_proj is {kind!r}; only T5 version 1.1 (Flan-T5, t5-v1_1, mT5), "
+                f"with 'gated-gelu', is supported"
             )
         found = {}
         for field in dataclasses.fields(cls):
@@ -70,9 +70,10 @@ class T5Config:
 def relative_buckets(
     length: int, num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, "length length"]:
-    """The bucket of (query, key): half of them for keys after the query; exact near, logarithmic far.
+    """Return the bucket of each (query, key) pair: exact for near keys, logarithmic for far ones.
 
-    Source: arXiv 1910.10683, section 2.1; float32 logarithms, as the public code has them.
+    Half of the buckets are for keys after the query. Source: arXiv 1910.10683, section 2.1; logarithms
+    in float32, as in the public code.
     """
     distance = np.arange(length)[None] - np.arange(length)[:, None]
     half = num_buckets // 2
@@ -87,7 +88,7 @@ def relative_buckets(
 
 
 class T5Layer(nn.Module):
-    """Self-attention with a shared position bias, then the gated MLP; both after an RMSNorm."""
+    """Self-attention with a shared position bias, then the gated MLP; an RMSNorm precedes each."""
 
     config: T5Config
     dtype: Dtype
@@ -95,7 +96,7 @@ class T5Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias):
-        """x [b, t, d], bias [b, heads, t, t] (positions and mask) -> (x, None), as nn.scan wants it."""
+        """Map x [b, t, d] and bias [b, heads, t, t] (positions, mask) to (x, None) for nn.scan."""
         c = self.config
 
         def dense(features, std, name):
@@ -105,7 +106,7 @@ class T5Layer(nn.Module):
 
         inner, width = c.num_heads * c.d_kv, c.d_model**-0.5
         h = RMSNorm(self.param_dtype, name="attention_norm")(x)
-        q = dense(inner, (c.d_model * c.d_kv) ** -0.5, "q")(h)  # scores are not divided by sqrt(d_kv)
+        q = dense(inner, (c.d_model * c.d_kv) ** -0.5, "q")(h)  # T5 does not divide scores by sqrt(d_kv)
         k, v = dense(inner, width, "k")(h), dense(inner, width, "v")(h)
         q, k, v = (y.reshape(*y.shape[:-1], c.num_heads, c.d_kv) for y in (q, k, v))
         scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=wide(self.dtype))
@@ -120,7 +121,7 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids to states. Padding is masked: the states of other tokens do not see it."""
+    """Encodes token ids into states. Padding is masked."""
 
     config: T5Config
     dtype: Dtype = jnp.float32
@@ -129,14 +130,14 @@ class T5Encoder(nn.Module):
     @nn.compact
     @numerics.precise
     def __call__(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t d"]:
-        """The states of every token, where mask is True; those of padding mean nothing."""
+        """Return a state per token; states where mask is False are undefined."""
         c, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
         embed = nn.Embed(
             c.vocab_size, c.d_model, embedding_init=nn.initializers.normal(1.0), name="embed", **dtypes
         )
         table = self.param(
             "relative_bias",
-            nn.initializers.normal(1.0),  # at T5's d_model^-0.5 a small encoder is slow to see order
+            nn.initializers.normal(1.0),  # with T5's d_model^-0.5 a small encoder learns order slowly
             (c.relative_attention_num_buckets, c.num_heads),
             self.param_dtype,
         )
@@ -156,18 +157,18 @@ class T5Encoder(nn.Module):
         return RMSNorm(self.param_dtype, name="final_norm")(x)
 
 
-LAYER_NAMES = {  # ours -> within encoder.block.<i>.layer
+LAYER_NAMES = {  # ours: the name within encoder.block.<i>.layer
     **{(name, "kernel"): f"0.SelfAttention.{name}.weight" for name in "qkvo"},
     ("attention_norm", "scale"): "0.layer_norm.weight",
     **{(name, "kernel"): f"1.DenseReluDense.{name}.weight" for name in ("wi_0", "wi_1", "wo")},
     ("mlp_norm", "scale"): "1.layer_norm.weight",
 }
 BIAS_NAME = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-EMBED_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # one and the same array
+EMBED_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one array
 
 
 def weight_names(config: T5Config) -> list[tuple[tuple[str, ...], int | None, str]]:
-    """(our path, layer or None, public name) of every array."""
+    """Return (our path, layer or None, public name) of every array."""
     outer = [
         (("embed", "embedding"), None, EMBED_NAMES[0]),
         (("relative_bias",), None, BIAS_NAME),
@@ -182,22 +183,23 @@ def weight_names(config: T5Config) -> list[tuple[tuple[str, ...], int | None, st
 
 
 def unknown_names(names: Iterable[str], config: T5Config) -> list[str]:
-    """Those names of a checkpoint that are not the encoder's (nor of the decoder, which is not used)."""
+    """Return the names in a checkpoint that belong neither to the encoder nor to the unused decoder."""
     known = {name for _, _, name in weight_names(config)} | set(EMBED_NAMES)
     return sorted(n for n in names if n not in known and not n.startswith(("decoder.", "lm_head.")))
 
 
 def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np.float32) -> dict:
-    """Our parameters from a public checkpoint.
+    """Return our parameters from a public checkpoint.
 
     Args:
-      read: gives an array by its public name, one at a time, so that a large file is never held twice.
-      names: the arrays that are there.
-      where: the file or folder, for errors.
-      dtype: to keep them in.
+      read: returns an array by its public name. Arrays are read one at a time, so that a large file is
+        never in memory twice.
+      names: the names of the arrays in the checkpoint.
+      where: the file or folder, for error messages.
+      dtype: of the parameters.
 
     Raises:
-      UserError: names what is missing, unknown or of a wrong shape.
+      UserError: naming arrays that are missing, unknown or of the wrong shape.
     """
     names = set(names)
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

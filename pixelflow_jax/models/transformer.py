@@ -1,10 +1,10 @@
-"""The PixelFlow transformer: one network for every stage, class labels or text in.
+"""The PixelFlow transformer: one network for all stages, conditioned on class labels or text.
 
-Source: PixelFlow (arXiv 2504.07963), section 3.2, and the released code. One block serves the class
-model and the text model, which adds a cross-attention. Works on packed rows (see packing.py).
+Source: PixelFlow (arXiv 2504.07963), section 3.2, and the released code. The text model's block adds
+cross-attention to the class model's. The network runs on packed rows (see cascade/packing.py).
 
-Precision: parameters stay in float32 (`param_dtype`); `dtype` is that of the residual stream and of
-matrix products. Norms, modulation, gates and rotation run in at least float32.
+Precision: parameters stay in `param_dtype`, float32; the residual stream and matrix products are in
+`dtype`. Norms, modulation, gates and rotary embeddings run in at least float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ from pixelflow_jax.models.rope import apply_rope, rope_table
 
 SINCOS_DIM = 256
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),  # every activation
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED),
     ),
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream only
+    "full": jax.checkpoint_policies.nothing_saveable,  # but the residual stream
 }
 Dtype = Any
 xavier = nn.initializers.xavier_uniform()
@@ -39,33 +39,29 @@ zeros = nn.initializers.zeros_init()
 
 
 def sincos_frequencies() -> Float[np.ndarray, " half"]:
-    """10000^(-i/127), i = 0..127, rounded to float32 at every step as the released code does.
+    """Return 10000^(-i/127), i = 0..127, rounded to float32 at every step as in the released code.
 
-    An ulp matters here: at T = 999 it moves an angle by 6e-5, and gradients by 2e-5. Which way a
-    float32 exp rounds differs between machines. Two entries are fitted: moved by an ulp, because only
-    then do the gradients recorded in tests/data/parity/train_c2i.npz come out within 1e-5 of ours.
+    The exponential is rounded correctly. A float32 exp may be off by an ulp, which at T = 999 moves an
+    angle by 6e-5 and gradients by 2e-5.
     """
     half = SINCOS_DIM // 2
     exponents = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half - 1)
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    for entry, towards in ((10, 1), (52, 0)):
-        frequencies[entry] = np.nextafter(frequencies[entry], np.float32(towards))
-    return frequencies
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
 
 
 def sincos(x: Float[Array, "..."], dtype: Dtype) -> Float[Array, "... d"]:
-    """256 features of a number: cos first, then sin."""
+    """Return 256 sinusoidal features per number: cosines, then sines."""
     angles = x.astype(dtype)[..., None] * jnp.asarray(sincos_frequencies(), dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def wide(dtype: Dtype) -> Dtype:
-    """The dtype for norms, modulation and gates: at least float32."""
+    """Return the dtype for norms, modulation and gates: `dtype`, but at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def layer_norm(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """LayerNorm without parameters, eps 1e-6; the result is in at least float32."""
+    """Apply LayerNorm without parameters, eps 1e-6; the result is in at least float32."""
     x = x.astype(wide(x.dtype))
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
@@ -85,7 +81,7 @@ class RMSNorm(nn.Module):
 
 
 class ScalarEmbedding(nn.Module):
-    """Linear-SiLU-Linear on the sincos features of a number (a time, or a grid's size)."""
+    """Linear-SiLU-Linear on the sinusoidal features of a number: a time or the size of a grid."""
 
     dim: int
     dtype: Dtype
@@ -100,10 +96,10 @@ class ScalarEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over packed rows; self-attention, or to `context` where that is given.
+    """Multi-head attention in packed rows: self-attention, or cross-attention to `context` if given.
 
-    RMSNorm on q and k over the full inner width, before the split into heads. RoPE turns q, and k in
-    self-attention. Each group of the layout attends on its own.
+    q and k pass an RMSNorm over the full inner width, before the split into heads. RoPE rotates q, and k
+    in self-attention. Each group of the layout attends separately.
     """
 
     num_heads: int
@@ -137,7 +133,7 @@ class Attention(nn.Module):
             return k_norm(dense_k(y)), dense_v(y)
 
         on_cpu = (self.platform or jax.default_backend()) == "cpu"
-        if context is not None and on_cpu:  # else the text's rounding would depend on its padding
+        if context is not None and on_cpu:  # otherwise rounding would depend on the text's padding
             keys_and_values = by_chunks(keys_and_values)
         k, v = map(heads, keys_and_values(source))
         q = apply_rope(heads(q), *rope)
@@ -160,7 +156,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention (text models only), MLP; modulated by the conditioning."""
+    """Self-attention, cross-attention (text models only) and MLP, modulated by the conditioning."""
 
     num_heads: int
     head_dim: int
@@ -173,7 +169,7 @@ class Block(nn.Module):
     cross_gate: bool = False
 
     def __call__(self, *args):
-        """x [rows, n, d], conditioning [rows, sequences, d], ... -> (x, None), as nn.scan wants it."""
+        """Map x [rows, n, d], conditioning [rows, s, d], ... to (x, None), the form of nn.scan."""
         if self.gather is None:
             return self.forward(*args)
 
@@ -212,24 +208,26 @@ class Block(nn.Module):
 
 
 class PixelFlow(nn.Module):
-    """Predicts the velocity of every token of a packed row.
+    """Predicts the velocity of every token.
 
     Attributes:
-      num_heads, head_dim, depth: size; the width is num_heads * head_dim.
-      patch_size: pixels a side of a token; or one a stage (a cheaper last stage, beyond the paper), with
-        an embedding and an output layer for each size. What the network is told of an image's size is
-        in patches of the smallest.
+      num_heads, head_dim, depth: the size; the width is num_heads * head_dim.
+      patch_size: pixels per side of a token, or one number per stage (a cheaper last stage, beyond the
+        paper), with an embedding and an output layer per size. The size embedding counts in patches of
+        the smallest size.
       num_classes: classes of a class-conditional model (label num_classes is the null class), or 0.
-      context_dim: width of the text states a text model attends to, or 0.
-      cross_gate: a learned gate on the cross-attention, 0 at first, which the released model has not.
-      dtype, param_dtype: of computation and of parameters. float32 is float32 on every chip: products
-        then have the highest precision.
+      context_dim: width of the text states that a text model attends to, or 0.
+      cross_gate: add a learned gate, initially 0, to the cross-attention; the released model has none.
+      dtype, param_dtype: of computation and of parameters. With float32, products have the highest
+        precision on every chip.
       text: sizes of a text encoder whose parameters are part of the model (conditioning.py), or None.
-      remat: what the backward pass keeps; a name of REMAT_POLICIES.
-      scan_unroll: layers an iteration of the scan over depth; more compiles longer, runs faster.
-      attention: the backend of attention, a name of `models/attention.py` or "auto".
-      platform: what it is compiled for (`hardware.platform_of`), for that choice; None: JAX's default.
-      gather_layer: makes a layer's parameters whole where each device holds a part of them.
+      remat: what the backward pass keeps, a key of REMAT_POLICIES.
+      scan_unroll: layers per iteration of the scan over depth; more take longer to compile and run
+        faster.
+      attention: the attention backend, a name known to `models/attention.py` or "auto".
+      platform: the target platform (`hardware.platform_of`) for "auto"; None: that of JAX's first
+        device.
+      gather_layer: gathers a layer's parameters where each device holds a part of them.
     """
 
     num_heads: int
@@ -285,14 +283,7 @@ class PixelFlow(nn.Module):
         runs = [*layout.by_patch_size(tokens)]
         embed = {p: dense("patch_embed", p, dim, xavier) for p in self.patch_sizes}
         x = jnp.concatenate([embed[p](run.pack(parts)) for p, run, parts in runs], axis=1)
-        conditioning = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)
-        conditioning += self._size_embedding(layout, dim)
-        if self.num_classes:
-            embed = nn.Embed(
-                self.num_classes + 1, dim, embedding_init=small, name="class_embed", **dtypes
-            )
-            conditioning += embed(labels)
-
+        conditioning = self._conditioning(timesteps, layout, labels)
         rope = map(layout.local_row, rope_table(layout.positions(), self.head_dim))
         rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
 
@@ -332,7 +323,7 @@ class PixelFlow(nn.Module):
 
     @property
     def patch_sizes(self) -> list[int]:
-        """The distinct patch sizes, from the smallest on."""
+        """The distinct patch sizes, in ascending order."""
         return sorted({self.patch_size} if isinstance(self.patch_size, int) else {*self.patch_size})
 
     @property
@@ -340,12 +331,27 @@ class PixelFlow(nn.Module):
         """The smallest patch size."""
         return self.patch_sizes[0]
 
-    def _size_embedding(self, layout: PackLayout, dim: int) -> Float[Array, "*rows s d"]:
-        """Resolution embedding: mean over a grid's height and width (equal for squares)."""
-        embed = ScalarEmbedding(dim, dtype=self.dtype, param_dtype=self.param_dtype, name="size_embed")
-        grids = [np.array([g.height, g.width]) * g.patch_size for g in layout.groups]
+    def _conditioning(self, timesteps, layout, labels) -> Float[Array, "rows s d"]:
+        """Return the sum of the embeddings of time, grid size and class.
+
+        The embedding of a grid's size, in patches of the smallest size, is the mean over height and
+        width.
+        """
+        dim = self.num_heads * self.head_dim
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        embedded = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)
+
+        grids = [
+            (group.height * group.patch_size, group.width * group.patch_size) for group in layout.groups
+        ]
         sizes = np.array(grids, np.float32) / self.base_patch
         if (sizes[:, 0] == sizes[:, 1]).all():
             sizes = sizes[:, :1]
         each = np.repeat(np.arange(len(layout.groups)), [group.count for group in layout.groups])
-        return embed(jnp.asarray(sizes, wide(self.dtype))).mean(axis=1)[each][None]
+        embed = ScalarEmbedding(dim, **dtypes, name="size_embed")
+        embedded += embed(jnp.asarray(sizes, wide(self.dtype))).mean(axis=1)[each][None]
+        if self.num_classes:
+            count = self.num_classes + 1
+            embed = nn.Embed(count, dim, embedding_init=small, name="class_embed", **dtypes)
+            embedded += embed(labels)
+        return embedded

@@ -1,4 +1,4 @@
-"""The optimizer chain: clip, AdamW with a schedule, and averages of the parameters (EMA)."""
+"""The optimizer chain: gradient clipping, AdamW with a schedule, averages of the parameters (EMA)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from pixelflow_jax.distributed import sharding
 
 
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """clip -> AdamW -> EMA as one transformation; its state is a dict with those three names."""
+    """Return clip -> AdamW -> EMA as one transformation; its state is a dict with these names."""
     opt = config.optimizer
     mask = is_matrix if opt.weight_decay_on == "matrices" else None
     rate, decay = build_schedule(config), opt.weight_decay
@@ -26,7 +26,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then constant, or falling to 0 at num_train_steps."""
+    """Return the learning rate by step: linear warmup, then constant or decaying to 0 at the end."""
     opt = config.optimizer
     steps = max(config.num_train_steps - opt.warmup_steps, 1)
     main = {
@@ -36,14 +36,14 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
     }[opt.schedule]
     if not opt.warmup_steps:
         return main
-    # The first step already moves: its rate is 1/warmup_steps of the full one.
+    # The first step has a nonzero rate, 1/warmup_steps of the full one.
     first = opt.learning_rate / opt.warmup_steps
     warmup = optax.linear_schedule(first, opt.learning_rate, max(opt.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, main], [opt.warmup_steps])
 
 
 def is_matrix(params: dict) -> dict:
-    """True for the leaves that weight decay is for: matrices, not biases, norms and embeddings."""
+    """Mark the leaves that weight decay applies to: matrices, not biases, norms or embeddings."""
 
     def one(path, leaf):
         names = [entry.key for entry in path]
@@ -54,13 +54,13 @@ def is_matrix(params: dict) -> dict:
 
 
 def ema_decays(config: ConfigDict) -> list[float]:
-    """The decay of every average: `ema.decays`, then one for each of `ema.half_lives` (in images)."""
+    """Return the decay of every average: `ema.decays`, then those of `ema.half_lives` (in images)."""
     by_half_life = [0.5 ** (config.batch_size / images) for images in config.ema.half_lives]
     return [*config.ema.decays, *by_half_life]
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales gradients by min(1, max_norm / (norm + 1e-6)), torch's rule; Optax's has no 1e-6."""
+    """Scale gradients by min(1, max_norm / (norm + 1e-6)) as torch does; Optax omits the 1e-6."""
 
     def update(updates, state, params=None):
         scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
@@ -70,22 +70,22 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 class ParamsEmaState(NamedTuple):
-    """Averages of the parameters, one for each decay, in float32, and how many updates went in."""
+    """Averages of the parameters, one per decay, in float32, and the number of updates so far."""
 
     averages: list
     count: Array
 
 
 def params_ema(decays: Sequence[float], warmup: bool = False) -> optax.GradientTransformation:
-    """Averages of the parameters after each update; must stand last in a chain.
+    """Average the parameters after each update; must be the last transformation of a chain.
 
-    average <- decay * average + (1 - decay) * (params + updates), from the initial parameters on.
-    With `warmup`, update t = 0, 1, ... uses min(decay, (1 + t) / (10 + t)), so that a short run's
-    average is not still full of its initial parameters.
+    average <- decay * average + (1 - decay) * (params + updates), starting at the initial parameters.
+    With `warmup`, update t = 0, 1, ... uses min(decay, (1 + t) / (10 + t)), so that the initial
+    parameters do not dominate the average of a short run.
     """
 
     def init(params):
-        def copy(p):  # the step donates its buffers, and two names must not share one
+        def copy(p):  # the step donates its buffers, which must not be shared
             return jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
 
         averages = [jax.tree.map(copy, params) for _ in decays]

@@ -25,29 +25,29 @@ from pixelflow_jax.training import objective
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step; the seed and the data are in the config."""
+    """What changes from step to step; the seed and the data are in the config."""
 
-    step: Array  # int32: updates done so far
+    step: Array  # int32: the number of updates so far
     params: dict
-    opt_state: dict  # {"clip", "adamw", "ema"}, see optimizer.py
+    opt_state: dict  # "clip", "adamw" and "ema", see optimizer.py
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0."""
+    """Return the state at step 0."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def abstract_state(
     config: ConfigDict, model: PixelFlow, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state; nothing is allocated."""
+    """Return the shapes, dtypes and shardings of a run's state, without allocating it."""
     shapes = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
     where = sharding.shardings(shapes, mesh)
     return jax.tree.map(lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), shapes, where)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a global batch."""
+    """Return the shapes, dtypes and shardings of a global batch of squares."""
     size, side = config.batch_size, config.data.resolution
     where = NamedSharding(mesh, sharding.BATCH)
     shapes = {"image": ((size, side, side, 3), jnp.uint8), "broken": ((size,), jnp.int32)}
@@ -56,7 +56,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
 
 
 def abstract_condition(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of what `size` images are conditioned on."""
+    """Return the shapes and dtypes of the condition of `size` images."""
     length, width = config.text.max_length, config.model.context_dim
     if config.text.encoder == "joint":
         shapes = {"text_ids": ((size, length), jnp.int32), "text_mask": ((size, length), bool)}
@@ -71,7 +71,7 @@ def abstract_condition(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtyp
 def packed_loss(
     model: PixelFlow, params: dict, batch: objective.FlowBatch, layout: PackLayout
 ) -> Float[Array, "rows s"]:
-    """The loss of every image of a packed batch."""
+    """Return the loss of every image in a batch."""
     condition = encode_text(model, params, batch.condition)
     velocity = model.apply({"params": params}, batch.tokens, batch.timesteps, layout, **condition)
     return objective.loss_per_image(layout, velocity, batch.target)
@@ -80,7 +80,7 @@ def packed_loss(
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, grads: dict
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The state after an update, and the norms of the gradient and of the new parameters."""
+    """Return the state after an update, and the norms of the gradient and of the new parameters."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
@@ -88,11 +88,11 @@ def apply_gradients(
 
 
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
-    """(params, batch, step key) -> (mean loss of each stage [S], gradients).
+    """Return a function of (params, batch, step key) that returns (mean loss per stage [S], gradients).
 
-    Under shard_map: a device packs its share of the B images into rows, one for each accumulation
-    step; devices along the axis `context` have the same images, and each a part of their tokens. Image
-    i of the batch has the key fold(step key, i) and the stage i mod S, whatever the mesh.
+    It runs under shard_map. A device packs its share of the images into one row per accumulation step;
+    devices along the axis `context` hold the same images, and each a part of their tokens. Image i of
+    the batch has the key fold_in(step key, i) and the stage i mod S, on any mesh.
     """
     cascade, parts = build_cascade(config), config.accumulation_steps
     total, num_stages = config.batch_size, cascade.num_stages
@@ -104,7 +104,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 
     def row_loss(params, batch, keys):
-        """(loss summed over a device's images, its sum for each stage), as shares of the batch mean."""
+        """Return (loss summed over a device's images, sum per stage), as shares of the batch mean."""
         params = sharding.gather_rest(params, specs, model.dtype)
         batch = {name: x[None] for name, x in batch.items()}  # a row
         packed, layout = objective.corrupt(
@@ -128,7 +128,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
 
         def grad_fn(*args):
-            with numerics.precision(model.dtype):  # for backward passes that kernels bring themselves
+            with numerics.precision(model.dtype):  # for kernels with a custom backward pass
                 return jax.value_and_grad(row_loss, has_aux=True)(*args)
 
         if parts == 1:
@@ -149,7 +149,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         mesh=mesh,
         in_specs=(specs, sharding.BATCH, sharding.BATCH, P()),
         out_specs=(P(), specs),
-        check_vma=False,  # the sums over the mesh are written out in reduce_gradients
+        check_vma=False,  # reduce_gradients contains the sums over the mesh
     )
 
     def loss_and_grads(params: dict, batch: dict[str, Array], step_key: Key[Array, ""]):
@@ -161,13 +161,13 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
 def make_train_step(
     config: ConfigDict, model: PixelFlow, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step: uint8 batch in, corruption, packing, forward, backward and update inside.
+    """Return the jitted step: corruption, packing, forward and backward pass, and update.
 
-    batch is {"image", "broken", and the condition}, global arrays (see data/loader.py); for each new
-    image size the step is compiled once. `broken` is passed on, so that every process sees all of it.
+    Its batch has "image" (uint8), "broken" and the condition, as global arrays (see data/loader.py). It
+    is compiled once per image size. `broken` is passed through, so that every process sees all of it.
     """
     loss_and_grads = make_loss_and_grads(config, model, mesh)
-    root = jax.random.fold_in(numerics.key(config.seed), 1)  # init has the unfolded key
+    root = jax.random.fold_in(numerics.key(config.seed), 1)  # the init uses the unfolded key
     everywhere = NamedSharding(mesh, P())
 
     def train_step(state, batch):

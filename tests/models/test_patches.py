@@ -137,8 +137,8 @@ def test_a_patch_size_that_the_model_lacks(noisy_params):
 @pytest.mark.parametrize(
     "sizes, reason",
     [
-        ("2,2,2", "one a stage"),
-        ("2,3", "multiples of the smallest"),
+        ("2,2,2", "one per stage"),
+        ("2,3", "a multiple of the smallest"),
         ("0", "at least 1"),
         ("2,64", "multiple of"),
     ],
