@@ -36,15 +36,15 @@ if TYPE_CHECKING:  # what _HOMES says, for editors and type checkers
 
 __version__ = "0.1.0"
 _HOMES = {
-    "Cascade": "cascade",
+    "Cascade": "cascade.stages",
     "Guidance": "sampling.guidance",
-    "PackLayout": "packing",
+    "PackLayout": "cascade.packing",
     "Pipeline": "pipeline",
     "PixelFlow": "models.transformer",
     "SOLVERS": "sampling.solvers",
     "Sampler": "sampling.sampler",
     "TimeGrid": "sampling.grids",
-    "UserError": "errors",
+    "UserError": "common.errors",
     "build_sampler": "sampling.generate",
     "fit": "training.loop:train",
     "load": "pipeline",
