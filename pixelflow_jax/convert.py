@@ -1,4 +1,4 @@
-"""Official PixelFlow weights to ours and back.
+"""Convert official PixelFlow weights to our checkpoints and back.
 
 python -m pixelflow_jax.convert --source=OFFICIAL_DIR_FILE_OR_HUB_ID --out=DIR
 python -m pixelflow_jax.convert --source=DIR --to=official --out=OFFICIAL_DIR
@@ -51,10 +51,10 @@ def _export_official(args: argparse.Namespace) -> str:
 
 
 def _import_inception(args: argparse.Namespace) -> str:
-    """FID's Inception-v3 as safetensors, by its public names, so that evaluate needs no torch."""
+    """Save FID's Inception-v3 as safetensors with its public names, so that evaluate needs no torch."""
     source = epath.Path(args.source)
     if not source.is_file():
-        raise UserError(f"--source={source} is not a file; give the public .pth")
+        raise UserError(f"--source={source} is not a file; pass the public .pth")
     state = read_state(source, inception_names().__contains__, args.weights)
     params = inception_params(state)
     from safetensors.numpy import save
@@ -70,33 +70,33 @@ def _count(params: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--source", required=True, help="official folder, weights file or hub id; or ours"
+        "--source", required=True, help="official folder, weights file or hub id; or our checkpoint"
     )
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     parser.add_argument(
         "--to",
         choices=("ours", "official", "inception"),
         default="ours",
-        help="what to write (default: %(default)s); inception: FID's network",
+        help="format to write (default: %(default)s); inception: the network for FID",
     )
     parser.add_argument("--config", help="official config.yaml, if it is not beside the weights")
     parser.add_argument(
         "--weights",
         default="auto",
-        help="which of several sets of weights, such as model; auto takes the only one, or the average",
+        help="one of several sets of weights, such as model; auto: the only one, or the average",
     )
     parser.add_argument(
         "--format",
         choices=("safetensors", "npz", "pt"),
         default="safetensors",
-        help="file to write with --to=official",
+        help="file format for --to=official (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     if files.list_files(args.out):
-        raise UserError(f"--out={args.out} holds files already; name a new folder")
+        raise UserError(f"--out={args.out} already holds files; use a new folder")
     ways = {"ours": _import_official, "official": _export_official, "inception": _import_inception}
     report = ways[args.to](args)
     print(f"Converted {report}: {args.out}")

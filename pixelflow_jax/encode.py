@@ -1,11 +1,11 @@
-"""Encodes captions once, so that training reads their states instead of running the text encoder.
+"""Encode captions once, so that training reads their states instead of running the text encoder.
 
     python -m pixelflow_jax.encode --config=configs/t2i_256.py --config.data.path=PICTURES \\
         --encoder=google/flan-t5-xl --out=states
     python -m pixelflow_jax.encode --captions=captions.txt --encoder=T5_FOLDER --out=states
 
-Train with --config.text.cache=states. The empty text, which stands in for dropped captions, is always
-among them. A run that was stopped goes on; texts that the cache holds are not encoded again.
+Train with --config.text.cache=states. The cache always contains the empty text, which replaces dropped
+captions. After an interruption, the same command continues; texts in the cache are not encoded again.
 """
 
 import argparse
@@ -33,16 +33,16 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--config", help="config whose data source has the captions")
-    parser.add_argument("--captions", help="or a text file with a caption a line")
-    parser.add_argument("--encoder", help="T5 folder or hub id (default: the config's)")
-    parser.add_argument("--negative_prompt", action="append", default=[], help="texts to add")
-    parser.add_argument("--max_length", type=int, help="tokens (default: the config's)")
+    parser.add_argument("--config", help="config with a captioned data source")
+    parser.add_argument("--captions", help="text file with one caption per line, instead of --config")
+    parser.add_argument("--encoder", help="T5 folder or hub id (default: from the config)")
+    parser.add_argument("--negative_prompt", action="append", default=[], help="a text to add")
+    parser.add_argument("--max_length", type=int, help="token limit (default: from the config)")
     parser.add_argument("--batch_size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--shard_size", type=int, default=4096, help="texts (default: %(default)s)")
-    parser.add_argument("--out", required=True, help="folder of the cache: new, or one to add to")
+    parser.add_argument("--shard_size", type=int, default=4096, help="texts per shard (%(default)s)")
+    parser.add_argument("--out", required=True, help="cache folder: a new one, or one to extend")
     args, config = parse_flags(parser, argv)
     if (args.config is None) == (args.captions is None):
         raise UserError("give either --config or --captions")
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, encoder = read_tokenizer(folder), TextEncoder(name, mesh)
     size = -(-args.batch_size // mesh.size) * mesh.size
 
-    seen, cuts = [], []  # of all texts, to warn once
+    seen, cuts = [], []  # of all texts, to warn only once
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         tokens = tokenizer(texts, length)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         cuts.extend(tokens.cut)
         states: list = [None] * len(texts)
         for places, padded in length_groups(tokens.mask.sum(axis=1), size, length):
-            rows = np.resize(places, size)  # one shape a length
+            rows = np.resize(places, size)  # one shape per length
             found = encoder.condition(tokens.ids[rows, :padded], tokens.mask[rows, :padded])
             found = np.asarray(found["context"].astype(jnp.bfloat16))
             for row, place in enumerate(places):
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
-    """Every caption of the data source, or of the file."""
+    """Yield every caption of the data source or of the file."""
     if args.captions is None:
         source = open_source(config.data)
         if not getattr(source, "captioned", False):
@@ -97,8 +97,8 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
         for index in range(len(source)):
             try:
                 yield from captions_at(source, index)
-            except OSError as error:  # training replaces it, too
-                log.warning("left out: %s: %s", source.name(index), error)
+            except OSError as error:  # training replaces it too
+                log.warning("skipped: %s: %s", source.name(index), error)
         return
     try:
         lines = files.read_lines(args.captions)
@@ -106,13 +106,13 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
         raise UserError(f"--captions={args.captions} is not a file") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"--captions={args.captions} is not UTF-8, nor UTF-16 with its mark: {error}"
+            f"--captions={args.captions} is not UTF-8, nor UTF-16 with a byte-order mark: {error}"
         ) from None
     yield from (line.strip() for line in lines if line.strip())
 
 
 def encoder_hash(folder: epath.Path) -> str:
-    """SHA-256 of an encoder's files: config, tokenizer, weights."""
+    """Return the SHA-256 of an encoder's files: config, tokenizer, weights."""
     digest = hashlib.sha256()
     for name in files.list_files(folder):
         if name in ("config.json", "tokenizer.json", "spiece.model") or name.endswith(".safetensors"):

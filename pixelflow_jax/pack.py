@@ -1,10 +1,10 @@
-"""Packs a folder of images or a TFDS dataset into ArrayRecord shards, which read fast anywhere.
+"""Convert a folder of images or a TFDS dataset to ArrayRecord shards, which are fast to read anywhere.
 
     python -m pixelflow_jax.pack --source=folder --path=imagenet/train --out=packed/train
     python -m pixelflow_jax.pack --source=tfds --name=imagenet2012 --split=train --out=packed/train
 
-Images are stored as they are, still encoded. Train on them with --config.data.source=array_record
---config.data.path=packed/train. A packing that was stopped goes on when it is started again.
+Images keep their encoding. To train on the shards, pass --config.data.source=array_record
+--config.data.path=packed/train. After an interruption, the same command continues.
 """
 
 import sys
@@ -19,18 +19,18 @@ from pixelflow_jax.data.sources import open_source
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--source",
         default="folder",
         help="folder, caption_folder, webdataset, tfds or idx (default: %(default)s)",
     )
-    parser.add_argument("--path", default="", help="the folder, or TFDS's data_dir")
-    parser.add_argument("--name", default="", help="the TFDS dataset")
-    parser.add_argument("--split", default="train", help="default: %(default)s")
-    parser.add_argument("--out", required=True, help="folder for the shards; local or gs://")
-    parser.add_argument("--shard_size", type=int, default=10_000, help="images a shard")
+    parser.add_argument("--path", default="", help="data folder, or TFDS's data_dir")
+    parser.add_argument("--name", default="", help="name of the TFDS dataset")
+    parser.add_argument("--split", default="train", help="TFDS split (default: %(default)s)")
+    parser.add_argument("--out", required=True, help="folder to write, local or gs://")
+    parser.add_argument("--shard_size", type=int, default=10_000, help="images per shard (%(default)s)")
     args = parser.parse_args(argv)
     if args.shard_size < 1:
         raise UserError(f"--shard_size must be at least 1, got {args.shard_size}")
