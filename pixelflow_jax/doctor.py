@@ -25,13 +25,15 @@ from collections.abc import Callable, Iterator
 from etils import epath
 from packaging.requirements import Requirement
 
+from pixelflow_jax.aot.compiler import compile_program, memory_per_device
 from pixelflow_jax.common import cli, files, hardware, locks
 from pixelflow_jax.common.errors import UserError
-from pixelflow_jax.compile_check import GIB, compile_step, memory_per_device
+from pixelflow_jax.common.hardware import GIB
 from pixelflow_jax.config import parse_flags
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.distributed.rollcall import Cluster, code_digest
 from pixelflow_jax.training import checkpoints
+from pixelflow_jax.training.programs import train_program
 from pixelflow_jax.training.start import check_init_from, check_same_data, data_of, holds_run
 
 BATCHES = 5  # read to see how fast the data comes
@@ -213,8 +215,10 @@ def check_memory(config, skip: bool, state_bytes: dict) -> str:
         raise Note("not estimated (--no_compile)")
     import jax
 
-    compiled, state, _, (_, seconds) = compile_step(config, jax.devices())
-    state_bytes["all"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    program = train_program(config, jax.devices())
+    _, compiled, (_, seconds) = compile_program(config, program)
+    state = jax.tree.leaves(program.arguments[0])
+    state_bytes["all"] = sum(x.size * x.dtype.itemsize for x in state)
     needed = memory_per_device(compiled)["peak"]
     have = device_memory()
     said = (

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from pixelflow_jax import compile_check
+from pixelflow_jax.aot.compiler import tpu_devices
 from pixelflow_jax.common.errors import UserError
 
 needs_libtpu = pytest.mark.skipif(
@@ -36,7 +37,7 @@ def test_the_schedule_of_the_class_model_is_clean(tmp_path, capsys):
 def test_topologies_that_do_not_exist():
     """Catches a traceback from libtpu."""
     with pytest.raises(UserError, match="write it as v5e:4x4"):
-        compile_check.tpu_devices("v5e:3x5")
+        tpu_devices("v5e:3x5")
 
 
 @pytest.mark.parametrize(
@@ -63,4 +64,4 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match="pip install"):
-        compile_check.tpu_devices("v5e:4x4")
+        tpu_devices("v5e:4x4")

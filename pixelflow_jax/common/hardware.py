@@ -1,4 +1,4 @@
-"""What accelerator chips can do: published peaks, for choosing kernels and for projections."""
+"""Published figures of accelerator chips, to choose kernels by and to project from."""
 
 import dataclasses
 from typing import Any
@@ -15,26 +15,25 @@ class Chip:
     """A chip's published numbers (cloud.google.com/tpu/docs, the page of each generation).
 
     Attributes:
-      flops: bfloat16 matrix operations a second, at peak.
-      hbm_bytes, hbm_bandwidth: memory, and bytes a second from it.
-      ici_bandwidth: bytes a second to the other chips of the slice, over all links, each way.
-      dcn_bandwidth: bytes a second to other slices; a host's network, shared by its chips.
+      flops: peak bfloat16 FLOP/s of the matrix units.
+      hbm_bytes: size of its memory.
+      ici_bandwidth: bytes/s to the other chips of its slice, over all links, each way.
+      dcn_bandwidth: bytes/s to other slices: a host's network, shared by its chips.
     """
 
     flops: float
     hbm_bytes: float
-    hbm_bandwidth: float
     ici_bandwidth: float
     dcn_bandwidth: float
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 12.5e9),
+    "v4": Chip(275e12, 32 * GIB, 300e9, 6.25e9),
+    "v5e": Chip(197e12, 16 * GIB, 200e9, 3.125e9),
+    "v5p": Chip(459e12, 95 * GIB, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 448e9, 12.5e9),
 }
-# How JAX calls them
+# JAX's names for them
 DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -44,7 +43,7 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-# bfloat16 operations a second by JAX's name for a device (NVIDIA: data sheets)
+# Peak bfloat16 FLOP/s by JAX's name for a device (NVIDIA: data sheets)
 PEAK_FLOPS = {kind: CHIPS[name].flops for kind, name in DEVICE_KINDS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -53,9 +52,9 @@ PEAK_FLOPS = {kind: CHIPS[name].flops for kind, name in DEVICE_KINDS.items()} | 
 
 
 def platform_of(device: Any) -> str:
-    """What attention chooses its kernel by: "cpu", "tpu" with the generation, as "tpu v5e", or a GPU.
+    """Return what attention chooses its kernel by: "cpu", "tpu v5e" and the like, or a kind of GPU.
 
-    That is "gpu" if cuDNN's fused attention runs there: NVIDIA's, from Ampere on; else "other gpu".
+    "gpu" runs cuDNN's fused attention (NVIDIA from Ampere on); all others are "other gpu".
     """
     if device.platform == "tpu":
         return f"tpu {DEVICE_KINDS.get(device.device_kind, 'unknown')}"
@@ -69,7 +68,7 @@ def platform_of(device: Any) -> str:
 
 
 def local_devices() -> list[Any]:
-    """This process's devices. Raises UserError if JAX has none of the kind that it is told to use."""
+    """Return this process's devices. Raises UserError if JAX has none of the requested kind."""
     try:
         return jax.local_devices()
     except Exception as error:  # a bare AssertionError, for JAX_PLATFORMS=cuda without the plugin

@@ -13,10 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pixelflow_jax.cascade.packing import cascade_layout
 from pixelflow_jax.common import files, numerics
 from pixelflow_jax.common.errors import UserError
-from pixelflow_jax.config import DTYPES, build_cascade, build_model, check_batch_size, check_config
+from pixelflow_jax.config import DTYPES, build_model, check_batch_size, check_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import check_main_guard, look_at_captions, make_batches
@@ -25,13 +24,13 @@ from pixelflow_jax.distributed import sharding
 from pixelflow_jax.distributed.preemption import Preempted, PreemptionWatch
 from pixelflow_jax.distributed.watchdog import STARTING
 from pixelflow_jax.models.conditioning import init_params
-from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
 from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_text_reader
 from pixelflow_jax.training import checkpoints
-from pixelflow_jax.training.metrics import Metrics, Workload
+from pixelflow_jax.training.metrics import Metrics
 from pixelflow_jax.training.optimizer import build_optimizer
+from pixelflow_jax.training.programs import workload
 from pixelflow_jax.training.saver import Saver
 from pixelflow_jax.training.start import (
     claimed_workdir,
@@ -236,16 +235,6 @@ def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
         return {**rest, **encoder.condition(batch["text_ids"], batch["text_mask"])}
 
     return encode
-
-
-def workload(config: ConfigDict, mesh: Mesh) -> Workload:
-    """What a step of `config` costs."""
-    cascade, model = build_cascade(config), build_model(config)
-    counts = dict.fromkeys(range(cascade.num_stages), config.batch_size // cascade.num_stages)
-    size = config.data.resolution
-    layout = cascade_layout(cascade, counts, size, size, model.patch_size)
-    flops = 3 * forward_flops(model, layout, config.text.max_length)
-    return Workload(config.batch_size, layout.row_length, flops, mesh.size)
 
 
 def make_sample_grid(

@@ -1,7 +1,6 @@
 """What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard."""
 
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -20,6 +19,7 @@ from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import Explained
 from pixelflow_jax.common.hardware import PEAK_FLOPS
 from pixelflow_jax.data.broken import BrokenImages
+from pixelflow_jax.training.programs import Workload
 from pixelflow_jax.training.writes import Journal
 
 AHEAD = 3  # steps that the host may be ahead of the devices
@@ -29,16 +29,6 @@ FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is
 
 class TrainingDiverged(Explained):
     """A step's loss, gradient or parameters were NaN or infinite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What a step costs: `images`, `tokens` and `flops` of the global batch, over `devices`."""
-
-    images: int
-    tokens: int
-    flops: float  # forward and backward
-    devices: int
 
 
 class Metrics:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from pixelflow_jax import compile_check
 from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, load_config
 from pixelflow_jax.data.buckets import bucket_sizes
@@ -21,6 +20,7 @@ from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.sampling import generate
 from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
 from pixelflow_jax.training import step
+from pixelflow_jax.training.programs import train_program
 from pixelflow_jax.training.step import abstract_condition
 
 from conftest import with_devices
@@ -135,7 +135,7 @@ def lowered(name: str, task: str, *overrides: str) -> str:
     overrides = ("model.depth=1", "batch_size=8", "mesh.fsdp=1", *overrides)
     config = load_config(f"configs/{name}.py", overrides)
     if task == "train":
-        program, arguments, *_ = compile_check.train_program(config, jax.devices())
+        program, arguments, *_ = train_program(config, jax.devices())
     else:
         sampler, mesh = build_sampler(config), image_mesh(jax.devices(), config.mesh.context)
         program, condition = make_generate(sampler, mesh=mesh), abstract_condition(config, 8)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from pixelflow_jax import compile_check
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.inception import Inception
@@ -15,6 +14,7 @@ from pixelflow_jax.sampling.adaptive import solve_adaptive
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.solvers import SOLVERS, WITHOUT_ERROR
 from pixelflow_jax.training import step
+from pixelflow_jax.training.programs import train_program
 from pixelflow_jax.training.step import abstract_condition
 
 from tiny_t5 import T5
@@ -62,7 +62,7 @@ def test_float32_training_is_float32(name, size, platform):
     """Catches a product of the default precision, forward or backward, in any backend of attention."""
     overrides = (*SETTINGS, f"data.resolution={size}", "cascade.num_stages=2", "model.patch_size=2")
     config = load_config(f"configs/{name}.py", [*overrides, "model.remat=full"])
-    program, arguments, *_ = compile_check.train_program(config, jax.devices()[:1])
+    program, arguments, *_ = train_program(config, jax.devices()[:1])
     check(program.trace(*arguments).jaxpr)
 
 

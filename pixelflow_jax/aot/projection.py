@@ -1,6 +1,7 @@
-"""How fast a compiled program could run on a chip: the least time for its work, part by part.
+"""Lower bounds on a compiled program's step time on a chip, from compute and interconnect alone.
 
-Nothing here is measured. Each part assumes the chip's published peak (hardware.py).
+Nothing here is measured. Each part assumes the chip's published peak (common/hardware.py). Traffic to
+the chip's own memory is left out: a program that is bound by it takes longer.
 """
 
 from collections.abc import Sequence
@@ -10,17 +11,16 @@ from pixelflow_jax.aot.hlo import Collective
 from pixelflow_jax.common.hardware import Chip
 
 ASSUMPTIONS = (
-    "compute: products at the chip's bfloat16 peak, widths rounded up to 128 lanes",
-    "hbm: what each fusion and kernel reads and writes, once, at the published bandwidth",
-    "ici: a gather or reduce-scatter brings each chip the whole array once, a sum twice, over all links",
+    "compute: matrix products at the chip's bfloat16 peak, widths rounded up to 128 lanes",
+    "ici: a gather or reduce-scatter moves the whole array once per chip, a sum twice, over all links",
     "dcn: a sum between slices moves each chip's share twice over its part of the host's network",
-    "step: all four overlap (the best case); 'one after the other' is their sum",
+    "step: a lower bound, as memory traffic is left out; the best case is full overlap, the other none",
 )
-TRANSFERS = {"all-reduce": 2}  # of the whole array, a chip; the others 1
+TRANSFERS = {"all-reduce": 2}  # times that a chip moves the whole array; 1 for other kinds
 
 
 def moved_bytes(found: Sequence[Collective], slices: Sequence[int]) -> dict[str, float]:
-    """Bytes a chip sends or receives in a step, inside its slice ("ici") and between slices ("dcn").
+    """Return the bytes that a chip moves per step, inside its slice ("ici") and between slices ("dcn").
 
     Args:
       found: the program's collectives.
@@ -37,21 +37,19 @@ def moved_bytes(found: Sequence[Collective], slices: Sequence[int]) -> dict[str,
 
 
 def project(
-    chip: Chip, devices: int, model_flops: float, lane_flops: float, hbm: float, moved: dict[str, float]
+    chip: Chip, devices: int, model_flops: float, lane_flops: float, moved: dict[str, float]
 ) -> dict[str, Any]:
-    """Seconds of a step and what they mean. A projection.
+    """Return lower bounds on the seconds per step, and the upper bounds on MFU that follow.
 
     Args:
-      chip: what it runs on.
-      devices: how many.
-      model_flops: what the step needs in all, by the shapes of the model (models/flops.py).
-      lane_flops: what each device does, recomputed work and rounding to lanes included.
-      hbm: bytes each device moves to and from its memory.
-      moved: of `moved_bytes`.
+      chip: what the program runs on.
+      devices: how many chips.
+      model_flops: work of the whole step by the model's shapes (models/flops.py).
+      lane_flops: work of each device, with recomputation and rounding to lanes.
+      moved: from `moved_bytes`.
     """
     parts = {
         "compute": lane_flops / chip.flops,
-        "hbm": hbm / chip.hbm_bandwidth,
         "ici": moved["ici"] / chip.ici_bandwidth,
         "dcn": moved["dcn"] / chip.dcn_bandwidth,
     }

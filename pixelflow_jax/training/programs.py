@@ -1,0 +1,91 @@
+"""A config's train step and sampler as programs with abstract arguments, for any devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from pixelflow_jax.aot.compiler import Program
+from pixelflow_jax.cascade.packing import cascade_layout
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.config import build_cascade, build_model, check_batch_size
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.flops import forward_flops
+from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
+from pixelflow_jax.sampling.solvers import evaluations_per_step
+from pixelflow_jax.training.optimizer import build_optimizer
+from pixelflow_jax.training.step import (
+    abstract_batch,
+    abstract_condition,
+    abstract_state,
+    make_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a train step costs: `images`, `tokens` and `flops` of the global batch, over `devices`."""
+
+    images: int
+    tokens: int
+    flops: float  # forward and backward
+    devices: int
+
+
+def workload(config: ConfigDict, mesh: Mesh) -> Workload:
+    """Return what a train step of `config` costs."""
+    cascade, model = build_cascade(config), build_model(config)
+    counts = dict.fromkeys(range(cascade.num_stages), config.batch_size // cascade.num_stages)
+    size = config.data.resolution
+    layout = cascade_layout(cascade, counts, size, size, model.patch_size)
+    flops = 3 * forward_flops(model, layout, config.text.max_length)
+    return Workload(config.batch_size, layout.row_length, flops, mesh.size)
+
+
+def train_program(config: ConfigDict, devices: list) -> Program:
+    """Return the train step on `devices`. Raises UserError if the batch does not split over them."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
+    check_batch_size(config, sharding.batch_shards(mesh))
+    model, optimizer = build_model(config), build_optimizer(config)
+    arguments = abstract_state(config, model, optimizer, mesh), abstract_batch(config, mesh)
+    step = make_train_step(config, model, optimizer, mesh)
+    return Program(step, arguments, mesh, workload(config, mesh).flops, "train")
+
+
+def sample_program(config: ConfigDict, devices: list) -> Program:
+    """Return the sampler on `devices`, as `sample` runs it: every device holds all parameters.
+
+    Raises:
+      UserError: if the batch does not split over the devices, or the steps depend on the images.
+    """
+    sampler, mesh = build_sampler(config), image_mesh(devices, config.mesh.context)
+    if sampler.control != "fixed":
+        raise UserError(
+            f"the steps of {sampler.solver} depend on the images, and so does their cost: add "
+            f"--config.sample.step_control=fixed"
+        )
+    size = config.batch_size
+    if size % mesh.shape["images"]:
+        raise UserError(f"{size} images do not split over {mesh.shape['images']} groups of chips")
+    placed, whole = (NamedSharding(mesh, spec) for spec in (P("images"), P()))
+
+    def shaped(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
+    params = jax.tree.map(lambda x: shaped(x, whole), shapes)
+    index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=placed)
+    condition = jax.tree.map(lambda x: shaped(x, placed), abstract_condition(config, size))
+    steps = np.array(sampler.grid.steps(sampler.cascade.num_stages))
+    one = sampler.stage_flops(config.text.max_length)
+    flops = float(steps * evaluations_per_step(sampler.solver) @ one) * size
+    arguments = params, {"index": index}, condition, condition
+    return Program(make_generate(sampler, mesh=mesh), arguments, mesh, flops, "sample")
+
+
+PROGRAMS = {"train": train_program, "sample": sample_program}
