@@ -1,8 +1,8 @@
-"""Checkpoints: one Orbax CheckpointManager a run, asynchronous, with the config inside.
+"""Checkpoints: one asynchronous Orbax CheckpointManager per run, with the config inside.
 
-A step's folder holds the items `params`, `ema` (a list, one entry a decay), `optimizer` and `meta`
-(JSON: step, seed, data position, config, names of the classes, package versions), so it is all that
-sampling needs. A converted checkpoint has `params` and `meta` only.
+A step's folder is all that sampling needs. It holds the items `params`, `ema` (a list of averages),
+`optimizer` and `meta` (JSON: step, seed, data position, config, class names, package versions). A
+converted checkpoint has only `params` and `meta`.
 """
 
 import concurrent.futures
@@ -35,21 +35,21 @@ from pixelflow_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-STEP = re.compile(r"[0-9]{1,18}")  # the name of one in it
+STEP = re.compile(r"[0-9]{1,18}")  # the name of a step's folder
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-SAVE_TIMEOUT = 1800  # seconds after which a save in the background counts as failed
+SAVE_TIMEOUT = 1800  # seconds after which a background save counts as failed
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 def open_manager(
     workdir: epath.PathLike, keep: int | None = None, keep_every: int | None = None
 ) -> ocp.CheckpointManager:
-    """The checkpoint manager of a workdir; saves in the background.
+    """Return the checkpoint manager of a workdir.
 
-    It keeps the last `keep`, and those at multiples of `keep_every`.
+    It saves in the background and keeps the last `keep` steps and all multiples of `keep_every`.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -62,13 +62,12 @@ def open_manager(
 
 
 def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    """Raises UserError if Orbax's own notes in the folder are damaged: it reads those of every step."""
+    """Raises UserError if Orbax's metadata in the folder are damaged: it reads those of every step."""
     try:
         return ocp.CheckpointManager(folder, options=options)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
-            f"{folder} is not a folder of whole checkpoints: {_in_short(error)}. Move the step away "
-            f"that is damaged"
+            f"{folder} does not hold whole checkpoints: {_in_short(error)}. Move the damaged step away"
         ) from None
 
 
@@ -80,28 +79,30 @@ def save(
     grid_due: bool = False,
     classes: dict[str, str] | None = None,
 ) -> None:
-    """Starts saving a train state. An error of an earlier save in the background is raised here.
+    """Start saving a train state in the background.
 
-    `pending` are the metrics of steps that no logged mean holds yet; `grid_due` says that the samples
-    of this step are still to be drawn; `classes` are the names of the data's, by number.
+    Args:
+      manager, state, config: the run's.
+      pending: (step, metrics) of the steps that no logged mean includes yet.
+      grid_due: whether this step's samples are still to be drawn.
+      classes: names of the data's classes, by number.
 
     Raises:
-      CheckpointFailed: if this save, or an earlier one in the background, cannot be written.
+      CheckpointFailed: if this save, or an earlier background save, fails.
     """
     step, trees = int(state.step), _trees(state)
-    meta = {**_meta(step, config, trees), "pending": list(pending), "grid_due": grid_due}
-    meta["classes"] = classes or {}
+    more = {"pending": list(pending), "grid_due": grid_due, "classes": classes or {}}
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    items["meta"] = ocp.args.JsonSave(meta)
+    items["meta"] = ocp.args.JsonSave({**_meta(step, config, trees), **more})
     with _failures(manager):
         _in_daemon(lambda: manager.save(step, args=ocp.args.Composite(**items)))
 
 
 def _in_daemon(work: Callable[[], Any]) -> Any:
-    """What `work` gives, done in a daemon thread, so that threads which it starts are daemons too.
+    """Return `work()`, run in a daemon thread, so that the threads it starts are daemons too.
 
-    After a save that failed some of Orbax's wait for minutes, and Python would join them at its end. It
-    is one thread for all, as Orbax raises a failure once in each thread that asks.
+    Some of Orbax's threads wait for minutes after a failed save, and Python would join them at exit. All
+    calls share one thread, because Orbax raises a failure once in each thread that asks.
     """
     done: concurrent.futures.Future = concurrent.futures.Future()
     _daemon().put((work, done))
@@ -110,7 +111,7 @@ def _in_daemon(work: Callable[[], Any]) -> Any:
 
 @functools.cache
 def _daemon() -> queue.SimpleQueue:
-    """What the daemon thread works off."""
+    """Return the queue of the daemon thread."""
     calls: queue.SimpleQueue = queue.SimpleQueue()
 
     def run():
@@ -127,7 +128,7 @@ def _daemon() -> queue.SimpleQueue:
 
 
 def check_background_save(manager: ocp.CheckpointManager, wait: bool = False) -> None:
-    """Raises CheckpointFailed if the last save in the background has failed; may wait for its end."""
+    """Raise CheckpointFailed if the last background save failed; with `wait`, wait for it to finish."""
     with _failures(manager):
         _in_daemon(manager.check_for_errors)
         if wait:
@@ -145,7 +146,7 @@ def _failures(manager: ocp.CheckpointManager):
 
 
 def save_params(workdir: epath.PathLike, params: dict, config: ConfigDict) -> None:
-    """Writes parameters alone as a checkpoint at step 0 (what `convert` makes)."""
+    """Write parameters alone as a checkpoint at step 0, as `convert` does."""
     with open_manager(workdir) as manager:
         meta = _meta(0, config, {"params": params})
         items = dict(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
@@ -156,12 +157,12 @@ def save_params(workdir: epath.PathLike, params: dict, config: ConfigDict) -> No
 def restore_newest(
     manager: ocp.CheckpointManager, template: TrainState
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run with its `meta`, or None if it has none at all.
+    """Return the newest whole checkpoint with its `meta`, or None if the run has no checkpoints.
 
-    Damaged ones are reported, and moved to <workdir>/damaged once an older one has been restored.
+    Damaged checkpoints are reported, and moved to <workdir>/damaged once an older one is restored.
 
     Raises:
-      UserError: if there are checkpoints, but all are damaged: better than a silent fresh start.
+      UserError: if all checkpoints are damaged, which must not lead to a silent fresh start.
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
@@ -183,11 +184,11 @@ def restore_newest(
 def _try_restore(
     folder: epath.Path, step: int, template: TrainState
 ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-    """(state and meta, "") or (None, why not); the same verdict on every process.
+    """Return ((state, meta), "") or (None, reason), with the same verdict on every process.
 
-    Each process reads on its own, without Orbax's barriers, so that one that fails does not leave the
-    others waiting; then they agree, and only then compare checksums, which takes all of them. Processes
-    that hold other copies of what is read already get it from there: a bucket is read once.
+    Each process reads by itself, without Orbax's barriers, so that a failure leaves no other process
+    waiting. Then all agree on the outcome, and only then compare checksums, which needs all of them. The
+    state is read only by processes that hold its first copy (see replicas.py): a bucket is read once.
     """
     mine = ocp.options.MultiprocessingOptions(
         primary_host=None,
@@ -199,12 +200,11 @@ def _try_restore(
     restored, reason = None, ""
     with _open(folder, options) as reader:
         try:
-            state = restore(reader, step, first) if replicas.holds(first) else None
-            restored = state, _step_meta(reader, step)
+            restored = _restore(reader, step, first if replicas.holds(first) else None)
         except (jax.errors.JaxRuntimeError, MemoryError):
             raise  # out of memory is not damage
         except PermissionError as error:
-            raise UserError(f"{folder / str(step)} may not be read: {error}") from None
+            raise UserError(f"no permission to read {folder / str(step)}: {error}") from None
         except Exception as error:  # Orbax and tensorstore raise a dozen kinds, bare Exception too
             reason = _in_short(error)
     if not np.all(multihost_utils.process_allgather(np.array(restored is not None))):
@@ -220,7 +220,7 @@ def _try_restore(
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint that hold arrays."""
+    """Return the items of a checkpoint that hold arrays."""
     opt_state = dict(state.opt_state)
     averages = opt_state.pop("ema").averages
     trees = {"params": state.params, "optimizer": opt_state}
@@ -228,9 +228,9 @@ def _trees(state: TrainState) -> dict[str, Any]:
 
 
 def _in_short(error: BaseException) -> str:
-    """The first line of an error, without tensorstore's list of places and of what it was given.
+    """Return the first line of an error, without tensorstore's source locations and specs.
 
-    A long one loses its middle: the reason stands at the end.
+    A long line loses its middle, as the reason is at the end.
     """
     first = (str(error).strip() or repr(error)).splitlines()[0]
     short = re.sub(
@@ -240,11 +240,11 @@ def _in_short(error: BaseException) -> str:
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
-    """Moves a step's folder out of the way of the save that will come at this step again."""
+    """Move a damaged step out of the way of the next save at this step."""
     log.warning("checkpoint %d is moved to %s", step, manager.directory.parent / "damaged")
     aside = manager.directory.parent / "damaged" / str(step)
     if jax.process_index() == 0:
-        # A bucket has no empty folders, and renames into one that exists only.
+        # A rename in a bucket needs an existing folder, and a bucket has no empty ones.
         note = b"Checkpoints that could not be restored.\n"
         files.write_bytes(aside.parent / "README.txt", note)
         files.remove(aside)
@@ -253,25 +253,26 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
     manager.reload()
 
 
-def restore(manager: ocp.CheckpointManager, step: int, template: TrainState) -> TrainState:
-    """Restores a train state; `template` gives shapes, dtypes and shardings (arrays or abstract).
+def _restore(
+    manager: ocp.CheckpointManager, step: int, template: TrainState | None
+) -> tuple[TrainState | None, dict[str, Any]]:
+    """Return (state, meta) of a step; without a template, the state is None.
 
-    The shardings, and so the mesh and the number of processes, may be others than at the save.
+    The template gives shapes, dtypes and shardings. Mesh and number of processes may differ from the
+    save's.
     """
-    items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in _trees(template).items()}
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
-    where = template.step.sharding
-    counters = [
-        jax.make_array_from_callback((), where, lambda _: np.asarray(step, np.int32)) for _ in range(2)
-    ]
-    ema = ParamsEmaState(restored.get("ema") or [], counters[0])
-    return TrainState(counters[1], restored.params, {**restored.optimizer, "ema": ema})
-
-
-def _step_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return _checked_meta(
-        manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    trees = _trees(template) if template else {}
+    items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in trees.items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+    meta = _checked_meta(restored.meta)
+    if template is None:
+        return None, meta
+    count, ema_count = (
+        jax.make_array_from_callback((), template.step.sharding, lambda _: np.asarray(step, np.int32))
+        for _ in range(2)
     )
+    ema = ParamsEmaState(restored.get("ema") or [], ema_count)
+    return TrainState(count, restored.params, {**restored.optimizer, "ema": ema}), meta
 
 
 def _checked_meta(meta: Any) -> dict[str, Any]:
@@ -283,20 +284,20 @@ def _checked_meta(meta: Any) -> dict[str, Any]:
 def load_params(
     checkpoint: epath.PathLike, ema: float | None = None
 ) -> tuple[dict, ConfigDict, dict[str, Any]]:
-    """Parameters for sampling, with their config and what else `meta` says.
+    """Return (parameters, config, meta) of a checkpoint, for sampling.
 
-    Of several processes, all must call it; they read the step that process 0 finds.
+    All processes must call it; they read the step that process 0 finds.
 
     Args:
-      checkpoint: a workdir (its newest step is taken) or one step's folder, under any name.
-      ema: which average, by its decay or half-life; 0 takes the raw parameters, None the first average.
+      checkpoint: a workdir, which stands for its newest step, or a step's folder under any name.
+      ema: the decay or half-life of an average; 0 for the raw parameters, None for the first average.
 
     Raises:
-      UserError: if that is no checkpoint, or it has no such average.
+      UserError: if `checkpoint` is not a checkpoint or has no such average.
     """
     hardware.local_devices()
     folder, newest = find_step(checkpoint)
-    # One step for all, though a training may save meanwhile; in two parts, as JAX has 32 bits.
+    # A run may save meanwhile, so process 0 decides; in two parts, as JAX has 32 bits.
     step = divmod(int(folder.name), 10**9) if newest else (0, 0)
     parts = multihost_utils.broadcast_one_to_all(np.array(step, np.int32))
     if newest:
@@ -325,7 +326,7 @@ def load_params(
 
 
 def _read(folder: epath.Path, name: str, how: ocp.args.CheckpointArgs) -> Any:
-    """An item of a step's folder, which may have any name. Raises UserError if it is not there."""
+    """Return an item of a step's folder. Raises UserError if it is missing."""
     if not (folder / name).exists():
         raw = "; --ema=0 samples the raw parameters" if name == "ema" else ""
         raise UserError(f"{folder / name} is missing: copy all of the checkpoint{raw}")
@@ -334,10 +335,13 @@ def _read(folder: epath.Path, name: str, how: ocp.args.CheckpointArgs) -> Any:
 
 
 def find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, bool]:
-    """(a step's folder, whether it is the newest of several) of a workdir, or of that folder itself.
+    """Return (a step's folder, whether it was chosen as the newest).
+
+    Args:
+      checkpoint: a workdir, its folder of checkpoints, or a step's folder.
 
     Raises:
-      UserError: if there is none.
+      UserError: if there is no checkpoint.
     """
     path = files.absolute(files.clean_text("--checkpoint", os.fspath(checkpoint)))
     if not path.exists():
@@ -347,8 +351,8 @@ def find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, bool]:
             return path, False
         steps = [int(name) for name in files.list_files(folder) if STEP.fullmatch(name)]
         steps = [step for step in steps if _is_step(folder / str(step))]
-        # In a bucket a step has its name before all of it is there, and a mark at the end, which a run
-        # that was copied there does not have.
+        # In a bucket a step has its name before it is complete. Orbax then marks it as final, but a run
+        # that was copied there has no marks.
         whole = [step for step in steps if ocp.utils.is_checkpoint_finalized(folder / str(step))]
         if steps:
             return folder / str(max(whole or steps)), True
@@ -363,7 +367,7 @@ def _is_step(folder: epath.Path) -> bool:
 
 
 def _abstract(tree):
-    """Shapes, dtypes and shardings of a tree of arrays (or of shapes: then one local device)."""
+    """Return a tree's shapes, dtypes and shardings (default: on one local device)."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def one(x):
@@ -377,7 +381,7 @@ def _meta(step: int, config: ConfigDict, trees: dict[str, Any]) -> dict[str, Any
     return {
         "step": step,
         "seed": config.seed,
-        "data_position": step,  # batches drawn: the loader's position is the step number
+        "data_position": step,  # batches drawn
         "config": config.to_dict(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "fingerprints": {name: fingerprints(tree) for name, tree in trees.items()},

@@ -1,4 +1,4 @@
-"""Checksums of arrays: what a file format lets pass, such as a flipped bit, they do not."""
+"""Checksums of arrays, which catch what a file format lets pass, such as a flipped bit."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 
 
-@jax.jit  # one program for a whole tree: several with collectives at once could block each other
+@jax.jit  # one program for the whole tree: several concurrent ones with collectives could deadlock
 def _checksums(tree: Any) -> list[jax.Array]:
     return [_fingerprint(x) for x in jax.tree.leaves(tree)]
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
-    """A 32-bit checksum of an array's bits and their places, the same on every mesh.
+    """Return a 32-bit checksum of an array's bits and their places, the same on every mesh.
 
-    A sum modulo 2^32, so its order does not matter.
+    It is a sum modulo 2^32, so the order of summation does not matter.
     """
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
@@ -24,7 +24,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 
 def fingerprints(tree: Any) -> dict[str, list]:
-    """{path: [dtype, checksum]} of every array; catches what the file format lets pass."""
+    """Return {path: [dtype, checksum]} of every array."""
     sums = jax.device_get(_checksums(tree))
     return {
         jax.tree_util.keystr(path): [str(x.dtype), int(value)]
@@ -33,7 +33,7 @@ def fingerprints(tree: Any) -> dict[str, list]:
 
 
 def check_fingerprints(name: str, tree: Any, meta: dict[str, Any]) -> None:
-    """Raises ValueError if an array is not, bit for bit, the one that was saved."""
+    """Raise ValueError if an array differs in any bit from the one that was saved."""
     known = meta.get("fingerprints", {}).get(name)
     if known is None:
         return

@@ -1,7 +1,7 @@
-"""Copies of a state: the first is read from a checkpoint, the others come from it over the network.
+"""Replicas of a state: the first copy is read from storage, the others receive it over the network.
 
-Orbax broadcasts while it reads, and there a process that fails leaves the others waiting; here all agree
-between the two.
+Orbax can broadcast while it reads, but then a process that fails leaves the others waiting. Here all
+processes agree that the read succeeded before anything is broadcast.
 """
 
 import functools
@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from pixelflow_jax.cascade.packing import CONTEXT
 
-COPIES = ("data", CONTEXT)  # axes of the mesh along which every device holds the same
+COPIES = ("data", CONTEXT)  # mesh axes along which the state is replicated
 
 
 def first_copy(template: Any) -> Any:
-    """`template`, of arrays on a mesh, on those devices alone that hold the first copy.
+    """Return `template` restricted to the devices that hold the first copy.
 
-    The same template, if every process has such devices.
+    If every process has such devices, return the template itself.
     """
     mesh = jax.tree.leaves(template)[0].sharding.mesh
     one = tuple(slice(1) if axis in COPIES else slice(None) for axis in mesh.axis_names)
@@ -35,29 +35,29 @@ def first_copy(template: Any) -> Any:
 
 
 def holds(template: Any) -> bool:
-    """Whether this process has devices that hold arrays like these."""
+    """Return whether this process has devices that hold arrays like these."""
     return bool(jax.tree.leaves(template)[0].sharding.addressable_devices)
 
 
 def copy_to_all(tree: Any, first: Any, template: Any) -> Any:
-    """Arrays like `template`, bit for bit those of `tree`; all processes must call it.
+    """Return arrays like `template`, bit for bit those of `tree`. All processes must call it.
 
     Args:
-      tree: arrays like `first`; anything on a process that `holds` none of them.
-      first: what `first_copy` made of the template.
+      tree: arrays like `first`; ignored on a process that `holds` none of them.
+      first: `first_copy(template)`.
       template: arrays or shapes, with shardings.
     """
     if first is template:
         return tree
     likes, form = jax.tree.flatten(template)
     parts = jax.tree.leaves(tree) if holds(first) else [None] * len(likes)
-    # One by one: two copies of a leaf are held, not of everything
+    # One leaf at a time, so that no second copy of the whole state is in memory.
     copies = [jax.block_until_ready(_copy(x, like)) for x, like in zip(parts, likes, strict=True)]
     return jax.tree.unflatten(form, copies)
 
 
 def _copy(x: jax.Array | None, like: Any) -> jax.Array:
-    """The sum over all copies, of which those but the first are zero; of bits, as -0.0 + 0.0 is 0.0."""
+    """Sum over all copies, where all but the first are zero. It adds bits, as -0.0 + 0.0 would be 0.0."""
     mesh, bits = like.sharding.mesh, jnp.dtype(f"uint{8 * like.dtype.itemsize}")
     where = NamedSharding(mesh, P(*COPIES, *like.sharding.spec))
     shape = (*(mesh.shape[axis] for axis in COPIES), *like.shape)

@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run, and again what could not be saved."""
+"""Saves a run's checkpoints, and retries saves that failed."""
 
 import logging
 import math
@@ -16,21 +16,21 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves in the background. After a failure the run goes on, and is saved at a later step.
+    """Saves in the background. After a failure the run continues and saves again at a later step.
 
-    Of several processes, one that fails cannot have the others save once more: they wait for it within
-    Orbax. There the run ends, to be started again from the checkpoint before; what tensorstore and
-    gcsfs try again on their own is the same everywhere.
+    With several processes the first failure ends the run, to be restarted from the last checkpoint: the
+    others wait inside Orbax for the process that failed, which cannot make them save again. The retries
+    of tensorstore and gcsfs themselves work everywhere.
     """
 
     def __init__(self, manager: ocp.CheckpointManager):
         self._manager, self._failures, self._again = manager, 0, math.inf
 
     def due(self) -> bool:
-        """Whether to save now because the last save failed, some time ago.
+        """Return whether a failed save is due to be repeated.
 
         Raises:
-          CheckpointFailed: if time will not mend it, or several saves in a row have failed.
+          CheckpointFailed: if retrying cannot help, or several saves in a row have failed.
         """
         try:
             checkpoints.check_background_save(self._manager)
@@ -39,7 +39,7 @@ class Saver:
         return time.monotonic() >= self._again
 
     def save(self, *what: Any, wait: bool) -> None:
-        """Saves as `checkpoints.save` does; with `wait` it is there when this returns.
+        """Save as `checkpoints.save`; with `wait`, return only once the checkpoint is written.
 
         Raises:
           CheckpointFailed: as `due`.
@@ -56,7 +56,7 @@ class Saver:
         self._again = math.inf
         try:
             once()
-            self._failures = self._failures if failed else 0  # the one before has ended well
+            self._failures = self._failures if failed else 0  # the save before succeeded
         except checkpoints.CheckpointFailed as error:
             self._note(error)
 
@@ -65,4 +65,4 @@ class Saver:
             raise error
         pause = PAUSES[self._failures]
         self._failures, self._again = self._failures + 1, time.monotonic() + pause
-        log.warning("%s; the run goes on, and is saved again in %d s", sentence(error), pause)
+        log.warning("%s; the run continues and saves again in %d s", sentence(error), pause)
