@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from pixelflow_jax.common import ends
 from pixelflow_jax.common.errors import EXIT_PREEMPTED
 
-NOTHING = "Stopped before a first step was done: start me again"
+NOTHING = "Stopped before a first step was done: start it again"
 
 
 class Preempted(BaseException):

@@ -1,4 +1,4 @@
-"""The train loop: set up, restore, and go step by step to the end."""
+"""The train loop: set up, restore, then run step after step."""
 
 import contextlib
 import functools
@@ -51,24 +51,25 @@ def train(
     devices: list | None = None,
     watch: Callable[[str], None] = lambda what: None,
 ) -> tuple[TrainState, str]:
-    """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
+    """Train `config` in `workdir`, resuming from its newest checkpoint if there is one.
 
     Args:
       config: see config.py.
-      workdir: a new folder, or that of a run of the same config.
-      load_initial: gives the parameters that a new run starts from, in place of random ones.
-      devices: to train on; default all.
-      watch: is told, again and again, how far this process is (see watchdog.py).
+      workdir: a new folder, or the workdir of a run with the same config.
+      load_initial: returns the parameters that a new run starts from; default: random ones.
+      devices: devices to train on; default: all.
+      watch: called with every new phase of this process (see watchdog.py).
 
-    Returns the final state and a line that says what happened.
+    Returns:
+      The final state, and a line that reports what happened.
 
     Raises:
-      UserError: if the workdir holds something else than a run of the same config, or the batch
-        does not fit the devices, or too many images are broken.
-      TrainingDiverged: if a step's numbers are not finite; the last checkpoint stays.
-      CheckpointFailed: if a checkpoint cannot be written; those before it stay.
-      Preempted: after a signal, when the state is saved.
-      RuntimeError: if a process of the loader has come here, see `check_main_guard`.
+      UserError: if the workdir does not hold a run of this config, the batch does not fit the devices,
+        or too many images are broken.
+      TrainingDiverged: if a step's metrics are not finite; the last checkpoint stays.
+      CheckpointFailed: if a checkpoint cannot be written; earlier ones stay.
+      Preempted: after a signal, once the state is saved.
+      RuntimeError: if a loader process runs this, see `check_main_guard`.
     """
     check_main_guard()
     config, started = check_config(config), time.perf_counter()
@@ -92,7 +93,7 @@ def train(
 def _train(
     config, source, classes, mesh, workdir, load_initial, watch, preemption, claim
 ) -> tuple[TrainState, int]:
-    """`train` in a workdir that is its own; returns the final state, and the step that it began from."""
+    """Train in a claimed workdir; return the final state and the step that training began from."""
     resuming, check_claim = claim
 
     def starting(what):
@@ -101,7 +102,7 @@ def _train(
     model, optimizer = build_model(config), build_optimizer(config)
     manager = checkpoints.open_manager(workdir, config.keep_checkpoints, config.keep_every)
     with _closing(manager):
-        starting(f"reading checkpoints of {workdir}, or the parameters of the start")
+        starting(f"reading checkpoints of {workdir}, or the initial parameters")
         state, meta = start_or_resume(config, model, optimizer, mesh, manager, load_initial)
         first = int(state.step)
         if first > config.num_train_steps:
@@ -123,7 +124,7 @@ def _train(
         if first:
             metrics.say(f"Going on from step {first} of {workdir}")
         elif resuming:
-            metrics.say(f"{workdir} holds this run, but no checkpoint yet: it starts at step 0")
+            metrics.say(f"{workdir} holds this run but no checkpoint yet: starting at step 0")
         if config.model.num_classes:
             metrics.say(f"Classes of the data: {list_classes(class_names(source))}")
         with _closing(metrics), _closing(profiler):
@@ -145,15 +146,15 @@ def _train(
                 stop = preemption.requested(step) and not last
                 draw = config.sample_every and (step % config.sample_every == 0 or last)
                 save = step % config.checkpoint_every == 0 or last or stop or again
-                # Before the checkpoint, so that a run that resumes there has its grid. Who stops a run
-                # waits for seconds only: then it is drawn on resume.
+                # Before the checkpoint, so that a run resumed there has its grid. A preemption leaves
+                # only seconds: then the grid is drawn on resume.
                 if draw and not stop:
                     watch(f"samples after step {step}")
                     with metrics.paused():
                         draw_samples(state, step)
                 if save:
                     watch(f"checkpoint after step {step}")
-                    pending = metrics.check()  # a broken state must not replace a good checkpoint
+                    pending = metrics.check()  # a diverged state must not replace a good checkpoint
                     check_claim()
                     with metrics.paused():
                         metrics.settle()
@@ -161,23 +162,23 @@ def _train(
                             state, config, pending, bool(draw and stop), classes, wait=stop or last
                         )
                 if stop:
-                    raise Preempted(f"Saved step {step} of {workdir} and stopped: start me again")
+                    raise Preempted(f"Saved step {step} of {workdir} and stopped: start it again")
     return state, first
 
 
 def prepare(
     config: ConfigDict, devices: list | None = None
 ) -> tuple[TrainState, Callable[..., tuple[TrainState, dict]], Iterator[dict[str, jax.Array]]]:
-    """(state, step, batches) of a new run, for a loop of one's own; nothing is written.
+    """Return (state, step, batches) of a new run, for a custom loop. Nothing is written.
 
         state, step, batches = prepare(load_config("digits"))
         for _ in range(100):
             state, numbers = step(state, next(batches))     # {"loss": ..., ...}
 
-    The numbers are those of `train` with the same config. A step gives its state's memory to the next.
+    The numbers are those of `train` with the same config. A step donates the memory of its state.
 
     Raises:
-      UserError: if the batch does not fit the devices, or the data cannot be had.
+      UserError: if the batch does not fit the devices, or the data cannot be read.
       RuntimeError: as `train`.
     """
     check_main_guard()
@@ -194,7 +195,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _closing(thing) -> Iterator[None]:
-    """Closes `thing` at the end; an error then does not hide the one that came before."""
+    """Close `thing` at the end; an error in closing does not hide an earlier one."""
     try:
         yield
     except BaseException:
@@ -211,7 +212,7 @@ def device_batches(
     first_step: int,
     order: Shuffled | BucketOrder | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Global batches on the mesh, from `first_step` on; the next one travels while one is in use."""
+    """Yield global batches on the mesh, from `first_step` on; each is transferred one step ahead."""
     where = NamedSharding(mesh, sharding.BATCH)
     rows = sharding.local_rows(where, config.batch_size)
     ahead = None
@@ -223,7 +224,7 @@ def device_batches(
 
 
 def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
-    """What turns a batch's token ids into states; of class models and joint encoders, nothing."""
+    """Return a function that replaces a batch's token ids by text states, where the config needs it."""
     if not config.model.context_dim or config.text.encoder == JOINT or config.text.cache:
         return lambda batch: batch
     encoder = TextEncoder(
@@ -240,14 +241,14 @@ def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
 def make_sample_grid(
     config: ConfigDict, source: Source, mesh: Mesh, workdir: epath.Path, encoder: Callable[[dict], dict]
 ):
-    """A function (state, step) that writes samples/<step>.png for every EMA, or for the params.
+    """Return a function (state, step) that writes samples/<step>.png of every average, or of the params.
 
-    The first average's grid has the plain name; the others' add their decay or half-life.
+    The grids of all averages but the first have the decay or half-life in their names.
     """
     sampler = build_sampler(config)
     count = config.sample.num_images
     shards = sharding.batch_shards(mesh)
-    index = np.arange(-(-count // shards) * shards)  # as many on every device
+    index = np.arange(-(-count // shards) * shards)  # equally many per device
     conditions = grid_conditions(config, source, index)
     split, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
 
@@ -277,7 +278,7 @@ def make_sample_grid(
 
 
 def list_classes(names: dict[int, str], most: int = 20) -> str:
-    """Numbers with names, on a line; of many, the first and the last (data.json has all)."""
+    """Return one line of class numbers and names; of more than `most`, the first ones and the last."""
     listed = [f"{label} {name}" if name != str(label) else name for label, name in names.items()]
     if len(listed) > most:
         listed[most - 2 : -1] = [f"... ({len(listed)} in all)"]
@@ -285,9 +286,9 @@ def list_classes(names: dict[int, str], most: int = 20) -> str:
 
 
 def grid_conditions(config: ConfigDict, source: Source, index: np.ndarray):
-    """(condition, null condition) of a grid's images: the classes in turn, or the first captions."""
+    """Return (condition, null condition) of a grid: the classes in turn, or the first captions."""
     if not config.model.context_dim:
-        # Those that the data have examples of
+        # Only classes with examples
         classes = [*class_names(source)] if config.model.num_classes else [0]
         labels = np.array(classes, np.int32)[index % len(classes)]
         return {"labels": labels}, {"labels": np.full_like(labels, config.model.num_classes)}
@@ -297,7 +298,7 @@ def grid_conditions(config: ConfigDict, source: Source, index: np.ndarray):
 
 
 class Profiler:
-    """Writes a trace of the steps that `config.profile` names to <workdir>/profile (see xprof)."""
+    """Writes a trace of the steps that `config.profile` names to <workdir>/profile, for xprof."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path):
         self._first, self._folder = config.profile.first_step, str(workdir / "profile")
@@ -305,9 +306,9 @@ class Profiler:
         self._running = False
 
     def before(self, step: int, state: TrainState) -> None:
-        """Starts or stops the trace; to be called before every step, with the state it begins from."""
+        """Start or stop the trace; call it before every step, with the state that it begins from."""
         if step in (self._first, self._end):
-            jax.block_until_ready(state)  # the trace holds whole steps, and these alone
+            jax.block_until_ready(state)  # the trace holds whole steps only
         if self._first <= step < self._end and not self._running:
             jax.profiler.start_trace(self._folder)
             self._running = True
@@ -315,7 +316,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Stops the trace if it runs."""
+        """Stop the trace if it runs."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

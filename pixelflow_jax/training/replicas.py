@@ -57,7 +57,7 @@ def copy_to_all(tree: Any, first: Any, template: Any) -> Any:
 
 
 def _copy(x: jax.Array | None, like: Any) -> jax.Array:
-    """Sum over all copies, where all but the first are zero. It adds bits, as -0.0 + 0.0 would be 0.0."""
+    """Sum over all copies, of which all but the first are zero; as bits, because -0.0 + 0.0 is 0.0."""
     mesh, bits = like.sharding.mesh, jnp.dtype(f"uint{8 * like.dtype.itemsize}")
     where = NamedSharding(mesh, P(*COPIES, *like.sharding.spec))
     shape = (*(mesh.shape[axis] for axis in COPIES), *like.shape)

@@ -112,7 +112,7 @@ def test_sigterm_saves_and_exits_75(whole, tmp_path):
     wait_for(child, lambda: rows(workdir) >= 2)
     child.send_signal(signal.SIGTERM)
     output = child.communicate(timeout=300)[0]
-    assert child.returncode == 75 and "start me again" in output, output
+    assert child.returncode == 75 and "start it again" in output, output
     state, report = loop.train(load_config("configs/digits.py", RUN), workdir)
     assert "steps 0" not in report
     assert losses(workdir) == whole[1]
