@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard."""
+"""What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -22,9 +22,9 @@ from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.training.programs import Workload
 from pixelflow_jax.training.writes import Journal
 
-AHEAD = 3  # steps that the host may be ahead of the devices
+AHEAD = 3  # steps by which the host may run ahead of the devices
 JOURNAL = "journal"
-FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is not
+FINITE = ("loss", "grad_norm", "param_norm")  # a run stops when one of these is not finite
 
 
 class TrainingDiverged(Explained):
@@ -32,17 +32,17 @@ class TrainingDiverged(Explained):
 
 
 class Metrics:
-    """Collects the device's metrics of every step without waiting, and reports them at times.
+    """Collects the metrics of every step without waiting, and reports means.
 
-    Metrics stay on the device until `flush` or `check`, so that the host can run ahead of it. Every
-    process checks; the first one alone writes.
+    Metrics stay on the device until `flush` or `check`, so that the host can run ahead. Every process
+    checks them; only the first one writes.
 
     Args:
-      workdir: gets metrics.jsonl and tensorboard/.
-      first_step, last_step: steps done before, and at the end.
+      workdir: receives metrics.jsonl and tensorboard/.
+      first_step, last_step: number of steps done so far, and of the whole run.
       workload: for the speeds.
-      broken: gets the batches' entry "broken".
-      pending: metrics of steps before `first_step` that no mean holds yet, from the checkpoint.
+      broken: receives the batches' entry "broken".
+      pending: (step, metrics) up to `first_step` that no mean includes yet, from the checkpoint.
     """
 
     def __init__(
@@ -58,26 +58,22 @@ class Metrics:
         self._workload, self._broken = workload, broken
         self._writes = jax.process_index() == 0
         self._pending = [(step, dict(numbers)) for step, numbers in pending]
-        self._carried = len(self._pending)  # steps of an earlier run: they took no time in this one
+        self._carried = len(self._pending)  # steps of an earlier process: they took no time here
         self._since, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
         if self._writes:
             self._rows = Journal(self._path, self._rows_up_to(first_step))
             self._tensorboard = TensorBoard(workdir / "tensorboard", first_step + 1)
-        interval = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
             initial=first_step,
             total=last_step,
             unit="step",
-            mininterval=interval,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
             dynamic_ncols=True,
             disable=not self._writes,
         )
 
     def _rows_up_to(self, step: int) -> bytes:
-        """What is in metrics.jsonl, without what a run that was killed noted after its last checkpoint.
-
-        That comes again, and is removed.
-        """
+        """Return metrics.jsonl up to `step`, and remove the rest: a resumed run repeats these steps."""
         try:
             lines = files.read_bytes(self._path).splitlines(keepends=True)
         except FileNotFoundError:
@@ -88,19 +84,19 @@ class Metrics:
         return b"".join(kept)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Notes the metrics of update number `step` (the first is 1).
+        """Add the metrics of step number `step` (the first is 1).
 
-        Waits until no more than AHEAD steps are under way, as each holds its batch in memory.
+        Wait until at most AHEAD steps are in flight, as each holds its batch in memory.
         """
         self._pending.append((step, metrics))
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-1 - AHEAD])
 
     def check(self) -> list[tuple[int, dict[str, Any]]]:
-        """Waits for the pending steps and returns them, as Python numbers.
+        """Wait for the pending steps and return (step, metrics) of each, as Python numbers.
 
         Raises:
-          TrainingDiverged: names the first step with a number that is not finite.
+          TrainingDiverged: for the first step with a metric that is not finite.
           UserError: if too many images are broken.
         """
         for place, (step, metrics) in enumerate(jax.device_get(self._pending)):
@@ -116,7 +112,7 @@ class Metrics:
         return self._pending
 
     def flush(self) -> None:
-        """Writes the means over the steps since the last flush, and moves the progress bar."""
+        """Write the means over the steps since the last flush, and move the progress bar."""
         pending = self.check()
         if not pending:
             return
@@ -140,7 +136,7 @@ class Metrics:
         self._bar.update(step - self._bar.n)
 
     def _speeds(self, steps: int, seconds: float) -> dict[str, float]:
-        """Rates over `steps` steps in `seconds`, pauses taken out; MFU where the peak is known."""
+        """Return rates over `steps` in `seconds`, without pauses; MFU where the chip's peak is known."""
         rate = steps / max(seconds - self._paused, 1e-9)
         tflops = rate * self._workload.flops / 1e12 / self._workload.devices
         speeds = {
@@ -154,32 +150,32 @@ class Metrics:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps the time spent in its block (samples, checkpoints) out of the speeds."""
-        jax.block_until_ready([m for _, m in self._pending])  # steps under way are not the pause
+        """Keep the time spent in the block (samples, checkpoints) out of the speeds."""
+        jax.block_until_ready([m for _, m in self._pending])  # steps in flight are not part of the pause
         begin = time.perf_counter()
         yield
         self._paused += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time spent in its block as waiting for data."""
+        """Count the time spent in the block as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     def say(self, message: str) -> None:
-        """Prints a line without breaking the progress bar; on the first process only."""
+        """Print a line above the progress bar, on the first process only."""
         if self._writes:
             self._bar.write(message, file=sys.stderr)
 
     def settle(self) -> None:
-        """Waits until metrics.jsonl holds all that was flushed: before a checkpoint, after which these
-        steps do not come again."""
+        """Wait until metrics.jsonl holds all that was flushed. A checkpoint needs this: after it, these
+        steps are not repeated."""
         if self._writes:
             self._rows.settle()
 
     def close(self) -> None:
-        """Closes the bar and the files. Raises OSError if one of them could not be written."""
+        """Close the bar and the files. Raises OSError if a file could not be written."""
         self._bar.close()
         if self._writes:
             self._tensorboard.close()
@@ -187,14 +183,14 @@ class Metrics:
 
 
 class TensorBoard:
-    """An events file of scalars, from step `first` on: what an earlier run noted from there is void."""
+    """An events file of scalars. TensorBoard discards what earlier files hold from step `first` on."""
 
     def __init__(self, folder: epath.Path, first: int):
         self._file = EventsWriter(f"{JOURNAL}:{folder / 'events'}")
         self._write(first, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, values: dict[str, float | list[float]]) -> None:
-        """Notes numbers, and those of lists as NAME/0, NAME/1, ..."""
+        """Add scalars; those of lists get the names NAME/0, NAME/1, ..."""
         for name, value in values.items():
             entries = enumerate(value) if isinstance(value, list) else [("", value)]
             for index, entry in entries:
@@ -206,12 +202,12 @@ class TensorBoard:
         self._file.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def close(self) -> None:
-        """Closes the file. Raises OSError if it could not be written."""
+        """Close the file. Raises OSError if it could not be written."""
         self._file.close()
 
 
 class _Journals:
-    """How tensorboardX opens files whose names begin with JOURNAL."""
+    """Opens tensorboardX's files whose names begin with JOURNAL."""
 
     open = staticmethod(lambda path: Journal(path.removeprefix(f"{JOURNAL}:")))
 
