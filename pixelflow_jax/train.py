@@ -1,13 +1,12 @@
-"""Trains a PixelFlow, or goes on with a run that was stopped.
+"""Train a PixelFlow, or resume a run.
 
     python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
     python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/small --config.model.depth=2
 
-Any key of the config can be set with --config.KEY=VALUE. If the workdir holds a run of the same
-config, training resumes from its newest checkpoint. A SIGTERM saves and exits with code 75.
+Set any key of the config with --config.KEY=VALUE. If the workdir holds a run of the same config,
+training resumes from its newest checkpoint. A SIGTERM saves a checkpoint and exits with code 75.
 """
 
-import functools
 import sys
 
 import jax
@@ -20,22 +19,21 @@ from pixelflow_jax.distributed.watchdog import joined
 from pixelflow_jax.training.checkpoints import CheckpointFailed
 from pixelflow_jax.training.loop import train
 from pixelflow_jax.training.metrics import TrainingDiverged
-from pixelflow_jax.training.start import check_init_from, initial_params
+from pixelflow_jax.training.start import check_init_from
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--config", default="configs/digits.py", help="config file (default: %(default)s)"
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run: new, or one to resume")
+    parser.add_argument("--workdir", required=True, help="folder of a new run, or of the run to resume")
     args, config = parse_flags(parser, argv)
     check_init_from(config, args.workdir)
-    load_initial = functools.partial(initial_params, config) if config.init_from else None
     try:
         with joined(config.hosts, config=config.to_dict(), workdir=args.workdir) as watch:
-            _, report = train(config, args.workdir, load_initial, watch=watch)
+            _, report = train(config, args.workdir, watch=watch)
     except Preempted as signal:
         print(signal, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)

@@ -47,7 +47,6 @@ from pixelflow_jax.training.writes import retried
 def train(
     config: ConfigDict,
     workdir: epath.PathLike,
-    load_initial: Callable[[], dict] | None = None,
     devices: list | None = None,
     watch: Callable[[str], None] = lambda what: None,
 ) -> tuple[TrainState, str]:
@@ -56,7 +55,6 @@ def train(
     Args:
       config: see config.py.
       workdir: a new folder, or the workdir of a run with the same config.
-      load_initial: returns the parameters that a new run starts from; default: random ones.
       devices: devices to train on; default: all.
       watch: called with every new phase of this process (see watchdog.py).
 
@@ -84,15 +82,13 @@ def train(
         watch(f"{STARTING}: taking {workdir}")
         with claimed_workdir(workdir, config, data) as claim:
             state, first = _train(
-                config, source, data["classes"], mesh, workdir, load_initial, watch, preemption, claim
+                config, source, data["classes"], mesh, workdir, watch, preemption, claim
             )
     seconds = time.perf_counter() - started
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
 
 
-def _train(
-    config, source, classes, mesh, workdir, load_initial, watch, preemption, claim
-) -> tuple[TrainState, int]:
+def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> tuple[TrainState, int]:
     """Train in a claimed workdir; return the final state and the step that training began from."""
     resuming, check_claim = claim
 
@@ -103,7 +99,7 @@ def _train(
     manager = checkpoints.open_manager(workdir, config.keep_checkpoints, config.keep_every)
     with _closing(manager):
         starting(f"reading checkpoints of {workdir}, or the initial parameters")
-        state, meta = start_or_resume(config, model, optimizer, mesh, manager, load_initial)
+        state, meta = start_or_resume(config, model, optimizer, mesh, manager)
         first = int(state.step)
         if first > config.num_train_steps:
             raise UserError(

@@ -1,4 +1,4 @@
-"""How a run begins: its workdir, its data, and its state, new or restored."""
+"""The start of a run: its workdir, its data, and its state, new or restored."""
 
 import contextlib
 import hashlib
@@ -38,12 +38,11 @@ def start_or_resume(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     manager: ocp.CheckpointManager,
-    load_initial: Callable[[], dict] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """(state, meta) of the newest checkpoint, or of a new run.
+    """Return (state, meta) of the newest checkpoint, or of a new run.
 
-    Shapes first, then shardings, then each device makes or reads its own part: no host ever holds a
-    whole state (of `load_initial`'s parameters alone it does).
+    Each device initializes or reads its own part, so no host holds a whole state. Only the parameters
+    that `config.init_from` names are whole on each host.
     """
     template = abstract_state(config, model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, template)
@@ -51,9 +50,9 @@ def start_or_resume(
     if restored is not None:
         state, meta = restored
         return state, {"pending": [], **meta}
-    if load_initial is None:
+    if not config.init_from:
         return new_state(config, model, optimizer, shardings), {"pending": []}
-    params = load_initial()
+    params = initial_params(config)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(lambda: init_params(model, config.seed))())
     check_shapes(params, template.params, config.init_from)
@@ -67,7 +66,7 @@ def start_or_resume(
 
 
 def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
-    """The state before the first step, each device's part made where it stays."""
+    """Return the state before the first step, initialized on the devices that hold it."""
 
     def init():
         return init_state(init_params(model, config.seed), optimizer)
@@ -76,14 +75,14 @@ def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
 
 
 def check_init_from(config: ConfigDict, workdir: str) -> None:
-    """Raises UserError if what a new run is to start from is not there; one that has begun is fine."""
+    """Raise UserError if `config.init_from` is missing and the run has yet to begin."""
     begun = has_begun(epath.Path(workdir))
     if config.init_from and not begun and not epath.Path(config.init_from).exists():
         raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
 
 
 def initial_params(config: ConfigDict) -> dict:
-    """The parameters that `config.init_from` names: a checkpoint of ours, or official weights."""
+    """Return the parameters that `config.init_from` names: our checkpoint, or official weights."""
     path, ours = epath.Path(config.init_from), True
     try:
         checkpoints.find_step(path)
@@ -96,7 +95,7 @@ def initial_params(config: ConfigDict) -> dict:
 
 
 def check_shapes(params: dict, expected: dict, path: str) -> None:
-    """Raises UserError unless parameters have the names and shapes that the config's model has."""
+    """Raise UserError unless `params` have the names and shapes of the config's model."""
     ours, theirs = (
         {name: x.shape for name, x in flatten_dict(tree, sep="/").items()} for tree in (expected, params)
     )
@@ -109,7 +108,7 @@ def check_shapes(params: dict, expected: dict, path: str) -> None:
 
 
 def has_begun(workdir: epath.Path) -> bool:
-    """Whether a workdir holds a checkpoint, so that its run goes on from there."""
+    """Return whether a workdir holds a checkpoint to resume from."""
     names = files.list_files(workdir / checkpoints.FOLDER)
     return any(checkpoints.STEP.fullmatch(name) for name in names)
 
@@ -135,13 +134,13 @@ def holds_run(workdir: epath.Path, config: ConfigDict) -> bool:
 
 
 def data_of(source: Source) -> dict[str, Any]:
-    """What makes data the same, wherever they lie: how many examples, a digest of them, the classes.
+    """Return what identifies data wherever they are: number of examples, digest and classes.
 
-    The digest is of names (and labels), or, where examples have no names, of sizes and checksums:
-    nothing is read for it that the source has not read before.
+    The digest covers names (and labels) or, for examples without names, sizes and checksums. It needs
+    nothing that the source has not read already.
 
     Raises:
-      UserError: if processes see different data.
+      UserError: if the processes see different data.
     """
     digest, classes = getattr(source, "digest", None), class_names(source)
     found = {
@@ -161,7 +160,7 @@ def data_of(source: Source) -> dict[str, Any]:
 
 
 def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
-    """Raises UserError if the run in a workdir has taken steps on other data (see `data_of`)."""
+    """Raise UserError if the run in a workdir was trained on other data (see `data_of`)."""
     if not has_begun(workdir) or DATA not in files.list_files(workdir):  # older versions did not keep it
         return
     was = files.read_json(workdir / DATA)
@@ -169,7 +168,7 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
         return
     said = []
     with blame(
-        f"{workdir / DATA} does not say what a run's data are", (KeyError, TypeError, AttributeError)
+        f"{workdir / DATA} does not describe a run's data", (KeyError, TypeError, AttributeError)
     ):
         if was["examples"] != data["examples"]:
             said.append(f"{data['examples']} examples, it had {was['examples']}")
@@ -178,10 +177,10 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
             old, new = was["classes"].get(label), data["classes"].get(label)
             if old != new:
                 said.append(f"class {label} is {new or 'without examples'}, it was {old or 'without'}")
-    said = said[:3] or ["as many examples, but with other names, sizes or labels, or in another order"]
+    said = said[:3] or ["as many examples, but with other names, sizes, labels or order"]
     raise UserError(
         f"--workdir={workdir} holds a run on other data than config.data.path shows: {'; '.join(said)}. "
-        f"Give it the data of before, or a new workdir (--config.init_from={workdir} keeps the weights)"
+        f"Restore the data, or name a new workdir (--config.init_from={workdir} keeps the weights)"
     )
 
 

@@ -226,16 +226,16 @@ def test_a_new_run_can_start_from_old_weights(whole, tmp_path):
 
 
 def test_resume_does_not_need_init_from(whole, tmp_path):
-    """Catches a run that cannot go on once the checkpoint that it began from is gone."""
-    from pixelflow_jax import train
-
-    begin = shutil.copytree(whole[0], tmp_path / "begin")
-    flags = [f"--workdir={tmp_path / 'new'}", f"--config.init_from={begin}"]
-    flags += [f"--config.{override}" for override in TINY]
-    train.main([*flags, "--config.num_train_steps=1"])
+    """Catches a Python call that ignores init_from, and a run that needs it to resume."""
+    begin, workdir = shutil.copytree(whole[0], tmp_path / "begin"), tmp_path / "new"
+    overrides = [*TINY, f"init_from={begin}", "optimizer.learning_rate=1e-20"]
+    state, _ = loop.train(load_config("digits", [*overrides, "num_train_steps=1"]), workdir)
+    theirs = checkpoints.load_params(begin)[0]
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
     shutil.rmtree(begin)
-    train.main([*flags, "--config.num_train_steps=2"])
-    assert (tmp_path / "new" / "checkpoints" / "2").exists()
+    loop.train(load_config("digits", [*overrides, "num_train_steps=2"]), workdir)
+    assert (workdir / "checkpoints" / "2").exists()
 
 
 def test_a_stop_at_a_sampling_step_loses_no_grid(tmp_path, tiny_config, monkeypatch):
