@@ -168,7 +168,7 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
         return
     said = []
     with blame(
-        f"{workdir / DATA} does not describe a run's data", (KeyError, TypeError, AttributeError)
+        f"{workdir / DATA} does not say what a run's data are", (KeyError, TypeError, AttributeError)
     ):
         if was["examples"] != data["examples"]:
             said.append(f"{data['examples']} examples, it had {was['examples']}")
