@@ -18,9 +18,9 @@ from pixelflow_jax.common.removed import drop_removed
 from pixelflow_jax.models.t5 import SPECIAL, T5Config
 from pixelflow_jax.models.transformer import PixelFlow
 
-# What decides the numbers of a run: a resumed run must agree on these.
+# Keys that determine the results of a run: a resumed run must agree on these.
 IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
-# Of those, what changes how fast a run goes, or where the same data lie (training/start.py).
+# Exceptions: keys that change only the speed of a run, or the location of its data (training/start.py).
 FREE = {
     *("model.remat", "model.scan_unroll", "model.attention", "data.path"),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
@@ -134,12 +134,12 @@ def _training_and_sampling() -> dict[str, Any]:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Runs `get_config()` of a config file and applies overrides such as `model.depth=12`.
+    """Run `get_config()` of a config file, and apply overrides such as `model.depth=12`.
 
-    A path that is not there is looked up by file name among the installed configs.
+    If `path` does not exist, its file name is looked up among the installed configs.
 
     Raises:
-      UserError: for a missing or broken file, an unknown key, a value of another type or invalid.
+      UserError: for a missing or broken file, an unknown key, or a value of the wrong type or range.
     """
     file = pathlib.Path(files.clean_text("--config", str(path)))
     if not file.is_file():
@@ -151,11 +151,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (Exception, SystemExit) as error:  # whatever a person's file raises
+    except (Exception, SystemExit) as error:  # a config file may raise anything
         raise UserError(f"--config={file} failed: {type(error).__name__}: {error}") from error
     default, what = default_config().to_dict(), f"--config={file}: get_config()"
     fit(as_dict(config, what), default, f"--config={file}: config.")
-    config = ConfigDict(config)  # one that takes values; references stay
+    config = ConfigDict(config)  # unlike FrozenConfigDict, accepts values; references stay
     with config.unlocked(), config.ignore_type():
         for override in [overrides] if isinstance(overrides, str) else overrides:
             key, separator, text = override.partition("=")
@@ -185,15 +185,15 @@ def parse_flags(
             raise UserError(f"--config.{key}: write it as --config.{key}=VALUE")
     args = parser.parse_args([arg for arg in argv if not arg.startswith("--config.")])
     if args.config is None and overrides:
-        raise UserError(f"--config.{overrides[0]} goes with --config")
+        raise UserError(f"--config.{overrides[0]} needs --config")
     return args, None if args.config is None else load_config(args.config, overrides)
 
 
 def config_from_dict(values: dict[str, Any]) -> ConfigDict:
-    """A config from JSON (where tuples have become lists), with defaults for keys it lacks.
+    """Return a config from JSON (where tuples have become lists), with defaults for missing keys.
 
     Raises:
-      UserError: for an unknown key, a value of another kind than the default, or out of bounds.
+      UserError: for an unknown key, or a value of the wrong type or out of bounds.
     """
     config = default_config()
     config.update_from_flattened_dict(fit(values, config.to_dict(), stored=True))
@@ -218,10 +218,10 @@ def differences(config: ConfigDict, values: dict[str, Any]) -> list[str]:
 
 
 def check_config(config: ConfigDict) -> ConfigDict:
-    """A copy of a config, with plain values of the kinds that the defaults have.
+    """Return a copy of a config whose values are plain Python values of the defaults' types.
 
     Raises:
-      UserError: for keys and values that cannot work, with the key and what would be right.
+      UserError: for keys and values that cannot work; names the key and a right value.
     """
     values, config = as_dict(config, "the config"), default_config()
     config.update_from_flattened_dict(fit(values, config.to_dict()))
@@ -233,8 +233,8 @@ def check_config(config: ConfigDict) -> ConfigDict:
     sizes = (config.mesh.data, config.mesh.fsdp)
     if 0 in sizes or sizes == (-1, -1):
         raise UserError(
-            f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the rest "
-            f"of the devices; got {sizes[0]} and {sizes[1]}"
+            f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the "
+            f"remaining devices; got {sizes[0]} and {sizes[1]}"
         )
     _check_text(config)
     cascade = build_cascade(config)
@@ -261,7 +261,7 @@ def _check_context(config: ConfigDict, cascade: Cascade) -> None:
 def _check_text(config: ConfigDict) -> None:
     text = config.text
     if text.encoder == "joint" and text.cache:
-        raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has none")
+        raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has no cache")
     if text.encoder == "joint" and not (config.model.context_dim and text.words):
         raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
 
@@ -276,7 +276,7 @@ def _check_buckets(config: ConfigDict, cascade: Cascade) -> None:
 
 
 def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:
-    """Raises UserError unless every device gets as many images of every stage in every part."""
+    """Raise UserError unless every device gets equally many images of every stage in every part."""
     unit = config.cascade.num_stages * num_devices * config.accumulation_steps
     if config.batch_size % unit:
         below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
@@ -289,18 +289,18 @@ def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:
 
 
 def build_cascade(config: ConfigDict) -> Cascade:
-    """The cascade of a config."""
+    """Return the cascade of a config."""
     return Cascade(config.cascade.num_stages, config.cascade.gamma)
 
 
 def build_model(config: ConfigDict, dtype: str | None = None) -> PixelFlow:
-    """The network of a config, computing in `dtype` (default: the config's)."""
+    """Return the network of a config, computing in `dtype` (default: the config's)."""
     text = joint_encoder(config) if config.text.encoder == "joint" else None
     return PixelFlow(**config.model.to_dict(), dtype=DTYPES[dtype or config.dtype], text=text)
 
 
 def joint_encoder(config: ConfigDict) -> T5Config:
-    """The sizes of a text encoder that is trained with the model."""
+    """Return the sizes of a text encoder that is trained with the model."""
     text = config.text
     return T5Config(
         vocab_size=len(SPECIAL) + len(text.words),
@@ -313,7 +313,7 @@ def joint_encoder(config: ConfigDict) -> T5Config:
 
 
 def _installed_config(path: str) -> pathlib.Path:
-    """The installed config with this name (with or without a folder and `.py`)."""
+    """Return the installed config with this name (with or without a folder and `.py`)."""
     name = pathlib.Path(path).name.removesuffix(".py")
     try:
         found = importlib.util.find_spec("pixelflow_jax.configs")
@@ -327,5 +327,5 @@ def _installed_config(path: str) -> pathlib.Path:
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
-    """Every key with its value, as model.depth."""
+    """Return every full key, such as model.depth, with its value."""
     return flatten_dict(config.to_dict(), sep=".")

@@ -1,6 +1,6 @@
-"""What each key of a config may hold: names, kinds of values, bounds. One check for every way in.
+"""Valid config keys and values: names, types, bounds. All inputs pass the same checks.
 
-A value comes from a config file, a flag, the JSON of a checkpoint or a person's own program.
+A value may come from a config file, a flag, the JSON of a checkpoint, or a user's program.
 """
 
 import ast
@@ -16,9 +16,9 @@ from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError, blame, sentence
 from pixelflow_jax.common.removed import REMOVED
 
-MOST = 2**32  # of any number
+MOST = 2**32  # largest absolute value of any number
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Where numbers lie, and each number of a tuple
+# Intervals of numbers, and of each number in a tuple
 INTERVALS = {
     "[0, 4294967295]": "seed",
     "[1, 2147483647]": "num_train_steps",  # steps are int32
@@ -26,7 +26,7 @@ INTERVALS = {
     "data.resolution data.max_aspect_ratio data.bucket_unit data.num_threads data.prefetch "
     "profile.first_step",
     "[1, 10000]": "sample.num_steps",
-    # heads, width of one, layers: what is larger is a slip, or a damaged file
+    # larger numbers are a typing error or a damaged file
     "[1, 4096]": "model.num_heads model.head_dim model.depth model.patch_size model.scan_unroll "
     "text.num_layers text.num_heads text.head_dim",
     "[1, 100000]": "text.mlp_dim",
@@ -74,19 +74,22 @@ CHOICES = {
     "sample.guidance_schedule": ("stagewise", "constant", "reference"),
 }
 PATHS = ("init_from", "data.path", "text.cache", "text.encoder")
-ENTRIES = {"ema.half_lives": 1.0, "text.words": ""}  # what an empty tuple by default may hold
+ENTRIES = {"ema.half_lives": 1.0, "text.words": ""}  # types of entries where the default tuple is empty
 
 
 def fit(
     values: Any, default: Mapping[str, Any], where: str = "config.", stored: bool = False
 ) -> dict[str, Any]:
-    """`values`, a tree of keys like `default`, as plain Python values of the kinds that it has.
+    """Return `values`, a tree like `default`, by full key, as plain Python values of its types.
 
-    With `stored`, for the JSON of a run, keys that are missing take their default, and those that a
-    version has removed are left out.
+    Args:
+      values: keys and values.
+      default: every known key with its default.
+      where: prefix of keys in error messages.
+      stored: for the JSON of a run: missing keys take their default, removed keys are dropped.
 
     Raises:
-      UserError: for a key that is unknown or missing, a value of another kind, or out of bounds.
+      UserError: for an unknown or missing key, or a value of the wrong type or out of bounds.
     """
     known = dict(_leaves(default, default, where))
     fitted = {}
@@ -95,12 +98,14 @@ def fit(
             fitted[key] = fit_value(key, value, _at(known, key, where), where)
     missing = [] if stored else sorted(known.keys() - fitted.keys())
     if missing:
-        raise UserError(f"{where}{missing[0]} is missing: begin with default_config(), and change that")
+        raise UserError(
+            f"{where}{missing[0]} is missing: start from default_config() and change its values"
+        )
     return known | fitted
 
 
 def _leaves(values: Any, default: Mapping, where: str, section: str = "") -> Iterator[tuple[str, Any]]:
-    """(key with its section, value) of a tree. Raises UserError where a section is none."""
+    """Yield (full key, value) of a tree. Raises UserError if a section is not a mapping."""
     if not isinstance(values, Mapping):
         name = f"{where}{section}".rstrip(".")
         raise UserError(f"{name}={_short(values)}: expected a value like {_short(dict(default))}")
@@ -114,19 +119,19 @@ def _leaves(values: Any, default: Mapping, where: str, section: str = "") -> Ite
 
 
 def _at(known: Mapping[str, Any], key: str, where: str) -> Any:
-    """The default of a key. Raises UserError for one that is unknown, with the nearest."""
+    """Return the default of a key. Raises UserError, which suggests a key, if it is unknown."""
     if key in known:
         return known[key]
     if key in REMOVED:
         raise UserError(f"{where}{key} was removed: {REMOVED[key].instead}")
     best = max(known, key=lambda name: _likeness(key, name))
     raise UserError(
-        f"{where}{key} is no key of this version of pixelflow_jax; did you mean config.{best}?"
+        f"{where}{key} is not a key of this version of pixelflow_jax; did you mean config.{best}?"
     )
 
 
 def _likeness(key: str, known: str) -> float:
-    """How much a misspelt key looks like a known one: its name, or initials, before its section."""
+    """Return the similarity of a misspelt key to a known one: name (or initials) first, then section."""
     (section, _, name), (other_section, _, other) = key.rpartition("."), known.rpartition(".")
     initials = "".join(word[0] for word in other.split("_"))
     alike = 0.9 if name == initials else difflib.SequenceMatcher(None, name, other).ratio()
@@ -135,8 +140,8 @@ def _likeness(key: str, known: str) -> float:
 
 
 def fit_value(key: str, value: Any, default: Any, where: str = "config.") -> Any:
-    """A value of a key, of its default's kind. Raises UserError as `fit`."""
-    one_or_more = key == "model.patch_size"  # one number, or one a stage
+    """Return a key's value with the type of its default. Raises UserError as `fit` does."""
+    one_or_more = key == "model.patch_size"  # one number, or one per stage
     if isinstance(value, (list, tuple)) and (one_or_more or isinstance(default, tuple)):
         entry = default if one_or_more else ENTRIES.get(key, default[0] if default else None)
         fitted = tuple(_plain(key, x, entry) for x in value)
@@ -156,7 +161,7 @@ def fit_value(key: str, value: Any, default: Any, where: str = "config.") -> Any
 
 
 def _plain(key: str, value: Any, default: Any) -> Any:
-    """A value as Python's own kind, that of the default; None if it is of another."""
+    """Return a value as the plain Python type of the default; None if its type differs."""
     kind = type(default)
     if isinstance(value, (bool, np.bool_)) or kind is bool:
         return bool(value) if isinstance(value, (bool, np.bool_)) and kind is bool else None
@@ -171,7 +176,7 @@ def _check_bounds(name: str, value: Any, interval: str | None) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     if value != value or abs(value) == float("inf"):
-        raise UserError(f"{name}={value} is not a number that can be")
+        raise UserError(f"{name}={value} is not a finite number")
     low, high = map(_number, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
@@ -188,7 +193,7 @@ def _number(text: str) -> float:
 
 
 def parse(key: str, text: str, default: Mapping[str, Any]) -> Any:
-    """The value of --config.KEY=TEXT. Raises UserError as `fit`."""
+    """Return the value of --config.KEY=TEXT. Raises UserError as `fit` does."""
     where = "--config."
     like = _at(dict(_leaves(default, default, where)), key, where)
     value: Any = text
@@ -205,10 +210,10 @@ def parse(key: str, text: str, default: Mapping[str, Any]) -> Any:
 
 
 def as_dict(config: Any, what: str) -> dict[str, Any]:
-    """The values of a ConfigDict, its references resolved. Raises UserError for anything else."""
+    """Return the values of a ConfigDict with references resolved. Raises UserError for other types."""
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
-        raise UserError(f"{what} is to be default_config() with changes, a ConfigDict, not {kind}")
+        raise UserError(f"{what} must be default_config() with changes, a ConfigDict, not {kind}")
     with blame(f"{what} has a reference without a value"):
         return config.to_dict()
 

@@ -1,4 +1,4 @@
-"""The processes of a run: where each stands, how JAX connects them, and how they part."""
+"""The processes of a run: finding the place of each, and connecting them through JAX."""
 
 import collections
 import ctypes
@@ -24,10 +24,10 @@ from pixelflow_jax.distributed.rollcall import Cluster, Place, make_record, roll
 WORKER_NUMBER = (
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
 )
-START_SILENCE = 300.0  # seconds of silence that a process may keep before its first step
-BARRIER_SECONDS = 24 * 3600  # the watchdog knows sooner if somebody is missing
+START_SILENCE = 300.0  # seconds that a process may be silent before its first step
+BARRIER_SECONDS = 24 * 3600  # the watchdog notices a missing process earlier
 
-# What tells that this process is one of several, by who sets it. JAX finds out the rest.
+# Variables that show that this process is one of several. JAX detects the rest.
 SIGNS = {
     "JAX_COORDINATOR_ADDRESS": lambda value: bool(value),  # set by hand, or by launch/local_hosts.sh
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,  # a Cloud TPU pod, or GKE
@@ -38,13 +38,16 @@ SIGNS = {
 
 
 def find_place(timeout: float = 300) -> Place | None:
-    """Where this process stands, from what its launcher or machine says; None if it is alone.
+    """Return the place of this process according to its launcher or machine; None if it is alone.
 
     Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID to start processes by hand.
 
+    Args:
+      timeout: seconds to wait for the cluster's metadata.
+
     Raises:
-      UserError: if some of these are set but not all.
-      Lost: if the machine's own word is not to be had, perhaps for the moment.
+      UserError: if only some of these variables are set, or a value is invalid.
+      Lost: if the place is not known, perhaps temporarily.
     """
     signs = [name for name, test in SIGNS.items() if test(os.environ.get(name, ""))]
     if not signs and not _on_tpu_vm():
@@ -52,17 +55,17 @@ def find_place(timeout: float = 300) -> Place | None:
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, index = _whole_number("JAX_NUM_PROCESSES"), _whole_number("JAX_PROCESS_ID")
     try:
-        from jax._src import clusters  # nothing public tells the place without connecting too
+        from jax._src import clusters  # no public function returns the place without connecting
 
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             address, count, index, None, None, int(timeout)
         )
         place = Place(*found)
-    except Exception as error:  # no metadata server, a variable that is not there
+    except Exception as error:  # such as no metadata server, or a missing variable
         if not signs and not _pod_is_near():
             return None
         found = f"{signs[0]} is set" if signs else "this is a Cloud TPU VM (else TPU_SKIP_MDS_QUERY=1)"
-        raise Lost(f"{found}, but this process's place is not known: {error}") from None
+        raise Lost(f"{found}, but the place of this process is not known: {error}") from None
     known = (place.address, place.count, place.index)
     if None in known:
         if not signs:
@@ -71,7 +74,7 @@ def find_place(timeout: float = 300) -> Place | None:
         missing = [name for name, value in zip(names, known, strict=True) if value is None]
         raise UserError(f"{signs[0]} is set, but {' and '.join(missing)} not: set all three")
     if not 0 <= place.index < place.count:
-        raise UserError(f"JAX_PROCESS_ID={place.index} must lie below JAX_NUM_PROCESSES={place.count}")
+        raise UserError(f"JAX_PROCESS_ID={place.index} must be below JAX_NUM_PROCESSES={place.count}")
     if not place.address.rpartition(":")[2].isdigit():
         raise UserError(f"JAX_COORDINATOR_ADDRESS={place.address!r} must be HOST:PORT")
     return place if place.count > 1 else None
@@ -85,13 +88,13 @@ def _whole_number(name: str) -> int | None:
 
 
 def _on_tpu_vm() -> bool:
-    """Whether TPU chips are plugged in here; on Google Cloud the metadata server knows the rest."""
+    """Return whether this machine has TPU chips; on Google Cloud the metadata server knows the rest."""
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def _pod_is_near() -> bool:
-    """Whether a TPU VM may have others beside it: Google's metadata server does not say no."""
+    """Return whether a TPU VM may be part of a pod: Google's metadata server does not deny it."""
     if os.environ.get("TPU_SKIP_MDS_QUERY"):
         return False
     request = urllib.request.Request(WORKER_NUMBER, headers={"Metadata-Flavor": "Google"})
@@ -100,30 +103,30 @@ def _pod_is_near() -> bool:
             return True
     except urllib.error.HTTPError as error:
         return error.code != 404
-    except OSError as error:  # no such name: not on Google Cloud
+    except OSError as error:  # an unknown name: not on Google Cloud
         return not isinstance(getattr(error, "reason", error), socket.gaierror)
 
 
 def gather(timeout: float, **settings: Any) -> Cluster | None:
-    """The roll call of this run with `settings` (see `make_record`); None if there is one process.
+    """Hold the roll call of this run with `settings` (see `make_record`); None if there is one process.
 
-    Raises UserError as `find_place` and `roll_call` do.
+    Raises UserError and Lost as `find_place` and `roll_call` do.
     """
     place = find_place(timeout)
     return roll_call(place, make_record(**settings), timeout) if place else None
 
 
 def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float) -> None:
-    """Connects JAX to the other processes; must come before other JAX calls.
+    """Connect JAX to the other processes; must precede other JAX calls.
 
-    Its own heartbeat is set to notice a loss later than the watchdog, who can say more.
+    JAX's own heartbeat is set to notice a loss later than the watchdog, whose message says more.
 
-    JAX aborts a process with a stack trace if this fails, which the roll call makes unlikely, and as
-    soon as process 0 is gone. For the watchdog to have the last word then, SIGABRT first sleeps for as
-    many seconds as the signal's number says: 6.
+    JAX aborts a process with a stack trace if connecting fails, which the roll call makes unlikely, and
+    as soon as process 0 is gone. To let the watchdog report first, the handler of SIGABRT is libc's
+    `sleep`, which sleeps for as many seconds as the signal's number: 6.
 
     Raises:
-      UserError: if the processes have different numbers of devices, which JAX's own helpers cannot do.
+      UserError: if the processes have different numbers of devices, which JAX's helpers do not support.
     """
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
@@ -142,22 +145,22 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         has = ", ".join(f"{cluster.name(index)} {count}" for index, count in sorted(counts.items()))
-        raise UserError(f"all hosts need as many devices, but their numbers are: {has}")
+        raise UserError(f"every host must have as many devices as the others, but they have: {has}")
     if place.index:
-        logging.getLogger("pixelflow_jax").setLevel(logging.ERROR)  # one voice is enough
+        logging.getLogger("pixelflow_jax").setLevel(logging.ERROR)  # only process 0 logs
 
 
 def barrier(name: str) -> None:
-    """Waits until every process of the run has come here; nothing if there is one."""
+    """Wait until every process of the run has reached this call."""
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
-        # by JAX's coordinator: a collective could run into its own timeout
+        # through JAX's coordinator: a collective could reach its own timeout
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_SECONDS * 1000)
 
 
 def host_table(cluster: Cluster) -> str:
-    """The processes of a run as a table; needs JAX connected, for the devices."""
+    """Return a table of the processes of a run. JAX must be connected, for the devices."""
     kinds: dict[int, list[str]] = {}
     for device in jax.devices():
         kinds.setdefault(device.process_index, []).append(device.device_kind)

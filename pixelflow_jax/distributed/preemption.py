@@ -1,4 +1,4 @@
-"""Notices that the machine is about to be taken away."""
+"""Notice that the machine is about to be preempted."""
 
 import signal
 import threading
@@ -9,23 +9,23 @@ from jax.experimental import multihost_utils
 from pixelflow_jax.common import ends
 from pixelflow_jax.common.errors import EXIT_PREEMPTED
 
-NOTHING = "Stopped before a first step was done: start it again"
+NOTHING = "Stopped before the first step was done: start it again"
 
 
 class Preempted(BaseException):
-    """The run has stopped because of a signal, all that it has done saved.
+    """The run has stopped because of a signal, with all progress saved.
 
-    No Exception, as KeyboardInterrupt is none: who handles errors must not take it for one.
+    Like KeyboardInterrupt, this is not an Exception, so that error handlers do not catch it.
     """
 
 
 class PreemptionWatch:
-    """Tells, after each step, whether a SIGTERM has come; used as a context manager.
+    """Reports after each step whether a SIGTERM has arrived; used as a context manager.
 
-    In one process it handles the signal itself: before the first step, when there is nothing to save, it
-    raises Preempted at once. With several, JAX's preemption service does (a signal to any one of them
-    counts) and agrees on the step after which all of them stop, so that they save the same one; that is
-    the signal that Orbax goes by too.
+    A single process handles the signal itself; before the first step, when there is nothing to save, it
+    raises Preempted at once. With several processes, JAX's preemption service handles a signal to any of
+    them and agrees on the step after which all stop, so that they save the same step. Orbax uses the
+    same service.
     """
 
     def __init__(self):
@@ -50,7 +50,7 @@ class PreemptionWatch:
             raise Preempted(NOTHING)
 
     def requested(self, step: int) -> bool:
-        """Whether to save after update number `step` and stop; the same answer on every process."""
+        """Return whether to save after update number `step` and stop; equal on every process."""
         self._begun = True
         ends.SIGNALS.pop(signal.SIGTERM, None)
         if self._several:

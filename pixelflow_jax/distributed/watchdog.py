@@ -1,8 +1,8 @@
-"""Notices that a process of the run is gone, or that a step hangs, and ends the run with a reason.
+"""Notice that a process of the run is gone or that a step hangs, and end the run with a reason.
 
-Without it the others wait in a collective until JAX aborts them with a stack trace, or for ever.
-Processes tell each other how far they are, over the connections of the roll call (rollcall.py), from a
-thread each; process 0 hears all and decides.
+Without the watchdog, the other processes wait in a collective until JAX aborts them with a stack trace,
+or forever. A thread in each process reports its progress to process 0 over the connections of the roll
+call (rollcall.py), and process 0 decides.
 """
 
 import contextlib
@@ -25,25 +25,26 @@ from pixelflow_jax.distributed.preemption import Preempted
 from pixelflow_jax.distributed.rollcall import Cluster
 
 BEAT = 1.0  # seconds between messages
-GRACE = 3.0  # seconds that a process has to end with an error of its own, once the run is over
-WAITING = "waiting for the others"  # a place where nobody is late
-STARTING = "starting"  # so begins the name of a place where a process may stay for as long as it likes
+GRACE = 3.0  # seconds for a process to end with its own error, once the run is over
+WAITING = "waiting for the others"  # at this place no process is late
+STARTING = "starting"  # prefix of places without a time limit
 OWN = (Explained, Preempted)  # errors that explain themselves
-LOST = "Checkpoints are kept: start the same command again on all, and it goes on from the newest"
+LOST = "Checkpoints are kept: start the same command again on all hosts to resume from the newest"
 
 
 @contextlib.contextmanager
 def joined(
     timeouts: ConfigDict, patient: bool = False, **settings: Any
 ) -> Iterator[Callable[[str], None]]:
-    """Holds the roll call, connects JAX's processes, and watches them till the end.
+    """Hold the roll call, connect JAX's processes, and watch them until the context ends.
 
     Args:
       timeouts: a config's `hosts`.
-      patient: a process that is alone may stay in one place for as long as it likes.
+      patient: whether a single process has no time limit.
       settings: what all processes must agree on, see `rollcall.make_record`.
 
-    Yields `Watchdog.at`.
+    Yields:
+      `Watchdog.at`.
     """
     cluster = hosts.gather(timeouts.start_timeout, **settings)
     step_timeout = timeouts.step_timeout if cluster or not patient else math.inf
@@ -56,11 +57,11 @@ def joined(
 
 
 class Watchdog:
-    """Watches from `with` to its end; `at` tells how far this process is.
+    """Watches the processes of a run while its context is active.
 
     Args:
-      cluster: of the run; None if this process is alone.
-      step_timeout: seconds in which no process moves, after which the run counts as hanging.
+      cluster: the processes; None if this process is alone.
+      step_timeout: seconds without progress in any process after which the run counts as hanging.
       heartbeat_timeout: seconds of silence after which a process counts as gone.
     """
 
@@ -68,13 +69,13 @@ class Watchdog:
         self._cluster = cluster
         self._index = cluster.place.index if cluster else 0
         self._step_timeout, self._heartbeat_timeout = step_timeout, heartbeat_timeout
-        self._place = (0, STARTING, time.monotonic())  # how many places before, which, since when
+        self._place = (0, STARTING, time.monotonic())  # number of earlier places, name, start time
         self._links = dict(cluster.links) if cluster else {}
         now = time.monotonic()
         self._heard = {index: now for index in self._links}
         self._others = {index: self._place for index in self._links}
         self._verdict: str | None = None
-        self._reminded = 0.0  # of a long start, at the place that was come to then
+        self._reminded = 0.0  # start time of the slow place that was reported last
         self._judged, self._done = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -83,10 +84,10 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, error, trace):
-        """Says goodbye. An error that comes of another's end is replaced by a Lost that says so."""
+        """Say goodbye. Raise Lost in place of an error that another process's end has caused."""
         own = error is None or isinstance(error, OWN)
         if not own and self._links:
-            self._judged.wait(2 * BEAT)  # a collective fails before we hear why
+            self._judged.wait(2 * BEAT)  # a collective fails before the reason arrives
         self._done.set()
         self._thread.join(2 * BEAT)
         fine = error is None or isinstance(error, Preempted)
@@ -96,11 +97,11 @@ class Watchdog:
 
     def _tell(self, message: dict) -> None:
         for link in list(self._links.values()):
-            with contextlib.suppress(OSError):  # we hear of it when we listen
+            with contextlib.suppress(OSError):  # noticed when receiving
                 link.send(message)
 
     def at(self, what: str) -> None:
-        """Notes that this process has come to `what`, such as "step 41" or f"{STARTING}: a download"."""
+        """Record that this process is at `what`, such as "step 41" or f"{STARTING}: a download"."""
         self._place = (self._place[0] + 1, what, time.monotonic())
 
     def _watch(self) -> None:
@@ -112,7 +113,7 @@ class Watchdog:
             self._done.wait(max(0.0, BEAT - (time.monotonic() - begin)))
 
     def _end(self, verdict: str) -> None:
-        """Tells all; ends this process if its main thread does not do so itself."""
+        """Send the verdict to all; end this process if its main thread does not end by itself."""
         self._verdict = verdict
         self._judged.set()
         if self._index == 0:
@@ -122,7 +123,7 @@ class Watchdog:
             os._exit(Lost.exit_code)  # the main thread is in a collective that will not return
 
     def _exchange(self) -> str | None:
-        """Hears the others for a beat, tells them where we are; what is wrong, if anything is."""
+        """Exchange places with the others for one beat; return what is wrong, if anything."""
         self._tell({"at": self._place[:2]})
         end = time.monotonic() + BEAT
         while self._links and (left := end - time.monotonic()) > 0 and not self._done.is_set():
@@ -135,18 +136,18 @@ class Watchdog:
         silent = [i for i, at in self._heard.items() if now - at > self._patience(i)]
         if silent:
             return (
-                f"nothing was heard of {self._names(silent)} for {self._patience(silent[0]):g} s. See "
+                f"nothing was heard of {self._names(silent)} for {self._patience(silent[0]):g} s. Check "
                 f"whether the machine is up. {LOST}"
             )
         return None
 
     def _patience(self, index: int) -> float:
-        """Seconds of silence that a process is granted: more while JAX starts, which can block it."""
+        """Return the seconds that a process may be silent: more while JAX starts, which can block it."""
         started = not self._others[index][1].startswith(STARTING)
         return self._heartbeat_timeout if started else max(self._heartbeat_timeout, START_SILENCE)
 
     def _hear(self, index: int) -> str | None:
-        """Takes the messages of one process; what is wrong, if anything is."""
+        """Process the messages of one process; return what is wrong, if anything."""
         link = self._links[index]
         try:
             while (message := link.receive(0)) is not None:
@@ -161,17 +162,17 @@ class Watchdog:
                 if message["at"][0] != self._others[index][0]:
                     self._others[index] = (*message["at"], time.monotonic())
         except OSError:
-            return f"{self._cluster.name(index)} is gone: killed, crashed or cut off. {LOST}"
+            return f"{self._cluster.name(index)} is gone: killed, crashed or disconnected. {LOST}"
         return None
 
     def _hanging(self) -> str | None:
-        """Who is late, if no process has moved for too long."""
+        """Return which process is late, if none has made progress for too long."""
         places = {0: self._place, **self._others}
         newest = max(since for _, _, since in places.values())
         if self._index or time.monotonic() - newest < self._step_timeout:
             return None
         starting = [i for i, place in places.items() if place[1].startswith(STARTING)]
-        if starting:  # reading, loading and compiling take what they take; who is lost is heard of
+        if starting:  # no limit for reading and compiling; losses are noticed otherwise
             if self._reminded != newest:
                 self._reminded = newest
                 where = places[starting[0]][1]

@@ -86,7 +86,7 @@ def test_no_door_takes_what_cannot_be(door, tmp_path):
         for name in {*wrong_names[: 3 if door == "flag" else 1]} - {key}:
             with pytest.raises(UserError) as error:
                 enter(tmp_path, name, 1)
-            assert f"{name} is no key" in str(error.value)
+            assert f"{name} is not a key" in str(error.value)
             assert "did you mean config." in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -183,7 +183,7 @@ BASE = (
         (BASE + "    del config.hosts\n    return config", "hosts.heartbeat_timeout is missing"),
         (BASE + "    config.hosts = 3\n    return config", "Could not override field 'hosts'"),
         (BASE + "    del config.seed\n    return config", "config.seed is missing"),
-        (BASE + "    config.more = config\n    return config", "config.more.* is no key"),
+        (BASE + "    config.more = config\n    return config", "config.more.* is not a key"),
         (BASE + "    config.model.depth = 'x'\n    return config", "depth"),
         (
             BASE + "    from ml_collections import config_dict as c\n"
