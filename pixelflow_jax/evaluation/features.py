@@ -1,4 +1,4 @@
-"""From images to features: Inception-v3's, or the honest substitute without its weights."""
+"""Features of images: Inception-v3's, or principal components if its weights are not available."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from pixelflow_jax.foreign.weights import read_state
 from pixelflow_jax.models.inception import Inception, inception_names, inception_params
 
 KEPT = ("2048", "spatial", "logits_unbiased")
-PCA_DIM, PCA_SIDE, PCA_FIT = 64, 32, 10_000  # dimensions, pixels a side, images it is fitted on
-MERGED = 2000  # vectors that moments take in at once
+PCA_DIM, PCA_SIDE, PCA_FIT = 64, 32, 10_000  # dimensions, pixels per side, images to fit on
+MERGED = 2000  # vectors added to the moments at once
 Features = dict[str, Float[np.ndarray, "b d"]]
 
 
@@ -26,9 +26,9 @@ class InceptionFeatures:
     """FID's Inception-v3 on all local devices, in float32 whatever the chip's default.
 
     Attributes:
-      name: what the output calls these features.
-      arithmetic: what they are computed in.
-      pooled, spatial: which of the features are for FID and sFID.
+      name: name of the features in the output.
+      arithmetic: precision of the computation.
+      pooled, spatial, logits: keys of the features for FID, sFID and the Inception Score.
     """
 
     arithmetic = "float32, products at JAX's highest precision"
@@ -52,7 +52,7 @@ class InceptionFeatures:
         )
 
     def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"], size: int) -> Features:
-        """Features of a batch; it is filled up to `size`, so that there is one compilation."""
+        """Return the features of a batch, padded to `size` so that there is only one compilation."""
         size = -(-size // self._mesh.size) * self._mesh.size
         padded = pixels[np.arange(size) % len(pixels)]
         found = jax.device_get(self._apply(self._params, padded))
@@ -60,9 +60,9 @@ class InceptionFeatures:
 
 
 class PcaFeatures:
-    """Principal components of the reference's own pixels: a distance between pictures, not FID.
+    """Principal components of the reference's pixels: a distance between image sets, but not FID.
 
-    Images larger than 32 pixels are averaged down first.
+    Images with more than 32 pixels per side are averaged down first.
     """
 
     arithmetic = "float64"
@@ -82,7 +82,7 @@ class PcaFeatures:
         self.name = f"{dim} principal components of the reference's pixels (this is not FID)"
 
     def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"], size: int) -> Features:
-        """Features of a batch."""
+        """Return the features of a batch; `size` is not used."""
         flat = _flat(pixels)
         if flat.shape[1] != self._pca.n_features_in_:
             raise UserError("with --features=pca, samples and reference must be of one size")
@@ -90,9 +90,9 @@ class PcaFeatures:
 
 
 def _flat(pixels: np.ndarray) -> np.ndarray:
-    """[n, H, W, 3] uint8 to [n, D] in [0, 1], at most 32 pixels a side."""
+    """Convert [n, H, W, 3] uint8 to [n, D] in [0, 1], with at most 32 pixels per side."""
     n, height, width, _ = pixels.shape
-    down, right = -(-height // PCA_SIDE), -(-width // PCA_SIDE)  # pixels that are averaged
+    down, right = -(-height // PCA_SIDE), -(-width // PCA_SIDE)  # pixels to average
     rows, columns = height // down, width // right
     whole = pixels[:, : rows * down, : columns * right]
     blocks = whole.reshape(n, rows, down, columns, right, 3)
@@ -100,7 +100,7 @@ def _flat(pixels: np.ndarray) -> np.ndarray:
 
 
 class Collected:
-    """Features of a whole set: moments of the pooled and the spatial, and the vectors that are kept."""
+    """Features of an image set: moments of pooled and spatial features, and the requested vectors."""
 
     def __init__(self):
         self.moments: dict[str, Moments] = {}
@@ -114,10 +114,17 @@ def collect(
     keep: tuple[str, ...],
     watch: Callable[[str], None] = lambda what: None,
 ) -> Collected:
-    """Streams a set through `extract`: moments in float64, all vectors of the features in `keep`.
+    """Stream an image set through `extract`; collect moments in float64 and the vectors named in `keep`.
 
-    With several processes each takes a part; all get the same result. The order of the kept vectors is
-    that of the images.
+    Each of several processes takes a part, and all get the same result. Kept vectors are in the order of
+    the images.
+
+    Args:
+      extract: a function (pixels, batch size) -> features.
+      images: the image set.
+      batch_size: images per batch.
+      keep: features whose vectors are kept.
+      watch: called with the current position.
 
     Raises:
       UserError: if there are fewer images than processes.
@@ -125,11 +132,11 @@ def collect(
     process, processes = jax.process_index(), jax.process_count()
     if images.count < processes:
         raise UserError(f"{images.name} has {images.count} images for {processes} processes")
-    batch_size = min(batch_size, images.count // processes)  # so that each has something to do
+    batch_size = min(batch_size, images.count // processes)  # so that every process gets a batch
     total = -(-images.count // batch_size)
     result, kept = Collected(), {name: [] for name in keep}
     bar = tqdm(total=-(-total // processes), unit="batch", desc=images.name[-40:], disable=process > 0)
-    rows: dict[str, list[np.ndarray]] = {}  # that wait: a merge passes over a whole covariance
+    rows: dict[str, list[np.ndarray]] = {}  # pending vectors: every merge updates a whole covariance
 
     def merge() -> None:
         for name, parts in rows.items():
@@ -157,7 +164,7 @@ def collect(
 
 
 def _share(result: Collected, kept: dict[str, list], batch_size: int, count: int) -> None:
-    """Gives every process the moments and the vectors of all."""
+    """Combine the moments and vectors of all processes, on every process."""
     for name in sorted(result.moments):
         own = result.moments[name]
         parts = [gather(x) for x in (np.array([float(own.count)]), own.mean, own.scatter)]

@@ -1,4 +1,4 @@
-"""Judging one set of samples against a reference: which numbers, by which protocol."""
+"""Evaluate a set of samples against a reference: which metrics, by which protocol."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from pixelflow_jax.evaluation import metrics
 from pixelflow_jax.evaluation.features import Collected, InceptionFeatures, PcaFeatures, collect
 from pixelflow_jax.evaluation.sets import ImageSet, has_images, open_images, statistics_in
 
-MOST_FOR_RECALL = 50_000  # images of a reference of which precision and recall are computed
-USUAL = 50_000  # samples of which FID is published
+MOST_FOR_RECALL = 50_000  # largest reference for which precision and recall are computed
+USUAL = 50_000  # number of samples in published FIDs
 
 
 class Reference:
     """What samples are compared with: images, statistics of Inception features, or both.
 
     Raises:
-      UserError: if it holds neither, or not what these features need.
+      UserError: if it holds neither, or does not fit the features.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Reference:
         self.statistics = known or self._statistics(found)
 
     def _statistics(self, found: Collected) -> dict[str, np.ndarray]:
-        """By ADM's names."""
+        """Return the statistics by ADM's names."""
         if min(m.count for m in found.moments.values()) < 2:
             raise UserError(f"--reference={self.path} needs at least two images")
         pooled = found.moments[self.extract.pooled]
@@ -70,7 +70,7 @@ class Reference:
         return values
 
     def judge(self, samples: ImageSet) -> dict[str, Any]:
-        """All numbers for a set of samples, with what is needed to repeat them."""
+        """Return all metrics of a set of samples, with what is needed to reproduce them."""
         extract = self.extract
         keep = tuple(name for name in (extract.pooled, extract.logits) if name)
         found = collect(extract, samples, self.batch_size, keep, self._watch)
@@ -101,7 +101,7 @@ class Reference:
         return result | self._protocol(samples)
 
     def _floor(self) -> float | None:
-        """The distance between two halves of the reference: how low a number means anything."""
+        """Return the distance between two halves of the reference: smaller distances are noise."""
         if self.vectors is None or len(self.vectors) < 4:
             return None
         halves = [metrics.Moments.empty(self.vectors.shape[1]) for _ in range(2)]
@@ -126,7 +126,7 @@ class Reference:
 
 
 def uint8_rule(path: str) -> str:
-    """How samples became uint8: as the settings beside them say, else not known."""
+    """Return how samples became uint8, according to the settings beside them, if known."""
     place = epath.Path(path)
     folder = place if place.is_dir() else place.parent
     with contextlib.suppress(UserError, TypeError, AttributeError):

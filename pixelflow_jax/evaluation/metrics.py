@@ -1,7 +1,7 @@
-"""The metrics, in float64: Frechet distance, Inception Score, precision and recall.
+"""The metrics in float64: Frechet distance, Inception Score, precision and recall.
 
-As ADM's evaluator defines them (Dhariwal and Nichol, arXiv 2105.05233, and its released code), so that
-numbers can be compared with the literature's.
+The definitions follow ADM's evaluator (Dhariwal and Nichol, arXiv 2105.05233, and its released code), so
+that results are comparable with the literature.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ import scipy.linalg
 from jax.experimental import multihost_utils
 from jaxtyping import Float
 
-SPLIT = 5000  # images a split of the Inception Score, as ADM has it
-NEIGHBOURS = 3  # whose distance makes the radius of a point of the manifold
-BLOCK, TILE = 1024, 4096  # rows of a matrix of distances at a time, and columns of a product
+SPLIT = 5000  # images per split of the Inception Score, as in ADM
+NEIGHBOURS = 3  # k: the distance to the k-th neighbour is a point's radius
+BLOCK, TILE = 1024, 4096  # rows of distances at a time, and columns per product
 
 
 @dataclasses.dataclass
 class Moments:
-    """Mean and covariance of vectors that come batch by batch, or in parts on several processes.
+    """Mean and covariance of vectors, accumulated over batches and processes.
 
     Attributes:
-      count: vectors so far.
-      mean: of them.
+      count: number of vectors.
+      mean: their mean.
       scatter: sum of outer products of the deviations from the mean.
     """
 
@@ -34,11 +34,11 @@ class Moments:
 
     @classmethod
     def empty(cls, dim: int) -> "Moments":
-        """Of no vectors yet."""
+        """Return the moments of no vectors."""
         return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     def add(self, x: Float[np.ndarray, "n d"]) -> None:
-        """Takes in more vectors."""
+        """Add vectors."""
         if len(x):
             x = np.asarray(x, np.float64)
             mean = x.mean(axis=0)
@@ -46,7 +46,7 @@ class Moments:
             self.merge(Moments(len(x), mean, x.T @ x))
 
     def merge(self, other: "Moments") -> None:
-        """Takes in the moments of other vectors (Chan, Golub and LeVeque, 1979)."""
+        """Add the moments of other vectors (Chan, Golub and LeVeque, 1979)."""
         if not other.count:
             return
         total, gap = self.count + other.count, other.mean - self.mean
@@ -57,7 +57,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """With n - 1 in the denominator, as numpy.cov and ADM have it."""
+        """The covariance, with n - 1 in the denominator as in numpy.cov and ADM."""
         return self.scatter / (self.count - 1)
 
 
@@ -67,10 +67,10 @@ def frechet_distance(
     mean2: Float[np.ndarray, " d"],
     cov2: Float[np.ndarray, "d d"],
 ) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv 1706.08500).
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv 1706.08500).
 
-    The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2): real, and without a
-    loss of digits where covariances are singular, as those of fewer images than dimensions are.
+    The trace of the root is computed as the sum of the singular values of C1^(1/2) C2^(1/2). This is
+    real, and accurate for singular covariances, such as those of fewer images than dimensions.
     """
     roots = []
     for cov in (cov1, cov2):
@@ -82,9 +82,9 @@ def frechet_distance(
 
 
 def inception_score(logits: Float[np.ndarray, "n classes"], split: int = SPLIT) -> float:
-    """exp of the mean KL divergence of p(class | image) from p(class); mean over splits.
+    """Return exp of the mean KL divergence of p(class | image) from p(class), averaged over splits.
 
-    `logits` are without the bias, as in ADM's evaluator.
+    `logits` exclude the bias, as in ADM's evaluator.
     """
     logits = np.asarray(logits, np.float64)
     scores = []
@@ -98,7 +98,7 @@ def inception_score(logits: Float[np.ndarray, "n classes"], split: int = SPLIT) 
 
 
 class TooFewImages(ValueError):
-    """A set in which a point has no k neighbours."""
+    """A set has too few images for every point to have k neighbours."""
 
 
 def precision_recall(
@@ -107,15 +107,15 @@ def precision_recall(
     k: int = NEIGHBOURS,
     watch: Callable[[str], None] = lambda what: None,
 ) -> tuple[float, float]:
-    """(precision, recall): the share of samples on the reference's manifold, and the other way round.
+    """Return (precision, recall): the share of samples on the reference's manifold, and vice versa.
 
-    A manifold is the union of balls around each point, as wide as the way to its k-th neighbour
-    (Kynkaanniemi et al., arXiv 1904.06991). All processes hold all vectors and call this together; each
-    computes every n-th block of distances, on its CPU in float64. `watch` hears how far the work is:
-    50,000 of each take it many minutes.
+    A manifold is the union of balls around all points, each with the distance to its k-th neighbour as
+    radius (Kynkaanniemi et al., arXiv 1904.06991). All processes hold all vectors and call this
+    together; each of n processes computes every n-th block of distances on its CPU in float64. `watch`
+    is called with the current position, because 50,000 images on both sides take many minutes.
 
     Raises:
-      TooFewImages: if a set has no k neighbours for a point.
+      TooFewImages: if a set has no more than k images.
     """
     if min(len(reference), len(samples)) <= k:
         raise TooFewImages(f"precision and recall need more than {k} images on both sides")
@@ -126,22 +126,22 @@ def precision_recall(
 
 
 def gather(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "processes ..."]:
-    """An array of every process, bit for bit (JAX itself would round float64 to float32)."""
+    """Gather an array from every process, bit for bit (JAX itself would round float64 to float32)."""
     words = np.ascontiguousarray(x).view(np.uint32)
     return np.ascontiguousarray(multihost_utils.process_allgather(words)).view(x.dtype)
 
 
 def _total(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The sum over processes."""
+    """Return the sum over processes."""
     return x if jax.process_count() == 1 else gather(x).sum(axis=0)
 
 
 def _square_distances(
     points: np.ndarray, centres: np.ndarray, watch: Callable[[str], None]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """To all centres, by this process's blocks of points: (the first's number, block x centres).
+    """Yield (index of the first point, distances [block, centres]) for this process's blocks of points.
 
-    The block is overwritten by the next.
+    Each block overwrites the previous one.
     """
     process, processes = jax.process_index(), jax.process_count()
     size = min(BLOCK, -(-len(points) // processes))
@@ -158,11 +158,11 @@ def _square_distances(
 
 
 def _radii(x: np.ndarray, k: int, watch: Callable[[str], None]) -> np.ndarray:
-    """Squared distance of each point to its k-th neighbour, itself not counted."""
+    """Return the squared distance of each point to its k-th neighbour, not counting itself."""
     radii = np.zeros(len(x))
     for begin, squares in _square_distances(x, x, watch):
         rows = np.arange(len(squares))
-        squares[rows, begin + rows] = -1.0  # itself comes first, whatever rounding says
+        squares[rows, begin + rows] = -1.0  # sorts the point itself first, regardless of rounding
         squares.partition(k, axis=1)
         radii[begin : begin + len(squares)] = squares[:, k]
     return _total(radii)

@@ -1,4 +1,4 @@
-"""Sets of images to judge or to compare with: npz files, folders, and a config's held-out images."""
+"""Image sets to evaluate or to compare with: npz files, folders, and a config's held-out images."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from pixelflow_jax.data.pixels import BrokenImage, decode, image_files
 from pixelflow_jax.data.sources import held_out
 from pixelflow_jax.data.transforms import center_crop
 
-OURS = ("grid.png",)  # files of a sampling run that are no samples
+OURS = ("grid.png",)  # files of a sampling run that are not samples
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names: pooled and spatial features
 
 
@@ -23,9 +23,9 @@ class ImageSet:
     """Images of one size.
 
     Attributes:
-      name: for messages.
-      count: how many.
-      read: gives them from a number up to another, uint8 [n, H, W, 3].
+      name: name in messages.
+      count: number of images.
+      read: returns the images from one index up to another, uint8 [n, H, W, 3].
     """
 
     name: str
@@ -33,21 +33,21 @@ class ImageSet:
     read: Callable[[int, int], UInt8[np.ndarray, "n h w 3"]]
 
     def batches(self, size: int, process: int = 0, processes: int = 1) -> Iterator[np.ndarray]:
-        """The batches of one process: every `processes`-th of them."""
+        """Yield the batches of one process: every `processes`-th batch."""
         for begin in range(process * size, self.count, processes * size):
             yield self.read(begin, min(begin + size, self.count))
 
 
 def open_images(path: str, flag: str, resolution: int | None = None) -> ImageSet:
-    """The images at `path`: an npz (arr_0), a folder (one of `sample` too), or a config's test split.
+    """Open the images at `path`: an npz (arr_0), a folder, or a config's held-out images.
 
     Args:
-      flag: for messages.
-      resolution: images of a folder are cropped to this square as in training; None: they must be of
-        one size.
+      path: where the images are.
+      flag: name of the flag in error messages.
+      resolution: crop images in a folder to this square as in training; None: they must have one size.
 
     Raises:
-      UserError: if there are no images, or they are of different sizes.
+      UserError: if there are no images, or they have different sizes.
     """
     place = epath.Path(path)
     if path.endswith(".py"):
@@ -62,7 +62,7 @@ def open_images(path: str, flag: str, resolution: int | None = None) -> ImageSet
 
 
 def statistics_in(path: str) -> dict[str, np.ndarray]:
-    """The statistics of an npz file, by ADM's names; empty if it holds none, or is no npz."""
+    """Return the statistics in an npz file by ADM's names; empty if there are none."""
     place = epath.Path(path)
     if not place.exists() or place.is_dir() or path.endswith(".py"):
         return {}
@@ -77,7 +77,7 @@ def statistics_in(path: str) -> dict[str, np.ndarray]:
 
 
 def has_images(path: str) -> bool:
-    """Whether there are images behind a reference, and not statistics alone."""
+    """Return whether a reference has images, and not only statistics."""
     place = epath.Path(path)
     return path.endswith(".py") or place.is_dir() or bool(arrays.array_shapes(place, "arr_0"))
 
