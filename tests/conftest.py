@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pixelflow_jax.config import load_config
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.transformer import PixelFlow
 
 # Most of the tests' time is compilation, which XLA's simplest code generation cuts to a third. Set
@@ -88,7 +88,7 @@ def noisy_params():
 
     def make(model: PixelFlow, seed: int = 0):
         rng = np.random.default_rng(seed)
-        shapes = jax.eval_shape(lambda: init_params(model, 0))
+        shapes = abstract_params(model)
         return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
 
     return make
@@ -125,5 +125,5 @@ def start_hosts(count: int, command: list, env_of=lambda index: {}) -> list[subp
 def calm(model: PixelFlow) -> dict:
     """Parameters of a velocity field as smooth as a trained one's, but of no zeros."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(model, 0))
+    shapes = abstract_params(model)
     return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)

@@ -18,12 +18,13 @@ from pixelflow_jax.aot import hlo
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.distributed import sharding
+from pixelflow_jax.models.conditioning import abstract_params, init_params
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import FromSeed, image_keys
 from pixelflow_jax.training.loop import device_batches
 from pixelflow_jax.training.optimizer import build_optimizer
-from pixelflow_jax.training.step import init_params, init_state, make_train_step
+from pixelflow_jax.training.step import init_state, make_train_step
 
 from conftest import TINY
 
@@ -75,7 +76,7 @@ def run(data: int, fsdp: int, context: int, accumulation: int, *overrides: str) 
 def random_params(sampler) -> dict:
     """Parameters that are nowhere zero."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
+    shapes = abstract_params(sampler.model)
     return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
 
 

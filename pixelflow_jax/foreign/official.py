@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import yaml
 from etils import epath
@@ -14,7 +13,7 @@ from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError, blame
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.foreign.weights import INDEX, KINDS, State, read_state
-from pixelflow_jax.models.conditioning import TEXT, init_params
+from pixelflow_jax.models.conditioning import TEXT, abstract_params
 
 Params = dict[str, Any]
 
@@ -90,7 +89,7 @@ def from_official(state: State, config: ConfigDict) -> Params:
     Raises:
       UserError: names every key that is missing, left over, or of a wrong shape.
     """
-    shapes = flatten_dict(jax.eval_shape(lambda: init_params(build_model(config), 0)))
+    shapes = flatten_dict(abstract_params(build_model(config)))
     left, params, missing, shapeless = dict(state), {}, [], []
     model = config.model
 

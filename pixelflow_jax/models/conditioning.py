@@ -1,5 +1,7 @@
 """What the network is conditioned on: labels, text states, or token ids to encode into text states."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -31,6 +33,12 @@ def init_params(model: PixelFlow, seed: int) -> dict:
         encoder = T5Encoder(model.text)
         params = {**params, TEXT: encoder.init(jax.random.fold_in(key, 1), ids, mask)["params"]}
     return params
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_params(model: PixelFlow) -> dict:
+    """Return the shapes and dtypes of a model's parameters, not to be changed in place."""
+    return jax.eval_shape(lambda: init_params(model, 0))
 
 
 def from_class_model(params: dict, fresh: dict) -> dict:

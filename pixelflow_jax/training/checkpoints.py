@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax.common import files, hardware
 from pixelflow_jax.common.errors import UserError, sentence
 from pixelflow_jax.config import build_model, config_from_dict
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.training import replicas
 from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
 from pixelflow_jax.training.optimizer import ParamsEmaState
@@ -305,7 +305,7 @@ def load_params(
     try:
         meta = _checked_meta(_read(folder, "meta", ocp.args.JsonRestore()))
         config = config_from_dict(meta["config"])
-        abstract = jax.eval_shape(lambda: init_params(build_model(config), 0))
+        abstract = abstract_params(build_model(config))
     except (OSError, ArithmeticError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {_in_short(error)}") from None
     known = [*config.ema.decays, *config.ema.half_lives]

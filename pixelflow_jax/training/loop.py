@@ -23,7 +23,7 @@ from pixelflow_jax.data.sources import Source, class_names, load_source, readabl
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.distributed.preemption import Preempted, PreemptionWatch
 from pixelflow_jax.distributed.watchdog import STARTING
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
 from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_text_reader
@@ -248,7 +248,7 @@ def make_sample_grid(
     conditions = grid_conditions(config, source, index)
     split, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
 
-    specs = sharding.specs(jax.eval_shape(lambda: init_params(sampler.model, 0)), mesh)
+    specs = sharding.specs(abstract_params(sampler.model), mesh)
 
     @functools.partial(jax.jit, out_shardings=whole)
     def generate(params, index, conditions):

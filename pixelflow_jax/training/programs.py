@@ -14,7 +14,7 @@ from pixelflow_jax.cascade.packing import cascade_layout
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_cascade, build_model, check_batch_size
 from pixelflow_jax.distributed import sharding
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
 from pixelflow_jax.sampling.solvers import evaluations_per_step
@@ -77,7 +77,7 @@ def sample_program(config: ConfigDict, devices: list) -> Program:
     def shaped(x, where):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    shapes = jax.eval_shape(lambda: init_params(sampler.model, 0))
+    shapes = abstract_params(sampler.model)
     params = jax.tree.map(lambda x: shaped(x, whole), shapes)
     index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=placed)
     condition = jax.tree.map(lambda x: shaped(x, placed), abstract_condition(config, size))

@@ -18,7 +18,7 @@ from pixelflow_jax.common import numerics
 from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
-from pixelflow_jax.models.conditioning import encode_text, init_params
+from pixelflow_jax.models.conditioning import abstract_params, encode_text
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import objective
 
@@ -41,7 +41,7 @@ def abstract_state(
     config: ConfigDict, model: PixelFlow, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Return the shapes, dtypes and shardings of a run's state, without allocating it."""
-    shapes = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
+    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), abstract_params(model))
     where = sharding.shardings(shapes, mesh)
     return jax.tree.map(lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), shapes, where)
 
@@ -97,7 +97,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     cascade, parts = build_cascade(config), config.accumulation_steps
     total, num_stages = config.batch_size, cascade.num_stages
     shards = mesh.shape[CONTEXT]
-    shapes = jax.eval_shape(lambda: init_params(model, 0))
+    shapes = abstract_params(model)
     specs = sharding.specs(shapes, mesh)
     model = model.clone(platform=platform_of(mesh.devices.flat[0]))
     if mesh.shape["fsdp"] > 1:

@@ -7,9 +7,10 @@ import pytest
 
 from pixelflow_jax.config import build_model
 from pixelflow_jax.distributed import sharding
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.training.optimizer import build_optimizer
-from pixelflow_jax.training.step import abstract_batch, abstract_state, init_params, make_train_step
+from pixelflow_jax.training.step import abstract_batch, abstract_state, make_train_step
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -32,7 +33,7 @@ def test_the_train_step_exports_for_cuda(config):
 def test_the_sample_step_exports_for_cuda(config, solver):
     """Catches the same in the whole cascade of a sampler."""
     config.sample.solver = solver
-    params = jax.eval_shape(lambda: init_params(build_model(config), 0))
+    params = abstract_params(build_model(config))
     generate = make_generate(build_sampler(config))
     inputs = {"index": jax.ShapeDtypeStruct((4,), jnp.int32)}
     labels = jax.ShapeDtypeStruct((4,), jnp.int32)

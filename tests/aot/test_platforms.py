@@ -16,7 +16,7 @@ from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, load_config
 from pixelflow_jax.data.buckets import bucket_sizes
 from pixelflow_jax.models.attention import attention, choose_backend
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.sampling import generate
 from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
 from pixelflow_jax.training import step
@@ -139,7 +139,7 @@ def lowered(name: str, task: str, *overrides: str) -> str:
     else:
         sampler, mesh = build_sampler(config), image_mesh(jax.devices(), config.mesh.context)
         program, condition = make_generate(sampler, mesh=mesh), abstract_condition(config, 8)
-        params = jax.eval_shape(lambda: init_params(sampler.model, 0))
+        params = abstract_params(sampler.model)
         arguments = params, {"index": jax.ShapeDtypeStruct((8,), jnp.int32)}, condition, condition
     return program.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 

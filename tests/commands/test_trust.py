@@ -11,7 +11,7 @@ import pytest
 from pixelflow_jax import demo, sample
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.requests.conditions import encode
 from pixelflow_jax.text.encoder import JOINT, KNOWN, trusted_encoder
 from pixelflow_jax.training.checkpoints import save_params
@@ -58,7 +58,7 @@ def hostile(tmp_path_factory):
     config.model.context_dim, config.text.words = 16, ()
     config.text.encoder = config.init_from = config.data.path = config.text.cache = str(outside)
     config.data.source = "caption_folder"
-    shapes = jax.eval_shape(lambda: init_params(build_model(config), 0))
+    shapes = abstract_params(build_model(config))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     save_params(folder / "a", params, config)
     return folder

@@ -13,7 +13,7 @@ from pixelflow_jax import convert
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.foreign import official as official_room
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training.checkpoints import load_params
 
@@ -43,7 +43,7 @@ def test_there_and_back_is_bit_identical(name):
     assert back.keys() == state.keys()
     for key, array in state.items():
         np.testing.assert_array_equal(back[key], array)
-    expected = jax.eval_shape(lambda: init_params(PixelFlow(**config.model), 0))
+    expected = abstract_params(PixelFlow(**config.model))
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, expected)
 
 
@@ -136,7 +136,7 @@ def test_bad_weights_files(tmp_path):
 def test_released_sizes(name, millions):
     """Catches a config that is not the released network: its parameter count is published."""
     config = load_config(f"configs/{name}.py")
-    shapes = jax.eval_shape(lambda: init_params(PixelFlow(**config.model), 0))
+    shapes = abstract_params(PixelFlow(**config.model))
     count = sum(x.size for x in jax.tree.leaves(shapes))
     assert round(count / 1e6) == millions
     assert json.dumps(config.to_dict())

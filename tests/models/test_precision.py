@@ -6,7 +6,7 @@ import pytest
 from jax.extend import core
 
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.inception import Inception
 from pixelflow_jax.models.t5 import T5Encoder
 from pixelflow_jax.sampling import generate
@@ -75,7 +75,7 @@ def test_float32_sampling_is_float32(name, trained, dtype, platform):
     for solver in ("euler", "dopri5"):
         config.sample.solver = solver
         sampler = build_sampler(config, dtype=dtype)
-        params = jax.eval_shape(lambda s=sampler: init_params(s.model, 0))
+        params = abstract_params(sampler.model)
         condition = abstract_condition(config, 2)
         arguments = params, {"index": jax.ShapeDtypeStruct((2,), jnp.int32)}, condition, condition
         mesh = generate.image_mesh(jax.devices()[:1])
@@ -89,7 +89,7 @@ def test_the_switch_of_the_environment_does_not_count():
         for dtype in ("float32", "bfloat16"):
             with jax.default_matmul_precision(asked):
                 model = build_model(config, dtype)
-                params = jax.eval_shape(lambda m=model: init_params(m, 0))
+                params = abstract_params(model)
                 sampler = build_sampler(config, dtype=dtype)
                 index = jax.ShapeDtypeStruct((2,), jnp.int32)
                 arguments = params, {"index": index}, {"labels": index}, {"labels": index}

@@ -7,7 +7,7 @@ import pytest
 
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common.errors import UserError
-from pixelflow_jax.models.conditioning import init_params
+from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling import sampler as sampler_room
 from pixelflow_jax.sampling.adaptive import solve_adaptive
@@ -247,7 +247,7 @@ def test_the_limit_of_tokens_bounds_the_memory(solver, control, monkeypatch):
     model = PixelFlow(4, 16, 1, 2, num_classes=10)
     times = TimeGrid((2,))
     sampler = Sampler(model, Cascade(1), 16, 16, times, Guidance(2.0), solver, step_control=control)
-    params = jax.eval_shape(lambda: init_params(model, 0))
+    params = abstract_params(model)
 
     def temporaries(count):
         index = jax.ShapeDtypeStruct((count,), jnp.int32)

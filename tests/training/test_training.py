@@ -14,12 +14,13 @@ from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.distributed import sharding
+from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.training import loop, objective
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.loop import device_batches
 from pixelflow_jax.training.metrics import TrainingDiverged
 from pixelflow_jax.training.optimizer import build_optimizer, build_schedule
-from pixelflow_jax.training.step import init_params, init_state, make_train_step
+from pixelflow_jax.training.step import init_state, make_train_step
 
 
 def run_steps(config, count):
