@@ -1,4 +1,4 @@
-"""A checkout whose dependencies are there, but which is not itself installed."""
+"""A checkout whose dependencies are installed, but which is not installed itself."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import tomllib
 import pixelflow_jax as pf
 
 HERE = pathlib.Path(__file__).parents[2]
-# An environment that has never heard of this package: neither its metadata nor a finder leads to it.
+# Hides the installed package: its metadata, and the finder of an editable install.
 HIDE = """
 import importlib.metadata, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
@@ -50,7 +50,7 @@ print(made.settings[0]["versions"]["pixelflow_jax"])
 
 
 def test_the_version_has_one_place():
-    """Catches a second version that is forgotten, and one that needs JAX to be read."""
+    """Catches a second place for the version, and a version that can only be read with JAX."""
     project = tomllib.loads((HERE / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "pixelflow_jax.__version__"}

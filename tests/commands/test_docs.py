@@ -1,4 +1,4 @@
-"""What the documentation says is true: its commands run, its links and pictures are there."""
+"""The documentation is true: its commands run, and its links and pictures exist."""
 
 import argparse
 import os
@@ -28,12 +28,12 @@ PLACEHOLDER = re.compile(
 
 
 def blocks(page: pathlib.Path, language: str = "bash") -> list[str]:
-    """The fenced blocks of a page; those that are indented instead count as bash."""
+    """Return the fenced blocks of a page in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
 
 
 def commands(page: pathlib.Path) -> list[list[str]]:
-    """Every `python ...` command on a page, in blocks and in running text, as argv."""
+    """Return every `python ...` command on a page, in blocks and in running text, as argv."""
     text = page.read_text().replace("\\\n", " ")
     found = re.findall(r"^(?:    )?((?:PYTHONPATH=\S+ )?python .*)$", text, re.M)
     joined = re.sub(r"\n(?=[^\n`|-])", " ", text)
@@ -47,15 +47,16 @@ def commands(page: pathlib.Path) -> list[list[str]]:
 
 
 def test_commands_are_found():
-    """Catches an extraction that has gone blind."""
+    """Catches an extraction that no longer finds the commands."""
     assert sum(len(commands(page)) for page in PAGES) > 60
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_have_their_flags(page, monkeypatch, tmp_path):
-    """Catches a command on a page whose flags or config keys are not (or no longer) there.
+    """Catches a documented command whose flags or config keys do not exist.
 
-    The project's commands go as far as their work, or to a file that stands for the reader's own.
+    The project's commands run until their work would begin, or until a placeholder for the reader's
+    file.
     """
     for room, name in WORK:
         monkeypatch.setattr(room, name, reached)
@@ -67,9 +68,9 @@ def test_commands_have_their_flags(page, monkeypatch, tmp_path):
             name = argv[2].removeprefix("pixelflow_jax.")
             words = [word for word in argv[3:] if word != "..."]
             if "..." in argv or any(word.endswith("=...") for word in words) or not words:
-                continue  # an abridged one
+                continue  # an abridged command
             try:
-                with Bucket():  # in which nothing is
+                with Bucket():  # an empty one
                     COMMANDS[name][0](words)
             except Reached:
                 continue
@@ -80,7 +81,7 @@ def test_commands_have_their_flags(page, monkeypatch, tmp_path):
 
 
 def check_script(path: pathlib.Path, words: list[str]) -> None:
-    """Raises AssertionError unless a script's parser takes these words."""
+    """Raise AssertionError unless a script's parser accepts these words."""
 
     class Parsed(Exception):
         pass
@@ -106,13 +107,15 @@ def check_script(path: pathlib.Path, words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_scripts_are_there(page):
-    """Catches a link to a file or picture, or a script, that is not there."""
+    """Catches a link to a file or picture, or a script name, that does not exist."""
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
     for script in re.findall(r"\b(?:launch|benchmarks|tests|docs|configs|notebooks)/[\w/.]+\w\b", text):
-        known = (HERE / script).exists() or script == "launch/settings.env"  # that one is the reader's
+        known = (
+            HERE / script
+        ).exists() or script == "launch/settings.env"  # that one the reader creates
         assert known or "NAME" in script or "/X." in script, f"{page.name}: {script}"
 
 
@@ -130,14 +133,14 @@ def test_table_of_official_names():
             continue
         for name in re.findall(r"`([\w.]+)`", cells[0]):
             name = name.removeprefix("transformer_blocks.N.").strip(".")
-            assert name in official, f"{name} is no official name"
+            assert name in official, f"{name} is not an official name"
         for name in re.findall(r"`([\w/.]+)`", cells[1]):
             for part in name.replace("...", "").strip("/").split("/"):
-                assert part in ours | {"blocks"}, f"{part} is none of our names"
+                assert part in ours | {"blocks"}, f"{part} is not one of our names"
 
 
 def test_batches_fit_the_slices_that_are_named():
-    """Catches a projection, or a config's hardware line, of a run that is refused at its start."""
+    """Catches a projection, or a config's hardware line, for a run that is refused at its start."""
     rows = re.findall(
         r"\| v\w+-(\d+)(?: \((\d+) chips\))? \| `(\w+)`", (HERE / "docs/tpu.md").read_text()
     )
@@ -158,10 +161,10 @@ def test_batches_fit_the_slices_that_are_named():
 
 @pytest.mark.slow
 def test_first_hour(tmp_path):
-    """Catches a first hour that does not work, in its order, as it stands there.
+    """Catches a command of the first hour that does not work in the documented order.
 
-    The network is smaller, runs are shorter, packages are those that are here, and compile_check and the
-    demo (tests of their own) are only asked for help.
+    The network is smaller, runs are shorter, and packages are not installed. compile_check and the demo
+    have their own tests and are skipped.
     """
     small = " ".join(f"--config.{o}" for o in TINY if not o.startswith(("num_train", "model.depth")))
     script = ["set -euo pipefail", "python() { command " + shlex.quote(sys.executable) + ' "$@"; }']
@@ -211,12 +214,12 @@ def test_python_page(tmp_path, monkeypatch):
     names = {}
     exec(compile(code, "api.md", "exec"), names)
     assert names["images"].shape == (2, 16, 16, 3) and np.isfinite(names["numbers"]["loss"])
-    assert names["made"].pixels.shape == (1, 16, 16, 3)  # the last stage's
+    assert names["made"].pixels.shape == (1, 16, 16, 3)  # of the last stage
 
 
 @pytest.mark.slow
 def test_pictures(trained, tmp_path, monkeypatch):
-    """Catches a picture of the documentation that its command can make no longer."""
+    """Catches a picture of the documentation that its command can no longer make."""
     pictures = runpy.run_path(str(HERE / "docs" / "pictures.py"))
     monkeypatch.setattr(sys, "argv", ["pictures.py", f"--checkpoint={trained}", f"--out={tmp_path}"])
     pictures["main"]()

