@@ -113,9 +113,7 @@ def test_links_and_scripts_are_there(page):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
     for script in re.findall(r"\b(?:launch|benchmarks|tests|docs|configs|notebooks)/[\w/.]+\w\b", text):
-        known = (
-            HERE / script
-        ).exists() or script == "launch/settings.env"  # that one the reader creates
+        known = (HERE / script).exists() or script == "launch/settings.env"  # that one is the reader's
         assert known or "NAME" in script or "/X." in script, f"{page.name}: {script}"
 
 
