@@ -1,6 +1,6 @@
-"""Solvers by Diffrax, whose steps are chosen by the error.
+"""Error-controlled solvers, by Diffrax.
 
-Import this module late: Diffrax and Equinox take a second.
+Import this module late: importing Diffrax and Equinox takes a second.
 """
 
 from typing import Any
@@ -12,18 +12,19 @@ from jaxtyping import Array, Float, Int
 from pixelflow_jax.common import numerics
 from pixelflow_jax.sampling.solvers import Field
 
-MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of a stage, whose tau runs from 0 to 1
-HUGE = 1e10  # in place of a velocity that is not finite; it carries x where no image ever is
+MAX_STEPS, MIN_STEP = 10_000, 1e-7  # of a stage, over which tau runs from 0 to 1
+HUGE = 1e10  # replaces a velocity that is not finite; moves x beyond the range of images
 
 
 class CountedSteps(diffrax.AbstractStepSizeController):
     """PIDController with a first step by `first_step`, rounded sizes, and a count of the first attempts.
 
-    Sizes are rounded down to powers of 2^(1/4): else the last bits of the error estimate, which depend
-    on batch and device, would move every later step a little, and the image by its tolerance.
+    Sizes are rounded down to powers of 2^(1/4). Otherwise the last bits of the error estimate, which
+    depend on batch and device, would change every later step slightly, and the image by its tolerance.
 
-    The attempts up to the first accepted step are counted, as Diffrax does not: solvers that end a step
-    with the evaluation that begins the next (FSAL) save one in each attempt after that.
+    Diffrax does not count the attempts up to the first accepted step. They matter because solvers that
+    end a step with the first evaluation of the next one (FSAL) save one evaluation in each later
+    attempt.
     """
 
     controller: diffrax.PIDController
@@ -50,15 +51,15 @@ class CountedSteps(diffrax.AbstractStepSizeController):
 
 
 def _rounded(size):
-    """The power of 2^(1/4) below a step's size, or the nearest if that is as good as equal."""
+    """Return the next lower power of 2^(1/4), or the nearest if it is almost equal."""
     return jnp.exp2(jnp.floor(4 * jnp.log2(size) + 0.01) / 4)
 
 
 def first_step(field, x, rtol: float, atol: float, span, order: int):
-    """A first step for this tolerance, by two evaluations of field(tau, x); span runs forwards.
+    """Return a first step size for this tolerance, from two evaluations of field(tau, x).
 
-    Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4. Diffrax has
-    it too, but does not come to it in all versions.
+    `span` runs forwards. Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I,
+    section II.4. Diffrax implements it too, but does not use it in all versions.
     """
     scale = atol + rtol * jnp.abs(x)
 
@@ -85,24 +86,25 @@ def solve_adaptive(
     atol: float,
     span: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Float[Array, "..."], Int[Array, ""]]:
-    """(x at the end, evaluations) from tau span[0] to span[1], with one error control for all of x.
+    """Integrate from tau span[0] to span[1] with one error control for all of x.
 
-    The evaluations are all that were made: for the first step's size, of rejected steps too. vmap it
-    for one error control an image; then each counts what it needs on its own.
+    For one error control per image, vmap this function; each image then counts its own evaluations.
 
-    NaN if the tolerance is not reached in MAX_STEPS or with MIN_STEP, or the field is not finite:
-    Diffrax's own error would be a call back into Python, which a program for another machine cannot
-    hold.
+    Returns:
+      (x at the end, evaluations). Evaluations include those for the first step size and those of
+      rejected steps. x is NaN if the tolerance is not reached in MAX_STEPS or with MIN_STEP, or if the
+      field is not finite: Diffrax's own error is a callback into Python, which a program for another
+      machine cannot contain.
     """
 
     def finite_field(tau, y, args):
-        velocity = field(y, jnp.asarray(tau, y.dtype))  # NaN would keep the step control busy for ever
+        velocity = field(y, jnp.asarray(tau, y.dtype))  # with NaN, step control would never end
         return jnp.where(jnp.isfinite(velocity), velocity, HUGE)
 
     solver = getattr(diffrax, name.capitalize())()
-    x = jnp.where(jnp.isfinite(x), x, HUGE)  # the stage before may have failed
+    x = jnp.where(jnp.isfinite(x), x, HUGE)  # the previous stage may have failed
     control = CountedSteps(diffrax.PIDController(rtol=rtol, atol=atol, dtmin=MIN_STEP))
-    with numerics.precision(x.dtype):  # Diffrax adds slopes up by products
+    with numerics.precision(x.dtype):  # Diffrax sums slopes by matrix products
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(finite_field),
             solver,
@@ -122,7 +124,7 @@ def solve_adaptive(
 
 
 def _evaluations(solver: Any, steps: Array, first_attempts: Array) -> Int[Array, ""]:
-    """Evaluations of a solution: two for `first_step`, and those of each attempt."""
+    """Return the evaluations of a solution: two for `first_step`, plus those of each attempt."""
     table = solver.tableau
     a_step = len(table.c) + 1
     later = a_step - 1 if table.fsal else a_step

@@ -1,4 +1,4 @@
-"""Time grids: at which tau in [0, 1] of each stage the solver stands, and what T the network sees."""
+"""Time grids: the solver's steps in tau over each stage, and the network's time T at each tau."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common.errors import UserError
 
 KINDS = ("uniform", "reference")
-SHORTEST_STEP = 1e-6  # what remains of a step, if less, is left out
+SHORTEST_STEP = 1e-6  # a shorter remainder of a step is skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class StageGrid:
 
     Attributes:
       stage: 0 is the coarsest.
-      taus: where steps begin and end: num_steps + 1 numbers from 0 to 1.
+      taus: the ends of the steps: num_steps + 1 numbers from 0 to 1.
       timestep_start, timestep_slope: the line T = start + slope * tau.
     """
 
@@ -28,16 +28,16 @@ class StageGrid:
     timestep_slope: float
 
     def timestep(self, tau: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The time T that the network sees at tau."""
+        """Return the network's time T at tau."""
         return self.timestep_start + self.timestep_slope * tau
 
     def after(self, tau: float) -> "StageGrid":
-        """The part of the grid from `tau` on, which becomes its first step's begin."""
+        """Return the part of the grid that starts at `tau`."""
         later = [t for t in self.taus if t > tau + SHORTEST_STEP]
         return dataclasses.replace(self, taus=(tau, *later))
 
     def cut(self, timesteps: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
-        """The ends of the grid and, between them, the taus at which these times T are reached."""
+        """Return the ends of the grid and, between them, the taus of these times T."""
         taus = (np.asarray(timesteps) - self.timestep_start) / self.timestep_slope
         first, last = self.taus[0], self.taus[-1]
         low, high = min(first, last) + SHORTEST_STEP, max(first, last) - SHORTEST_STEP
@@ -45,7 +45,7 @@ class StageGrid:
         return np.array([first, *(inside if first < last else inside[::-1]), last])
 
     def backwards(self) -> "StageGrid":
-        """The same steps from the end to the begin."""
+        """Return the same steps in reverse order."""
         return dataclasses.replace(self, taus=self.taus[::-1])
 
 
@@ -56,12 +56,12 @@ class TimeGrid:
     Attributes:
       num_steps: steps of each stage, or one number for all of them. Adaptive solvers ignore it.
       kind: "uniform" splits [0, 1] into equal steps. "reference" is the released code's grid, for
-        parity and the published numbers: num_steps - 1 equal steps up to 0.999 and a last one of
-        0.001, which costs an evaluation and moves nothing.
+        parity and the published results: num_steps - 1 equal steps up to 0.999 and a last one of 0.001,
+        which costs an evaluation and has almost no effect.
       shift: warps t <- t / (shift + (1 - shift) t); above 1 puts more steps near the noise.
 
     Raises:
-      UserError: for an unknown kind, and numbers that are not positive.
+      UserError: for an unknown kind or a number that is not positive.
     """
 
     num_steps: tuple[int, ...] = (10,)
@@ -78,21 +78,21 @@ class TimeGrid:
             raise UserError(f"the grid's shift must be positive, got {self.shift}")
 
     def steps(self, num_stages: int) -> tuple[int, ...]:
-        """Steps of each stage. Raises UserError if there are not as many as stages."""
+        """Return the steps of each stage. Raises UserError if their number is not that of the stages."""
         if len(self.num_steps) == 1:
             return self.num_steps * num_stages
         if len(self.num_steps) != num_stages:
             raise UserError(
                 f"num_steps has {len(self.num_steps)} entries for {num_stages} stages; give one "
-                f"number for all stages or {num_stages} of them"
+                f"number for all stages, or {num_stages} numbers"
             )
         return self.num_steps
 
     def stage(self, cascade: Cascade, stage: int, adaptive: bool = False) -> StageGrid:
-        """The grid of one stage.
+        """Return the grid of one stage.
 
-        For adaptive solvers the reference kind draws the line for T over [0, 1] and not over
-        [0, 0.999], as the released code does there (0.1% off the line through the training points).
+        For adaptive solvers, the reference kind draws the line for T over [0, 1] instead of [0, 0.999],
+        as the released code does (0.1% off the line through the training points).
         """
         count = self.steps(cascade.num_stages)[stage]
         if self.kind == "reference":

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a schedule over the stages, and over time."""
+"""Classifier-free guidance as a schedule over stages and time."""
 
 import dataclasses
 
@@ -6,26 +6,26 @@ import numpy as np
 
 from pixelflow_jax.common.errors import UserError
 
-# Share of (scale - 1) that each of the four stages of the released class model gets.
+# Share of (scale - 1) in each of the four stages of the released class model.
 REFERENCE_SHARES = (0.0, 1 / 6, 2 / 3, 1.0)
 SCHEDULES = ("stagewise", "constant", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How strongly the velocity is pushed from unconditional to conditional.
+    """Weights that extrapolate the velocity from unconditional to conditional.
 
-    v = v_uncond + w_s (v_cond - v_uncond), with w_s = 1 + (scale - 1) * share_s. Where w_s is
-    exactly 1 the unconditional half is not run.
+    v = v_uncond + w_s (v_cond - v_uncond), with w_s = 1 + (scale - 1) * share_s. Where w_s is exactly 1,
+    the unconditional half is skipped.
 
     Attributes:
-      scale: w of the last stage; 0 or less switches guidance off (w = 1 everywhere).
-      schedule: "constant" (share 1), "stagewise" (the released table interpolated over s/(S-1), so
-        that it ends at the full weight for any S), or "reference" (the table's first S entries).
+      scale: w of the last stage; 0 or less disables guidance (w = 1 everywhere).
+      schedule: "constant" (share 1), "stagewise" (the released table interpolated over s/(S-1), so that
+        it ends at the full weight for any S), or "reference" (the first S entries of the table).
       interval: (low, high) on the cascade's time axis T/1000, from noise to data; outside it w = 1.
 
     Raises:
-      UserError: for an unknown schedule, an empty interval, "reference" with over 4 stages.
+      UserError: for an unknown schedule, an empty interval, or "reference" with more than 4 stages.
     """
 
     scale: float = 2.4
@@ -43,19 +43,19 @@ class Guidance:
             raise UserError(f"the guidance interval must be 0 <= low < high <= 1, got {self.interval}")
 
     def weights(self, num_stages: int) -> tuple[float, ...]:
-        """w_s for every stage, inside the interval."""
+        """Return w_s inside the interval for every stage."""
         if self.scale <= 0:
             return (1.0,) * num_stages
         return tuple(1 + (self.scale - 1) * share for share in self._shares(num_stages))
 
     def active(self, timestep) -> np.ndarray:
-        """Whether guidance is on at the network's time T (an array or a number)."""
+        """Return whether guidance is active at the network's time T (an array or a number)."""
         low, high = self.interval
         return (timestep >= 1000 * low) & (timestep <= 1000 * high)
 
     @property
     def always(self) -> bool:
-        """Whether the interval is the whole axis."""
+        """Whether the interval is the whole time axis."""
         return self.interval == (0.0, 1.0)
 
     def _shares(self, num_stages: int) -> tuple[float, ...]:

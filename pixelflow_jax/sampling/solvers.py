@@ -1,7 +1,7 @@
-"""ODE solvers over tau in [0, 1] by name: fixed steps by one compiled loop, the fast path.
+"""ODE solvers over tau in [0, 1] by name: fixed steps in one compiled loop, the fast path.
 
-Explicit Runge-Kutta methods come from their Butcher tableaus (Diffrax's, so that both paths are the
-same method), AB2 from its formula. Error-controlled steps are in adaptive.py.
+Explicit Runge-Kutta methods use their Butcher tableaus (Diffrax's, so that both paths use the same
+method); AB2 uses its formula. Error-controlled steps are in adaptive.py.
 """
 
 import functools
@@ -31,23 +31,23 @@ ORDERS = {
     "dopri8": 8,
 }
 SOLVERS = tuple(ORDERS)
-WITHOUT_ERROR = ("euler", "ab2")  # they do not estimate their error: fixed steps only
+WITHOUT_ERROR = ("euler", "ab2")  # without an error estimate: fixed steps only
 CONTROLS = ("auto", "fixed", "per_image", "per_batch")
 
 
 def check_solver(name: str) -> None:
-    """Raises UserError for a name that is not in SOLVERS."""
+    """Raise UserError for a name that is not in SOLVERS."""
     if name not in SOLVERS:
         raise UserError(f"the solver must be one of {', '.join(SOLVERS)}, got {name!r}")
 
 
 def resolve_control(name: str, control: str = "auto") -> str:
-    """Who decides on the steps: "fixed" (the grid), or the error "per_image" or "per_batch".
+    """Return what determines the steps: "fixed" (the grid), or the error "per_image" or "per_batch".
 
-    "auto" is per_image for orders above 2, where a tolerance pays, and fixed below.
+    "auto" means per_image for orders above 2, where error control pays off, and fixed otherwise.
 
     Raises:
-      UserError: for an unknown word, or a solver that has no error estimate.
+      UserError: for an unknown control, or error control for a solver without an error estimate.
     """
     check_solver(name)
     if control not in CONTROLS:
@@ -72,34 +72,34 @@ class Tableau(NamedTuple):
 
 @functools.cache
 def tableau(name: str) -> Tableau:
-    """The tableau of a solver that has one (all but ab2)."""
+    """Return the tableau of a solver that has one (all but ab2)."""
     if name == "euler":
         return Tableau((0.0,), ((),), (1.0,))
-    import diffrax  # imports Equinox; only who asks for it pays
+    import diffrax  # imports Equinox, only when needed
 
     table = getattr(diffrax, name.capitalize()).tableau
     nodes = np.concatenate([[0.0], table.c])
     weights = [(), *(tuple(row.tolist()) for row in table.a_lower)]
     last = max(np.flatnonzero(table.b_sol)) + 1
-    assert last >= len(nodes) - 2  # what is left out is the evaluation that ends the step
+    assert last >= len(nodes) - 2  # only the evaluation that ends the step is dropped
     return Tableau(
         tuple(nodes[:last].tolist()), tuple(weights[:last]), tuple(table.b_sol[:last].tolist())
     )
 
 
 def evaluations_per_step(name: str) -> int:
-    """Network evaluations that a fixed step costs."""
+    """Return the number of network evaluations per fixed step."""
     return 1 if name == "ab2" else len(tableau(name).nodes)
 
 
 def _combine(x, size, weights, slopes):
-    """x + size * sum of weights * slopes, leaving zeros out."""
+    """Return x + size * sum of weights * slopes, skipping zeros."""
     terms = [w * slope for w, slope in zip(weights, slopes, strict=True) if w]
     return x + size * functools.reduce(jnp.add, terms) if terms else x
 
 
 def runge_kutta_step(table: Tableau, field: Field, x, tau, size):
-    """One step of an explicit Runge-Kutta method."""
+    """Run one step of an explicit Runge-Kutta method."""
     slopes: list[jax.Array] = []
     for node, weights in zip(table.nodes, table.weights, strict=True):
         slopes.append(field(_combine(x, size, weights, slopes), tau + node * size))
@@ -118,7 +118,7 @@ def solve_fixed(
     second order and costs one evaluation, like every later step.
     """
     sizes = taus[1:] - taus[:-1]
-    # Constants, indexed in the loop: a scan over them would slice and copy more
+    # Constants indexed in the loop; a scan over them would slice and copy more
     starts, lengths = jnp.asarray(taus[:-1], x.dtype), jnp.asarray(sizes, x.dtype)
 
     carry: tuple[jax.Array, ...]
