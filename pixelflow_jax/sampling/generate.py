@@ -1,4 +1,4 @@
-"""From a config to the function that makes uint8 images, and to PNG files."""
+"""From a config to a compiled function that generates uint8 images, and PNG files."""
 
 import dataclasses
 import functools
@@ -33,15 +33,15 @@ from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler
 from pixelflow_jax.sampling.starts import FromSeed
 
-GAP, GREY = 2, 64  # between the images of a grid
-SETTINGS = "pixelflow_jax"  # the name of the text in a PNG that says how it was made
-AXIS = "images"  # of the mesh that a process spreads its images over
+GAP, GREY = 2, 64  # gap between the images of a grid, in pixels, and its colour
+SETTINGS = "pixelflow_jax"  # key of the PNG text that stores an image's settings
+AXIS = "images"  # mesh axis over which a process distributes its images
 
 
 def build_sampler(
     config: ConfigDict, height: int | None = None, width: int | None = None, dtype: str | None = None
 ) -> Sampler:
-    """The sampler that `config.sample` describes; size and dtype default to the training's."""
+    """Return the sampler of `config.sample`; size and dtype default to those of training."""
     settings = config.sample
     return Sampler(
         build_model(config, dtype),
@@ -58,7 +58,7 @@ def build_sampler(
 
 
 def image_mesh(devices: list, context: int = 1) -> Mesh:
-    """A mesh that images are spread over; `context` devices share each.
+    """Return a mesh that distributes images; `context` devices share each image.
 
     Raises:
       UserError: if `context` does not divide the devices.
@@ -69,13 +69,13 @@ def image_mesh(devices: list, context: int = 1) -> Mesh:
 
 
 class Generated(NamedTuple):
-    """What the sampler made.
+    """Generated images.
 
     Attributes:
       pixels: the images.
-      finite: whether each is a number everywhere, which pixels cannot tell.
-      nfe: network evaluations of each image in each stage.
-      stages: the images at the end of every stage but the last, as pixels too.
+      finite: whether each image was finite everywhere, which pixels cannot show.
+      nfe: network evaluations per image and stage.
+      stages: the images at the end of every stage except the last, also as pixels.
     """
 
     pixels: UInt8[Array, "b h w 3"]
@@ -87,13 +87,17 @@ class Generated(NamedTuple):
 def make_generate(
     sampler: Sampler, start: Any = None, mesh: Mesh | None = None, param_specs: Any = None
 ) -> Callable[..., Generated]:
-    """The jitted function (params, inputs, condition, null condition) -> Generated.
+    """Return a jitted function (params, inputs, condition, null condition) -> Generated.
 
-    `inputs` are `start.inputs(index)` of the images (starts.py; default: seed 0). Conditions are those
-    of conditioning.py, token ids among them, such as `class_conditions(labels, 10)`. The whole cascade
-    is one program. With a `mesh`, its devices each make a part of the batch on their own; those along
-    the axis `context`, if it has one, share the tokens of the same images. `param_specs`, as of
-    `sharding.specs`, say how the parameters are split; by default each device holds all.
+    The whole cascade is one program. `inputs` are `start.inputs(index)` of the images. Conditions are
+    those of models/conditioning.py, including token ids, such as `class_conditions(labels, 10)`.
+
+    Args:
+      sampler: the sampler. start: where images start (starts.py); default: noise from seed 0. mesh:
+      devices that each generate a part of the batch; those along an axis `context` share the tokens
+        of the same images.
+      param_specs: how the parameters are sharded, from `sharding.specs`; by default each device holds
+      all.
     """
     start, model = start or FromSeed(0), sampler.model
     if mesh is not None:
@@ -122,10 +126,10 @@ def make_generate(
 
 
 def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[Generated]]:
-    """As `make_generate` on one device, as a program a stage, so that each end can be seen at once.
+    """Return a function like that of `make_generate` on one device, but with one program per stage.
 
-    Each gives a `Generated` with its own evaluations alone; the last one's pixels are those of
-    `make_generate`, bit for bit.
+    It yields a `Generated` at the end of each stage, with the evaluations of that stage. The last pixels
+    equal those of `make_generate` bit for bit.
     """
     start, first = start or FromSeed(0), (start.stage if start else 0)
 
@@ -154,14 +158,14 @@ def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[G
 
 
 def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
-    """An image file's pixels. Raises OSError if it cannot be read as one."""
+    """Return the pixels of an image file. Raises OSError if it cannot be read as an image."""
     return np.asarray(decode(files.read_bytes(path)))
 
 
 def fit_image(
     pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int
 ) -> Float[np.ndarray, "h2 w2 3"]:
-    """Pixels, cropped in the middle to the wanted shape and resized (Lanczos), in [-1, 1]."""
+    """Return pixels in [-1, 1], center-cropped to the aspect ratio and resized (Lanczos)."""
     if pixels.shape[:2] != (height, width):
         image = Image.fromarray(pixels)
         pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
@@ -169,7 +173,7 @@ def fit_image(
 
 
 def png_bytes(image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any] | None = None) -> bytes:
-    """A PNG file's contents; `settings` stand in it as text, as JSON under the name of SETTINGS."""
+    """Return the contents of a PNG file; `settings` are stored as JSON text under the key SETTINGS."""
     buffer, info = io.BytesIO(), PngInfo()
     if settings is not None:
         info.add_itxt(SETTINGS, json.dumps(settings))
@@ -180,12 +184,12 @@ def png_bytes(image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any] | None
 def save_png(
     path: epath.PathLike, image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any] | None = None
 ) -> None:
-    """Writes one image; see `png_bytes`."""
+    """Write one image; see `png_bytes`."""
     files.write_bytes(path, png_bytes(image, settings))
 
 
 def png_settings(path: epath.PathLike) -> dict[str, Any]:
-    """The settings in a PNG file of `save_png`. Raises UserError if there are none."""
+    """Return the settings in a PNG file from `save_png`. Raises UserError if there are none."""
     try:
         with Image.open(io.BytesIO(files.read_bytes(path)), formats=["PNG"]) as image:
             image.load()
@@ -193,18 +197,18 @@ def png_settings(path: epath.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except KeyError:
-        raise UserError(f"{path} carries no settings: it is not a picture of `sample`") from None
+        raise UserError(f"{path} carries no settings: it is not an image from `sample`") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a PNG file") from None
     except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture with settings: {error}") from None
+        raise UserError(f"{path} cannot be read as an image with settings: {error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} carries settings of another form")
+        raise UserError(f"{path} carries settings in an unknown form")
     return found
 
 
 def save_strip(path: epath.PathLike, stages: list[UInt8[np.ndarray, "h w 3"]]) -> None:
-    """Writes one image at the end of each stage, side by side, all as large as the last."""
+    """Write one image at the end of each stage, side by side, all enlarged to the size of the last."""
     height = stages[-1].shape[0]
     parts = []
     for image in stages:
@@ -215,7 +219,7 @@ def save_strip(path: epath.PathLike, stages: list[UInt8[np.ndarray, "h w 3"]]) -
 
 
 def save_grid(path: epath.PathLike, pixels: UInt8[np.ndarray, "n h w 3"], limit: int = 100) -> None:
-    """Writes up to `limit` images as one picture, ten a row where there are many, enlarged if tiny."""
+    """Write up to `limit` images as one grid, ten per row if there are many, enlarged if tiny."""
     pixels = np.asarray(pixels)[:limit]
     scale = max(1, 48 // max(pixels.shape[1:3]))
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,8 +1,8 @@
 """From noise to images, stage by stage: the whole cascade in one function that compiles once.
 
-Source: PixelFlow (arXiv 2504.07963), section 3.3. Within a stage an ODE solver follows the velocity
-from tau 0 to 1; between stages x <- alpha * Up(x) + beta * n, where n is noise correlated within
-each 2x2 block such that mean and variance fit the window of the next stage.
+Source: PixelFlow (arXiv 2504.07963), section 3.3. Within a stage, an ODE solver follows the velocity
+from tau 0 to 1. Between stages, x <- alpha * Up(x) + beta * n, where n is noise correlated within each
+2x2 block such that mean and variance match the window of the next stage.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_control, solve_fixed
 
-MAX_TOKENS = 1 << 17  # that the network sees at a time: enough to fill a chip, few enough to fit
+MAX_TOKENS = 1 << 17  # per call of the network: enough to fill a chip, few enough to fit
 
 
 class Noise(NamedTuple):
@@ -41,8 +41,11 @@ class Noise(NamedTuple):
 class Trajectory(NamedTuple):
     """A sampling run.
 
-    ends: the image at the end of every stage that was run, about in [-1, 1]; the last is the sample.
-    nfe: network evaluations of each image in each stage; conditional and unconditional are one.
+    Attributes:
+      ends: the image at the end of every stage that was run, approximately in [-1, 1]; the last one is
+      the
+        sample.
+      nfe: network evaluations per image and stage; a conditional and unconditional pair counts as one.
     """
 
     ends: list[Float[Array, "b hs ws c"]]
@@ -54,12 +57,11 @@ class Sampler:
     """The settings of a sampling run; call `run` or `sample` under jit.
 
     Attributes:
-      model, cascade: the network and its stages.
-      height, width: of the final image, in pixels.
-      grid, guidance, solver: see grids.py, guidance.py, solvers.py.
-      step_control: "fixed" takes the grid's steps; "per_image" and "per_batch" choose steps by the
-        solver's error estimate, of each image alone or of all together; "auto": see `resolve_control`.
-      rtol, atol: tolerances of that.
+      model, cascade: the network and its stages. height, width: size of the final image, in pixels.
+      grid, guidance, solver: see grids.py, guidance.py, solvers.py. step_control: "fixed" uses the
+      grid's steps; "per_image" and "per_batch" choose steps by the solver's
+        error estimate for each image or for the whole batch; "auto": see `resolve_control`.
+      rtol, atol: tolerances of the error control.
       shards: devices along the mesh axis `context` that share each image's tokens; all hold the image.
 
     Raises:
@@ -93,15 +95,15 @@ class Sampler:
 
     @property
     def control(self) -> str:
-        """Who decides on the steps: "fixed", "per_image" or "per_batch"."""
+        """What determines the steps: "fixed", "per_image" or "per_batch"."""
         return resolve_control(self.solver, self.step_control)
 
     def stage_size(self, stage: int) -> tuple[int, int, int]:
-        """(height, width, 3) of a stage's images."""
+        """Return (height, width, 3) of a stage's images."""
         return *self.cascade.size(stage, self.height, self.width), 3
 
     def layout(self, stage: int, count: int) -> PackLayout:
-        """The layout of a row of `count` images at a stage."""
+        """Return the layout of a row of `count` images at a stage."""
         size, patch_size = (self.height, self.width), self.model.patch_size
         return cascade_layout(self.cascade, {stage: count}, *size, patch_size, self.shards)
 
@@ -117,7 +119,7 @@ class Sampler:
 
     @numerics.pinned()
     def draw_noise(self, keys: Key[Array, " b"]) -> Noise:
-        """Noise for each image from its own key, so that it does not depend on the batch."""
+        """Draw noise for each image from its own key, so that it does not depend on the batch."""
 
         def normal(stage):
             def one(key):
@@ -132,7 +134,7 @@ class Sampler:
     def sample(
         self, params: dict, noise: Noise, condition: Condition, null_condition: Condition
     ) -> list[Float[Array, "b hs ws c"]]:
-        """The image at the end of every stage: `run`'s `ends`."""
+        """Return the image at the end of every stage: the `ends` of `run`."""
         return self.run(params, noise, condition, null_condition).ends
 
     def run(
@@ -144,13 +146,14 @@ class Sampler:
         first_stage: int = 0,
         first_tau: float = 0.0,
     ) -> Trajectory:
-        """From noise to images, or from any place in the cascade (see starts.py).
+        """Sample from noise, or from any point in the cascade (see starts.py).
 
         Args:
-          params: of the model.
+          params: the model's parameters.
           noise: from `draw_noise`; `start` is x at (first_stage, first_tau).
           condition, null_condition: {"labels": int [B]}, or {"context": [B, t, c],
-            "context_mask": bool [B, t]}; the second is what the unconditional half sees.
+            "context_mask": bool [B, t]}; the second one is for the unconditional half.
+          first_stage, first_tau: the point to start from.
         """
         x, ends, nfe = noise.start, [], []
         for stage in range(first_stage, self.cascade.num_stages):
@@ -163,11 +166,11 @@ class Sampler:
         return Trajectory(ends, jnp.stack(nfe, axis=1))
 
     def stage_grid(self, stage: int) -> StageGrid:
-        """The grid of one stage; of error-controlled steps only its ends and times count."""
+        """Return the grid of one stage; error-controlled steps use only its ends and times."""
         return self.grid.stage(self.cascade, stage, self.control != "fixed")
 
     def step_up(self, stage: int, x: Float[Array, "b h w c"], block: Float[Array, "b h2 w2 c"]):
-        """From the end of the stage before to the start of `stage`: twice the size, and block noise."""
+        """Return the start of `stage` from the end of the previous stage: enlarge, add block noise."""
         return step_up(self.cascade, stage, x, block)
 
     def solve_stage(
@@ -178,7 +181,7 @@ class Sampler:
         condition: Condition,
         null_condition: Condition,
     ) -> tuple[Float[Array, "b h w c"], Int[Array, " b"]]:
-        """(x at the end of `grid`, evaluations); a grid that runs backwards inverts the stage."""
+        """Return (x at the end of `grid`, evaluations); a backwards grid inverts the stage."""
         weight = self.guidance.weights(self.cascade.num_stages)[grid.stage]
         nfe = jnp.zeros(len(x), jnp.int32)
         for part, guided in self._parts(grid, weight):
@@ -188,7 +191,7 @@ class Sampler:
                 x = solve_fixed(self.solver, field, x, np.array(part.taus))
                 count = (len(part.taus) - 1) * evaluations_per_step(self.solver)
             elif self.control == "per_image":
-                # Groups here, as the network sees all images at once under vmap
+                # In groups, because under vmap the network sees all images at once
                 each = jax.vmap(functools.partial(self._adapt_one, *args))
                 x, count = self._by_groups(each, 1 + guided, x, condition, null_condition)
             else:
@@ -203,16 +206,16 @@ class Sampler:
         return solve_adaptive(self.solver, field, x, self.rtol, self.atol, span)
 
     def _adapt_one(self, params, grid: StageGrid, weight: float, x, condition, null_condition):
-        """One image with its own error control: its steps do not depend on its batch."""
+        """Solve one image with its own error control: its steps do not depend on its batch."""
         batch_of_one = jax.tree.map(lambda leaf: leaf[None], (condition, null_condition))
         field = self.field(params, grid, weight, *batch_of_one)
         return self._adapt(lambda x, tau: field(x[None], tau)[0], x, grid)
 
     def _parts(self, grid: StageGrid, weight: float) -> list[tuple[StageGrid, bool]]:
-        """Cuts a grid where guidance goes on or off.
+        """Split a grid where guidance is switched on or off; return (part, whether guided).
 
-        Fixed steps are not cut in two: the time in the middle of a step decides for all of it. Solvers
-        start anew in each part, so that none has the jump inside a step.
+        Fixed steps are not divided: the midpoint of a step decides for the whole step. The solver
+        restarts in each part, so that no step contains the jump.
         """
         if weight == 1 or self.guidance.always:
             return [(grid, weight != 1)]
@@ -227,9 +230,9 @@ class Sampler:
         ]
 
     def _by_groups(self, function: Callable, halves: int, x: Float[Array, "b h w c"], *rest):
-        """`function` of a batch, a group at a time: as many images as have at most MAX_TOKENS, or 1.
+        """Apply `function` to a batch in groups of at most MAX_TOKENS tokens (at least one image).
 
-        A group's size divides the batch, so that there is one program.
+        The group size divides the batch, so that there is only one program.
         """
         row = halves * x.shape[1] * x.shape[2] // self.model.base_patch**2 // self.shards
         fitting = range(min(len(x), MAX_TOKENS // row), 1, -1)
@@ -243,9 +246,10 @@ class Sampler:
     def field(
         self, params, grid: StageGrid, weight: float, condition: Condition, null_condition: Condition
     ) -> Field:
-        """The guided velocity at (x [B, h, w, c], tau). A row holds one image, or its two halves.
+        """Return the guided velocity as a function of (x [B, h, w, c], tau).
 
-        Of a large batch, the network sees parts of at most MAX_TOKENS (one image at least) in turn.
+        A row holds one image, or its conditional and unconditional halves. The network processes a large
+        batch in groups; see `_by_groups`.
         """
         both = weight != 1
         pair = (null_condition, condition) if both else (condition,)
@@ -280,9 +284,9 @@ class Sampler:
 def class_conditions(
     labels: Int[Array, " b"], num_classes: int, negative_labels: Int[Array, " b"] | None = None
 ) -> tuple[Condition, Condition]:
-    """(condition, null condition) of a class model.
+    """Return (condition, null condition) of a class model.
 
-    The unconditional half sees `negative_labels`, by default the null class `num_classes`.
+    The unconditional half uses `negative_labels`, by default the null class `num_classes`.
     """
     null = jnp.full_like(labels, num_classes) if negative_labels is None else negative_labels
     return {"labels": labels}, {"labels": null}

@@ -1,7 +1,7 @@
-"""Where a sample starts: noise from a seed, an image at any stage, kept noise, or between two seeds.
+"""Where a sample starts: noise from a seed, an image at any stage, stored noise, or between two seeds.
 
-A start gives the sampler its noise and first place. It is a pair of halves: `inputs(index)` on the
-host, which says what images `index` start from, and `noise(sampler, inputs)` on the device.
+A start determines the sampler's noise and the first (stage, tau). It has two methods: `inputs(index)` on
+the host returns what the images `index` start from, and `noise(sampler, inputs)` runs on the device.
 """
 
 import collections
@@ -26,20 +26,20 @@ from pixelflow_jax.data.pixels import decode, is_image, kinds_left_out, report_l
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 
-LEAST_STRENGTH = 1e-5  # of less, no step of the solver would remain: the image itself
+LEAST_STRENGTH = 1e-5  # below this, no solver step would remain: the image itself
 
 
 def image_keys(seed: int | UInt32[Array, " b"], index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """One key an image, from the seed (of all, or of each) and the image's number alone."""
+    """Return one key per image, from the seed (one for all, or one each) and the image's index only."""
     seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), index.shape)
     return jax.vmap(lambda s, i: jax.random.fold_in(numerics.key(s), i))(seeds, index)
 
 
 @dataclasses.dataclass(frozen=True)
 class FromSeed:
-    """White noise at the first stage: an ordinary sample. Image i depends on the seed and on i.
+    """White noise at the first stage: an ordinary sample. Image i depends on the seed and i.
 
-    The numbers of the images begin with `first`.
+    The index of the first image is `first`.
     """
 
     seed: int
@@ -48,26 +48,27 @@ class FromSeed:
     first: int = 0
 
     def inputs(self, index: Int[np.ndarray, " b"]) -> dict[str, Any]:
-        """What each image of `index` needs, with the image as first axis.
+        """Return what each image of `index` needs, with the image as the first axis.
 
-        The seed is among it, so that another seed runs the same compiled program.
+        This includes the seed, so that another seed uses the same compiled program.
         """
         index = np.asarray(index) + self.first
         return {"index": index, "seed": np.full(index.shape, self.seed, np.uint32)}
 
     def noise(self, sampler: Sampler, inputs: dict[str, Any]) -> Noise:
-        """The noise of these images; `start` is x at (stage, tau)."""
+        """Return the noise of these images; `start` is x at (stage, tau)."""
         return sampler.draw_noise(image_keys(inputs.get("seed", self.seed), inputs["index"]))
 
 
 @dataclasses.dataclass(frozen=True)
 class FromImages(FromSeed):
-    """Images with noise on them, somewhere in a stage: variations; or a small image's next stage.
+    """Noisy images at a point of a stage (variations), or small images at the next stage (upscaling).
 
     Attributes:
-      images: float [N, h, w, 3] in [-1, 1], used in turn; at full size, or, for upscaling, at the size
+      images: float [N, h, w, 3] in [-1, 1], used cyclically; at full size, or, for upscaling, at the
+      size
         of the stage before `stage`.
-      tau: how far into the stage; 0 keeps the least of the image. Always 0 for upscaling.
+      tau: the point in the stage; 0 keeps the least of the image. Always 0 for upscaling.
     """
 
     images: Float[np.ndarray, "n h w 3"] = dataclasses.field(kw_only=True)
@@ -93,15 +94,15 @@ class FromImages(FromSeed):
 
 
 def read_pictures(value: Any, flag: str) -> tuple[list[UInt8[np.ndarray, "h w 3"]], str]:
-    """(pixels, the path or, of pixels in memory, a digest) of what --init_image or --invert names.
+    """Return the images of --init_image or --invert as (pixels, path or digest of pixels in memory).
 
     Args:
-      value: an image file or a folder of them; in Python also one of Pillow's images, an array as
-        `decode` takes it, or a list of these.
-      flag: for messages.
+      value: an image file or a folder of images; in Python also a Pillow image, an array that `decode`
+        accepts, or a list of these.
+      flag: name of the flag in error messages.
 
     Raises:
-      UserError: if there are no images, or something else than images.
+      UserError: if there are no images, or something is not an image.
     """
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str):
@@ -126,22 +127,26 @@ def _read_picture(value: Any, flag: str) -> UInt8[np.ndarray, "h w 3"]:
             raise UserError(f"--{flag}={value} does not exist")
         with blame(f"--{flag}={value} is not an image", OSError):
             return np.asarray(decode(files.read_bytes(value)))
-    with blame(f"{flag} is a {type(value).__name__} that is no image", OSError):
+    with blame(f"{flag} is a {type(value).__name__} that is not an image", OSError):
         return np.asarray(decode(value if isinstance(value, Image.Image) else np.asarray(value)))
 
 
 def from_images(
     sampler: Sampler, seed: int, images: Float[np.ndarray, "n h w 3"], stage: int, strength: float = 1.0
 ) -> FromImages:
-    """A start from images at full size (variations) or at the size of the stage before (upscaling).
+    """Return a start from images at full size (variations) or at the size of `stage - 1` (upscaling).
 
     Args:
-      stage: where to start: the earlier, the more is new.
-      strength: share of the stage that is still run, from LEAST_STRENGTH to 1.
+      sampler: the sampler, which determines the sizes.
+      seed: for the noise.
+      images: in [-1, 1].
+      stage: first stage to run: an earlier one changes more of the image.
+      strength: share of that stage to run, from LEAST_STRENGTH to 1.
 
     Raises:
-      UserError: for a stage that is not there, another strength, images of another size, or a
-        place where nothing of the images is left.
+      UserError: for an invalid stage or strength, images of the wrong size, or a start at which nothing
+      of
+        the images is left.
     """
     stages = sampler.cascade.num_stages
     if not 0 <= stage < stages:
@@ -165,7 +170,7 @@ def from_images(
 
 @dataclasses.dataclass(frozen=True)
 class FromNoise:
-    """Noise that was kept, such as that of an inversion; in turn."""
+    """Stored noise, such as that of an inversion, used cyclically."""
 
     kept: Noise
     stage: int = 0
@@ -181,9 +186,9 @@ class FromNoise:
 
 @dataclasses.dataclass(frozen=True)
 class BetweenSeeds:
-    """From the noise of one seed to that of another, in `count` images, then again.
+    """Interpolation from one seed's noise to another's in `count` images, repeated.
 
-    cos and sin of an angle from 0 to 90 degrees weigh the two, so that every mixture has the
+    The weights are cos and sin of an angle from 0 to 90 degrees, so that every mixture has the
     distribution of a single draw.
     """
 
@@ -213,10 +218,10 @@ def invert(
     condition: Condition,
     null_condition: Condition,
 ) -> Noise:
-    """The noise from which `sampler` makes these images, in [-1, 1]; call it under jit.
+    """Return the noise from which `sampler` generates these images, in [-1, 1]; call it under jit.
 
-    Each stage's ODE is followed backwards. Between stages x = alpha Up(y) + beta n; as Down(n) = 0, y is
-    Down(x) / alpha and the rest is the block noise n, which is kept (see Cascade.renoising).
+    Each stage's ODE is integrated backwards. Between stages, x = alpha Up(y) + beta n. Because Down(n) =
+    0, y is Down(x) / alpha, and the rest is the block noise n, which is kept (see cascade/renoising.py).
     """
     x, blocks = image, []
     for stage in reversed(range(sampler.cascade.num_stages)):
