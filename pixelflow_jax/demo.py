@@ -1,13 +1,12 @@
-"""A page in the browser that samples from a checkpoint.
+"""Serve a page for the browser that samples from a checkpoint.
 
     pip install 'pixelflow_jax[demo]'
     python -m pixelflow_jax.demo --checkpoint=runs/digits
 
-Shows every stage as it ends, keeps a history of the visit, and gives PNG files that carry their
+Shows every stage as it ends, keeps a history of the visit, and offers PNG files that carry their
 settings: `python -m pixelflow_jax.sample --checkpoint=DIR --from_png=FILE --out=DIR2` makes the same
-pixels. One request runs at a time, the others wait. Only this machine can open the page, unless --host
-says otherwise; who can open it can use the processor, and nothing else: there is no upload, and no path
-is taken from the browser.
+pixels. One request runs at a time; the others wait. Without --host, only this machine can open the page.
+Visitors can use the processor and nothing else: there are no uploads, and no paths from the browser.
 """
 
 import argparse
@@ -33,32 +32,32 @@ from pixelflow_jax.sampling.guidance import SCHEDULES
 from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS
 from pixelflow_jax.text.encoder import trusted_encoder
 
-KEPT = 24  # pictures of the history
+KEPT = 24  # images in the history
 VISITS = 256  # requests whose files are kept
-WAITING = 16  # requests in the queue; more are refused
-SHOWN = 192  # pixels that a small stage is enlarged to
+WAITING = 16  # requests in the queue; further ones are refused
+SHOWN = 192  # pixels per side to which small stages are enlarged
 MAX_PROMPT = 1000  # characters
 MAX_GUIDANCE = 20.0
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="workdir of a run, or what convert wrote")
+    parser.add_argument("--checkpoint", required=True, help="workdir of a run, or the output of convert")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 = raw parameters")
     parser.add_argument("--text_encoder", help="T5 folder or hub id (see `sample`)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s; 0 = any free one")
-    parser.add_argument("--max_steps", type=int, default=100, help="a stage (default: %(default)s)")
-    parser.add_argument("--max_images", type=int, default=4, help="a request (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s; 0 = any free port")
+    parser.add_argument("--max_steps", type=int, default=100, help="per stage (default: %(default)s)")
+    parser.add_argument("--max_images", type=int, default=4, help="per request (default: %(default)s)")
     args = parser.parse_args(argv)
     for name, least, most in (("port", 0, 65535), ("max_steps", 1, 1000), ("max_images", 1, 64)):
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} must lie in {least}..{most}, got {getattr(args, name)}")
     gradio = _gradio(args.host)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the pictures are deleted on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images are deleted
     pipeline = Pipeline(args.checkpoint, args.ema)
     if args.text_encoder is None:
         trusted_encoder(pipeline.config.text.encoder, args.checkpoint)
@@ -70,27 +69,27 @@ def main(argv: list[str] | None = None) -> None:
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            max_file_size=1,  # byte: nobody uploads anything
+            max_file_size=1,  # in bytes: no uploads
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             footer_links=[],
         )
         print(f"Step {demo.pipeline.step} of {args.checkpoint}: {url} (Ctrl-C ends it)", flush=True)
         while True:
             time.sleep(3600)
-    except OSError:  # Gradio's text names settings of its own
+    except OSError:  # Gradio's message names its own settings
         raise UserError(
-            f"cannot listen on --host={args.host} --port={args.port}: if it is taken, --port=0 finds "
-            f"a free one"
+            f"cannot listen on --host={args.host} --port={args.port}: if it is taken, use --port=0 "
+            f"for a free port"
         ) from None
     finally:
         shutil.rmtree(demo.folder, ignore_errors=True)
 
 
 def _gradio(host: str):
-    """Gradio, without its calls to the network. Raises UserError if it is not installed.
+    """Import Gradio, without its network calls. Raises UserError if it is not installed.
 
-    It asks the page whether it is there, which is not for a proxy; and its HTTP library does not start
-    while the environment names a SOCKS proxy that it has no library for.
+    Gradio checks its own page over HTTP, which must bypass proxies. Its HTTP library does not start if
+    the environment names a SOCKS proxy and `socksio` is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
     for name in ("NO_PROXY", "no_proxy"):
@@ -104,7 +103,7 @@ def _gradio(host: str):
 
 
 class Demo:
-    """The page's state that all visitors share: the checkpoint and a folder of pictures."""
+    """The state that all visitors share: the checkpoint and a folder of images."""
 
     def __init__(self, pipeline: Pipeline, limits: argparse.Namespace):
         self.pipeline, self.limits = pipeline, limits
@@ -115,9 +114,9 @@ class Demo:
         self.num_stages = config.cascade.num_stages
 
     def settings(self, what, negative, solver, schedule, guidance, seed, size, count, *steps) -> dict:
-        """What a visitor asked for, as `Pipeline.stream` takes it. Raises UserError if out of bounds.
+        """Return a visitor's settings for `Pipeline.stream`. Raises UserError if out of bounds.
 
-        The page's controls have the same bounds, but a request can be made without the page.
+        The page's controls have the same bounds, but a request need not come from the page.
         """
         bounds = [("guidance", guidance, 0, MAX_GUIDANCE), ("seed", seed, 0, 2**32 - 1)]
         bounds += [("the number of images", count, 1, self.limits.max_images)]
@@ -137,8 +136,8 @@ class Demo:
             for text in prompts.values():
                 if not isinstance(text or "", str) or len(text or "") > MAX_PROMPT:
                     raise UserError(f"a prompt has at most {MAX_PROMPT} characters")
-            if not (what or "").strip():  # here, as the command's sentence names the checkpoint's path
-                raise UserError("say what the picture is to show")
+            if not (what or "").strip():  # not later: that message names the checkpoint's path
+                raise UserError("say what the image should show")
             return asked | prompts | {"text_encoder": self.limits.text_encoder}
         labels = self._labels()
         if what not in labels.values() or negative not in ["none", *labels.values()]:
@@ -148,14 +147,14 @@ class Demo:
         )
 
     def _labels(self) -> dict[str, str]:
-        """The classes to choose from, as they are shown, with their numbers; without any, 0."""
+        """Return the classes to choose from: displayed text -> number, as a string."""
         names = self.pipeline.classes
         numbers = list(names) or range(max(self.classes, 1))
         texts = {number: names.get(number, str(number)) for number in numbers}
         return {t if t == str(n) else f"{n}: {t}": str(n) for n, t in texts.items()}
 
     def sizes(self) -> list[str]:
-        """Sizes to choose from, as WIDTHxHEIGHT, the trained one first: up to twice its pixels."""
+        """Return the selectable sizes as WIDTHxHEIGHT, trained size first, up to twice its pixels."""
         from pixelflow_jax.config import build_cascade
 
         cascade, config = build_cascade(self.pipeline.config), self.pipeline.config
@@ -173,7 +172,7 @@ class Demo:
         return [f"{width}x{height}" for width, height in found]
 
     def stages(self, asked: dict[str, Any]) -> Iterator[tuple[list, str, Samples]]:
-        """(pictures with captions, a line of status, what was made) at the end of every stage."""
+        """Yield (images with captions, a status line, the samples) at the end of every stage."""
         shown, begin = [], time.perf_counter()
         for number, made in enumerate(self.pipeline.stream(**asked), 1):
             seconds = time.perf_counter() - begin
@@ -184,7 +183,7 @@ class Demo:
             yield shown, f"{caption}, {total.max()} evaluations, {seconds:.1f} s", made
 
     def keep(self, made: Samples) -> list[str]:
-        """Writes finished images as PNG files with their settings; returns their paths."""
+        """Write finished images as PNG files with their settings; return their paths."""
         for old in sorted(self.folder.glob("visit-*"))[: -VISITS + 1]:
             shutil.rmtree(old, ignore_errors=True)
         visit = self.folder / f"visit-{time.time_ns()}-{uuid.uuid4().hex}"
@@ -196,7 +195,7 @@ class Demo:
         return paths
 
     def page(self, gr) -> Any:
-        """The page, of Gradio's blocks."""
+        """Build the page from Gradio's blocks."""
         bar = gr.Progress()
 
         def generate(history, *values, progress=bar):
@@ -205,7 +204,7 @@ class Demo:
                 progress((0, self.num_stages), desc="stage 1 (a new choice is compiled first)")
                 for shown, status, made in self.stages(asked):
                     number = made.nfe.shape[1]
-                    progress((number, self.num_stages), desc=f"stage {number} is there")
+                    progress((number, self.num_stages), desc=f"stage {number} is done")
                     yield shown, status, None, history, history
             except UserError as error:
                 raise gr.Error(str(error), print_exception=False) from None
@@ -242,7 +241,7 @@ class Demo:
         return page.queue(max_size=WAITING, default_concurrency_limit=1)
 
     def _controls(self, gr) -> list:
-        """In the order of `settings`."""
+        """Return the controls in the order of the arguments of `settings`."""
         config, limits = self.pipeline.config, self.limits
         if self.text:
             what = gr.Textbox(label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
@@ -300,7 +299,7 @@ class Demo:
 
 
 def describe(settings: dict[str, Any]) -> str:
-    """A picture's settings in a line."""
+    """Return an image's settings in one line."""
     what = settings["prompts"][0] if "prompts" in settings else f"class {settings['labels'][0]}"
     steps = ",".join(map(str, settings["num_steps"]))
     how = settings["solver"] if settings["step_control"] != "fixed" else f"{settings['solver']} {steps}"
@@ -311,7 +310,7 @@ def describe(settings: dict[str, Any]) -> str:
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """A small picture with each pixel as a square, to be seen."""
+    """Enlarge a small image: each pixel becomes a square."""
     scale = max(1, SHOWN // max(image.shape[:2]))
     return image.repeat(scale, axis=0).repeat(scale, axis=1)
 

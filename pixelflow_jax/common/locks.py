@@ -1,8 +1,9 @@
-"""One process at a time in a folder: a lock of the kernel's on disks, a lease in buckets.
+"""One process at a time in a folder: a kernel lock on disks, a lease in buckets.
 
-The kernel lets go of a lock when its process ends, whatever ended it; network disks (NFS) do so some
-time after their host is gone. Where there are no locks, as in buckets, the holder writes the same file
-again and again: who comes later waits until it has been silent for long enough, and is refused if not.
+The kernel releases a lock when its process ends for any reason; network disks (NFS) do so some time
+after the host is gone. Where locks are not available, as in buckets, the holder renews a lease file. A
+later process waits until the lease has not been renewed for long enough, and is refused if it is
+renewed.
 """
 
 import contextlib
@@ -25,26 +26,27 @@ from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import Lost, UserError
 
 log = logging.getLogger(__name__)
-RENEW_SECONDS = 60.0  # between the writes of a lease
-STALE_SECONDS = 150.0  # after which a lease that was not renewed has ended
-LOOK_SECONDS = 5.0  # between looks at a lease
-TRIES = 10  # at a lock, as the doctor holds one for a moment
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of some mounts
+RENEW_SECONDS = 60.0  # between renewals of a lease
+STALE_SECONDS = 150.0  # after which a lease that was not renewed has expired
+LOOK_SECONDS = 5.0  # between checks of a lease
+TRIES = 10  # attempts at a lock, because the doctor holds one briefly
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # from some mounts
 
 
 @contextlib.contextmanager
 def held(folder: epath.PathLike, flag: str) -> Iterator[Callable[[], None]]:
-    """Keeps other processes out of a folder, which is made where it is not there, to the block's end.
-
-    Yields a function that raises Lost if another process has taken the folder since: a lease is lost by
-    a process that could not renew it for minutes.
+    """Keep other processes out of a folder while the context is active; create the folder if needed.
 
     Args:
       folder: local or gs://.
-      flag: that names the folder, for errors.
+      flag: the flag that names the folder, for error messages.
+
+    Yields:
+      A function that raises Lost if another process has taken the folder: a process loses a lease that
+      it could not renew for minutes.
 
     Raises:
-      UserError: if a process is in it; it says which.
+      UserError: if another process uses the folder; the message names the process.
     """
     path = epath.Path(folder) / files.LOCK
     me = {
@@ -71,7 +73,7 @@ def held(folder: epath.PathLike, flag: str) -> Iterator[Callable[[], None]]:
 
 
 def holder(folder: epath.PathLike) -> str | None:
-    """Which process is in a folder, in words; None if there is none."""
+    """Return a description of the process that uses a folder; None if there is none."""
     path = epath.Path(folder) / files.LOCK
     found = _read(path)
     if found is None or "://" in str(folder):
@@ -81,7 +83,7 @@ def holder(folder: epath.PathLike) -> str | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _words(found)
-    except OSError:  # no locks here
+    except OSError:  # locks are not available
         return _words(found) if _is_fresh(found) else None
     finally:
         os.close(descriptor)
@@ -89,12 +91,12 @@ def holder(folder: epath.PathLike) -> str | None:
 
 
 def _lock(path: epath.Path, flag: str) -> int | None:
-    """The open, locked file; None where there are no locks. Raises UserError if another has it."""
+    """Return the locked file's descriptor, None without lock support. Raises UserError if taken."""
     for _ in range(TRIES):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # children do not inherit it
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by child processes
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):  # who held it has just removed the file
+            with contextlib.suppress(FileNotFoundError):  # the previous holder has just removed the file
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
         except OSError as error:
@@ -111,14 +113,14 @@ def _lock(path: epath.Path, flag: str) -> int | None:
 
 @contextlib.contextmanager
 def _leased(path: epath.Path, me: dict[str, Any], flag: str) -> Iterator[Callable[[], None]]:
-    """`held` with a file that is written again and again."""
+    """Like `held`, with a lease file that is renewed."""
     first, end = _read(path), time.monotonic() + STALE_SECONDS
     found = first
     while _is_fresh(found) and time.monotonic() < end:
         if found != first:
             raise _refusal(path, flag)
         if found is first:
-            log.warning("%s: waiting until %s has been silent for long enough", path, _words(found))
+            log.warning("%s: waiting for the lease of %s to expire", path, _words(found))
         time.sleep(LOOK_SECONDS)
         found = _read(path)
     taken, ended = threading.Event(), threading.Event()
@@ -131,17 +133,17 @@ def _leased(path: epath.Path, me: dict[str, Any], flag: str) -> Iterator[Callabl
 
     def renew():
         while not ended.wait(RENEW_SECONDS):
-            with contextlib.suppress(OSError):  # a bucket's bad moment
+            with contextlib.suppress(OSError):  # a temporary error of a bucket
                 if not is_mine():
                     return taken.set()
                 write()
 
     def check():
         if taken.is_set():
-            raise Lost(f"another process has come into {path.parent} since: {_words(_read(path))}")
+            raise Lost(f"another process has taken {path.parent}: {_words(_read(path))}")
 
     write()
-    time.sleep(min(LOOK_SECONDS, 1.0))  # of two that come at once, the last to write has it
+    time.sleep(min(LOOK_SECONDS, 1.0))  # of two simultaneous processes, the last to write has it
     if not is_mine():
         raise _refusal(path, flag)
     thread = threading.Thread(target=renew, name="lease", daemon=True)
@@ -157,7 +159,7 @@ def _leased(path: epath.Path, me: dict[str, Any], flag: str) -> Iterator[Callabl
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    """What a lock's file says; {} if that is not to be understood, None if there is no file."""
+    """Return the contents of a lock file; {} if they are not valid, None if there is no file."""
     try:
         found = json.loads(files.read_bytes(path))
     except FileNotFoundError:
@@ -168,7 +170,7 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _is_fresh(found: dict[str, Any] | None) -> bool:
-    """Whether a lease may hold, by its own clock."""
+    """Return whether a lease may be valid, according to its own clock."""
     renewed = (found or {}).get("renewed")
     return isinstance(renewed, float) and time.time() - renewed < STALE_SECONDS
 
@@ -181,5 +183,5 @@ def _words(found: dict[str, Any] | None) -> str:
 
 def _refusal(path: epath.Path, flag: str) -> UserError:
     return UserError(
-        f"{flag}={path.parent} is in use by {_words(_read(path))}: wait for its end, or stop it"
+        f"{flag}={path.parent} is in use by {_words(_read(path))}: wait until it ends, or stop it"
     )
