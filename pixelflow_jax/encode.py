@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from pixelflow_jax.common import cli, files, locks
+from pixelflow_jax.common import cli, files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config, parse_flags
 from pixelflow_jax.data.sources import captions_at, open_source
@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     texts = ["", *args.negative_prompt, *all_captions(args, config)]
     progress = functools.partial(tqdm, unit="shard", file=sys.stderr)
-    with locks.held(args.out, "--out"):
-        held, new = encode_texts(texts, encode, args.out, manifest, args.shard_size, progress)
+    held, new = encode_texts(texts, encode, args.out, manifest, args.shard_size, progress)
     warn_of_cuts(seen, cuts, length, "caption")
     print(f"{new} texts encoded, {held} in the cache: {args.out}")
 

@@ -21,14 +21,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from pixelflow_jax.common import arrays, cli, files, locks
+from pixelflow_jax.common import arrays, cli, files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config
 from pixelflow_jax.distributed.watchdog import joined
 from pixelflow_jax.evaluation import sweep
 from pixelflow_jax.evaluation.judge import USUAL, Reference
 from pixelflow_jax.evaluation.sets import open_images
-from pixelflow_jax.requests import request
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -53,8 +52,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
             raise UserError("--sweep runs in one process; sample and evaluate each run on many")
         cells = sweep.cells(args)  # bad flags before the reference is read
         reference = _reference(args, watch)
-        with locks.held(args.out, "--out"):
-            return sweep.run(args, cells, reference)
+        return sweep.run(args, cells, reference)
     samples = open_images(args.samples, "samples", args.resolution) if args.samples else None
     reference = _reference(args, watch)
     if args.save_stats and jax.process_index() == 0:
@@ -135,10 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--save_stats", help="npz file to write the reference's statistics to")
     add("--sweep", action="store_true", help="sample and judge all combinations of the lists below")
     add("--checkpoint", help="what the sweep samples from")
-    add("--guidance_scale", type=request.floats, help="list, as for all below: 1,1.5,2")
-    add("--ema", type=request.floats, help="decays; 0 = the raw parameters")
-    add("--solver", type=lambda text: tuple(text.split(",")), help="names")
-    add("--num_steps", type=request.numbers, help="steps a stage")
+    add("--guidance_scale", help="list, as for all below: 1,1.5,2")
+    add("--ema", help="decays; 0 = the raw parameters")
+    add("--solver", help="names")
+    add("--num_steps", help="steps per stage")
     add("--num_images", type=int, help="samples of each combination (default: 1000)")
     return parser
 

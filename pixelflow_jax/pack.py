@@ -11,7 +11,7 @@ import sys
 
 from tqdm import tqdm
 
-from pixelflow_jax.common import cli, locks
+from pixelflow_jax.common import cli
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data import records
@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         return tqdm(shards, unit="shard", file=sys.stderr)
 
     origin = dict(source=args.source, path=args.path, name=args.name, split=args.split)
-    with locks.held(args.out, "--out"):
-        written = records.pack(source, args.out, args.shard_size, origin, progress)
+    written = records.pack(source, args.out, args.shard_size, origin, progress)
     kind = "with captions" if getattr(source, "captioned", False) else f"of {source.num_classes} classes"
     print(f"{len(source)} images {kind}, {written} shards written: {args.out}")
 

@@ -20,13 +20,11 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.common import numerics
 from pixelflow_jax.common.errors import UserError
-from pixelflow_jax.requests import request
-from pixelflow_jax.requests.conditions import as_flag, trained_classes
+from pixelflow_jax.requests import job as jobs
+from pixelflow_jax.requests.conditions import trained_classes
+from pixelflow_jax.requests.output import chunks
+from pixelflow_jax.requests.request import COMMAND, SETTINGS, fill
 from pixelflow_jax.sampling.generate import make_generate, make_stages
-
-# Flags of the command that are about files, hosts and devices
-_NOT_HERE = {"help", "checkpoint", "out", "ema", "layout", "context", "save_stages", "num_png", "invert"}
-
 
 PROGRAMS = 16  # compiled ones that are kept
 
@@ -64,7 +62,7 @@ class Pipeline:
         Raises:
           UserError: if that is no checkpoint, or has no such average.
         """
-        self._loaded = request.load(checkpoint, ema)
+        self._loaded = jobs.load(checkpoint, ema)
         self._checkpoint = str(checkpoint)
         self._compiled: dict[Any, Any] = {}
 
@@ -104,7 +102,8 @@ class Pipeline:
         job = self._job(settings)
         generate = self._program(make_generate, job)
         parts = []
-        for chosen, padded in self._batches(job):
+        for chosen in chunks(len(job.conditions), job.batch_size, 0, 1):
+            padded = np.resize(chosen, job.batch_size)
             out = generate(job.params, job.start.inputs(padded), *job.conditions.of(padded))
             out = jax.tree.map(np.asarray, out)
             _check_finite(out.finite, padded)
@@ -129,27 +128,25 @@ class Pipeline:
         job = self._job(settings)
         count = len(job.conditions)
         job = dataclasses.replace(job, batch_size=max(count, job.batch_size))
-        request.check_memory("num_images", job.batch_size, job.sampler, 4)
+        jobs.check_memory("num_images", job.batch_size, job.sampler, 4)
         run = self._program(make_stages, job)
-        (_, index), nfe = next(self._batches(job)), []
+        index, nfe = np.resize(np.arange(count), job.batch_size), []
         described = [job.settings_of(i) for i in range(count)]
         for end in run(job.params, job.start.inputs(index), *job.conditions.of(index)):
             _check_finite(end.finite, index)
             nfe.append(np.asarray(end.nfe)[:count])
             yield Samples(np.asarray(end.pixels)[:count], np.concatenate(nfe, axis=1), described)
 
-    def _job(self, settings: dict[str, Any]) -> request.Job:
-        picture = settings.get("init_image")
-        settings = settings if picture is None else {**settings, "init_image": "pixels"}
-        argv = [f"--checkpoint={self._checkpoint}", "--out=", *_flags(settings)]
-        args = request.parse("", argv)
-        args.init_image = picture  # a path, or pixels, which no flag can be
-        request.check_flags(args)
-        job = request.prepare(args, self._loaded)
-        request.check_memory("num_images", len(job.conditions), job.sampler, 1)
+    def _job(self, settings: dict[str, Any]) -> jobs.Job:
+        known = {name for name, setting in SETTINGS.items() if setting.source != COMMAND} - {"ema"}
+        for name in settings:
+            if name not in known:
+                raise UserError(f"{name} is not a setting; they are {', '.join(sorted(known))}")
+        job = jobs.prepare(fill(checkpoint=self._checkpoint, **settings), self._loaded)
+        jobs.check_memory("num_images", len(job.conditions), job.sampler, 1)
         return job
 
-    def _program(self, make, job: request.Job):
+    def _program(self, make, job: jobs.Job):
         """The compiled program of a job; jobs that differ in seed and conditions alone share it."""
         key = make, job.sampler, type(job.start), job.start.stage, job.start.tau
         if type(job.start).__name__ != "FromSeed":  # holds arrays, or seeds that are compiled in
@@ -160,38 +157,10 @@ class Pipeline:
             del self._compiled[next(iter(self._compiled))]
         return program
 
-    @staticmethod
-    def _batches(job: request.Job):
-        """(numbers of images, the same padded to a whole batch) of all images."""
-        size = job.batch_size
-        for begin in range(0, len(job.conditions), size):
-            chosen = np.arange(begin, min(begin + size, len(job.conditions)))
-            yield chosen, np.resize(chosen, size)
-
 
 def load(checkpoint: epath.PathLike, ema: float | None = None) -> Pipeline:
     """A checkpoint that makes images; arguments and errors are those of `Pipeline`."""
     return Pipeline(checkpoint, ema)
-
-
-def _flags(settings: dict[str, Any]) -> list[str]:
-    """Python values as flags of the command. Raises UserError for a name that is none of them."""
-    known = {action.dest for action in request.parser("")._actions} - _NOT_HERE
-    flags = []
-    for name, value in settings.items():
-        if name not in known:
-            raise UserError(f"{name} is not a setting; they are {', '.join(sorted(known))}")
-        if value is None:
-            continue
-        each = [value] if name != "prompt" or isinstance(value, str) else value
-        texts = (as_flag(_plain(v)) if np.ndim(v) else str(v) for v in each)
-        flags += [f"--{name}={text}" for text in texts]
-    return flags
-
-
-def _plain(values: Any) -> list:
-    """Any sequence as a list of Python's own values; labels may be numbers beside names."""
-    return list(values) if isinstance(values, (list, tuple)) else np.asarray(values).tolist()
 
 
 def _check_finite(finite: np.ndarray, index: np.ndarray) -> None:

@@ -38,7 +38,8 @@ from pixelflow_jax import train as train_room
 from pixelflow_jax.common import arrays
 from pixelflow_jax.common.errors import UserError, sentence
 from pixelflow_jax.config import build_model, load_config
-from pixelflow_jax.requests import request
+from pixelflow_jax.requests import job, request
+from pixelflow_jax.requests import run as run_room
 from pixelflow_jax.requests.layouts import read_prompts_file
 from pixelflow_jax.training.checkpoints import save_params
 
@@ -178,7 +179,12 @@ COMMANDS = {
 }  # fmt: skip
 # Where each command's work begins
 WORK = [
-    *((train_room, "train"), (sample, "_make"), (sample, "invert"), (convert, "save_params")),
+    *(
+        (train_room, "train"),
+        (run_room, "_make"),
+        (run_room, "invert"),
+        (convert, "save_params"),
+    ),
     *((encode, "TextEncoder"), (doctor, "look"), (compile_check_room, "tpu_devices")),
     *((demo_room, "_gradio"), (evaluate, "_reference"), (evaluate.sweep, "run")),
 ]
@@ -241,7 +247,7 @@ def checkpoint(rng: random.Random, here: pathlib.Path) -> None:
         else:
             path.write_bytes(damage(rng, path.read_bytes()))
     checkpoint.argv = ["-m", "pixelflow_jax.sample", f"{RUN}={run}", f"{OUT}=out", "--num_images=1"]
-    request.prepare(request.parse("", checkpoint.argv[2:]))
+    job.prepare(request.parse("", checkpoint.argv[2:]))
 
 
 def npz(rng: random.Random, here: pathlib.Path) -> None:

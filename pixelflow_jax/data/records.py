@@ -18,6 +18,7 @@ from etils import epath
 from PIL import Image
 
 from pixelflow_jax.common import files
+from pixelflow_jax.common.claims import Description, claim
 from pixelflow_jax.common.errors import UserError, blame, optional
 from pixelflow_jax.data.texts import some
 
@@ -113,24 +114,26 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
         "captioned": getattr(source, "captioned", False),
         "shards": [dict(name=n, records=s) for n, s in zip(names, sizes, strict=True)],
     }
-    present = files.list_files(folder)
-    if MANIFEST in present:
-        found = read_manifest(out)
-        if any(found[key] != manifest.get(key) for key in found.keys() - {"complete", "classes"}):
-            raise UserError(f"--out={out} holds another packing, or its source has changed since")
-    elif present:
-        raise UserError(f"--out={out} holds files but no {MANIFEST}; name a new or empty folder")
-    else:
-        files.write_json(folder / MANIFEST, manifest)
-    missing = [k for k, name in enumerate(names) if name not in present]
-    for k in progress(missing):
-        with files.atomic_path(folder / names[k]) as temporary:
-            writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-            for index in range(starts[k], starts[k] + sizes[k]):
-                data, label = _readable(source, index)
-                writer.write(_head(label) + (data if isinstance(data, bytes) else _png(data)))
-            writer.close()
-    files.write_json(folder / MANIFEST, {**manifest, "complete": True})
+
+    def changes(kept):
+        names = (kept.keys() | {"shards", "num_classes"}) - {"complete", "classes"}
+        changed = sorted(name for name in names if kept.get(name) != manifest.get(name))
+        return [f"{', '.join(changed)} differ"] if changed else []
+
+    described = Description(
+        manifest, "another packing, or its source has changed since", MANIFEST, changes=changes
+    )
+    with claim(out, described):
+        present = files.list_files(folder)
+        missing = [k for k, name in enumerate(names) if name not in present]
+        for k in progress(missing):
+            with files.atomic_path(folder / names[k]) as temporary:
+                writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+                for index in range(starts[k], starts[k] + sizes[k]):
+                    data, label = _readable(source, index)
+                    writer.write(_head(label) + (data if isinstance(data, bytes) else _png(data)))
+                writer.close()
+        files.write_json(folder / MANIFEST, {**manifest, "complete": True})
     return len(missing)
 
 

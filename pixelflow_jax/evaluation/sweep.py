@@ -1,9 +1,10 @@
-"""The sweep of `evaluate`: samples and judges every combination of settings, and draws what came out.
+"""The sweep of `evaluate`: samples and judges every combination of settings, and draws the results.
 
-Each combination has a folder of its own, so a sweep that was stopped goes on where it was.
+Each combination has a folder of its own, so that a sweep that was stopped continues where it was.
 """
 
 import argparse
+import dataclasses
 import io
 import itertools
 import os
@@ -11,53 +12,74 @@ from typing import Any
 
 from etils import epath
 
-from pixelflow_jax import sample
 from pixelflow_jax.common import files
+from pixelflow_jax.common.claims import Description, claim
 from pixelflow_jax.common.errors import UserError, optional, sentence
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
-from pixelflow_jax.requests import request
-from pixelflow_jax.sampling import solvers
+from pixelflow_jax.requests import run as requests_run
+from pixelflow_jax.requests.job import params_hash
+from pixelflow_jax.requests.request import IMAGES, Request
 from pixelflow_jax.training.checkpoints import load_params
 
 AXES = ("guidance_scale", "ema", "solver", "num_steps", "num_images")
 BATCH = 50  # images at a time
 
 
-def cells(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every combination; a list that was not given stands for the checkpoint's own setting.
+def cells(args: argparse.Namespace) -> dict[str, Request]:
+    """Return the request of every combination, by the name of its folder, which each still lacks.
+
+    A list that was not given stands for the checkpoint's own setting.
 
     Raises:
       UserError: for values that cannot be.
     """
-    for name in args.solver or ():
-        solvers.check_solver(name)
-    if args.num_images is not None and not 2 <= args.num_images <= request.MOST_IMAGES:
-        raise UserError(f"--num_images must lie in 2..{request.MOST_IMAGES}, got {args.num_images}")
-    lists = {name: getattr(args, name) or (None,) for name in AXES[:-1]}
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    count = 1000 if args.num_images is None else args.num_images
+    if not 2 <= count <= IMAGES[1]:
+        raise UserError(f"--num_images must lie in 2..{IMAGES[1]}, got {count}")
+    lists = [(getattr(args, name) or "").split(",") if getattr(args, name) is not None else [None]
+             for name in AXES[:-1]]  # fmt: skip
+    found = {}
+    for values in itertools.product(*lists):
+        request = Request(
+            args.checkpoint,
+            num_images=count,
+            batch_size=min(BATCH, max(1, count // 2)),  # two batches: the second is timed
+            num_png=0,
+            **dict(zip(AXES[:-1], values, strict=True)),
+        )
+        asked = {name: getattr(request, name) for name in AXES[:-1]}
+        asked["num_steps"] = request.num_steps and request.num_steps[0]
+        named = (f"{name}={value}" for name, value in asked.items() if value is not None)
+        found["_".join(named) or "default"] = request
+    return found
 
 
-def run(args: argparse.Namespace, combinations: list[dict[str, Any]], reference: Reference) -> str:
-    """Samples and judges all; writes sweep.json, sweep.md and sweep.png. Returns the report."""
-    out, rows = epath.Path(args.out), []
+def run(args: argparse.Namespace, requests: dict[str, Request], reference: Reference) -> str:
+    """Sample and judge all; write sweep.json, sweep.md and sweep.png. Return the line to report.
+
+    Raises:
+      UserError: as `claim`, and if no combination gives finite images.
+    """
     described = {
         "checkpoint": str(files.absolute(args.checkpoint)),
-        "raw_parameters_sha256": request.params_hash(load_params(args.checkpoint, 0)[0]),
+        "raw_parameters_sha256": params_hash(load_params(args.checkpoint, 0)[0]),
         "reference": args.reference,
         "features": reference.extract.name,
-        "num_images": args.num_images or 1000,
+        "num_images": next(iter(requests.values())).num_images,
     }
-    _claim(out, described)
-    plots = _can_plot()
-    for i, cell in enumerate(combinations):
-        name = (
-            "_".join(f"{key}={value}" for key, value in cell.items() if value is not None) or "default"
-        )
-        print(f"{i + 1} of {len(combinations)}: {name}", flush=True)
+    other = "a sweep of another checkpoint, reference or number of images"
+    with claim(args.out, Description(described, other)):
+        return _run(epath.Path(args.out), requests, reference)
+
+
+def _run(out: epath.Path, requests: dict[str, Request], reference: Reference) -> str:
+    plots, rows = _can_plot(), []
+    for number, (name, request) in enumerate(requests.items(), 1):
+        print(f"{number} of {len(requests)}: {name}", flush=True)
         try:
-            rows.append(_cell(args, cell, out / "cells" / name, reference))
-        except sample.NotFinite as error:  # of this combination alone
+            rows.append(_row(request, out / "cells" / name, reference))
+        except requests_run.NotFinite as error:  # of this combination alone
             print(f"left out: {error}", flush=True)
         files.write_json(out / "sweep.json", rows)
     if not rows:
@@ -70,47 +92,20 @@ def run(args: argparse.Namespace, combinations: list[dict[str, Any]], reference:
     return f"{len(rows)} combinations, best {measure} {best[measure]:.4g} with {best['name']}: {where}"
 
 
-def _claim(out: epath.Path, described: dict[str, Any]) -> None:
-    """Takes the folder. Raises UserError if it holds something else."""
-    path = out / "settings.json"
-    if files.list_files(out):
-        if not path.exists():
-            raise UserError(f"--out={out} holds other files; name a new or empty folder")
-        if files.read_json(path) != described:
-            raise UserError(
-                f"--out={out} holds a sweep of another checkpoint, reference or number of images; name "
-                f"a new folder"
-            )
-    files.write_json(path, described)
-
-
-def _cell(
-    args: argparse.Namespace, cell: dict[str, Any], folder: epath.Path, reference: Reference
-) -> dict[str, Any]:
-    """The row of one combination: read if it is done, else sampled and judged."""
+def _row(request: Request, folder: epath.Path, reference: Reference) -> dict[str, Any]:
+    """Return the row of one combination: read it if it is done, else sample and judge."""
     if (folder / "row.json").exists():
         return files.read_json(folder / "row.json")
-    count = args.num_images or 1000
-    flags = [
-        f"--checkpoint={args.checkpoint}",
-        f"--out={folder / 'samples'}",
-        f"--num_images={count}",
-        f"--batch_size={min(BATCH, max(1, count // 2))}",  # two batches: the second is timed
-        "--num_png=0",
-        *(f"--{name}={value}" for name, value in cell.items() if value is not None),
-    ]
-    sampling = request.parse("", flags)
-    request.check_flags(sampling)
-    report, seconds = sample.run(sampling, lambda what: None)
+    samples = folder / "samples"
+    report, seconds = requests_run.sample(dataclasses.replace(request, out=samples), lambda what: None)
     print(report, flush=True)
-    settings = files.read_json(folder / "samples" / "settings.json")
-    nfe = sample.evaluations(folder / "samples")
+    settings = files.read_json(samples / "settings.json")
     row = {
         "name": folder.name,
         **{name: settings[name] for name in ("solver", "num_steps", "guidance_scale", "ema")},
-        "nfe": float(nfe.sum(axis=1).mean()),
+        "nfe": float(requests_run.evaluations(samples).sum(axis=1).mean()),
         "seconds_per_image": seconds,
-        **reference.judge(open_images(str(folder / "samples"), "samples")),
+        **reference.judge(open_images(str(samples), "samples")),
     }
     files.write_json(folder / "row.json", row)
     return row

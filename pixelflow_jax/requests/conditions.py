@@ -1,6 +1,5 @@
 """What the images of a `sample` request are to show: labels or prompts, ready for the network."""
 
-import argparse
 import dataclasses
 import difflib
 import functools
@@ -22,6 +21,7 @@ from pixelflow_jax.data.names import loose
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.requests.layouts import check_layout, read_prompts_file
+from pixelflow_jax.requests.request import Request, as_flag
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.text.encoder import (
     JOINT,
@@ -36,7 +36,6 @@ LABEL_FLAGS, PROMPT_FLAGS = (
     ("labels", "negative_labels"),
     ("prompt", "prompts_file", "negative_prompt", "layout", "text_encoder"),
 )
-CLASS = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)')  # of a list of classes
 ENCODED, KEPT = 16, 64  # texts a batch of a frozen encoder, and batches whose states are kept
 
 
@@ -108,31 +107,6 @@ class Conditions:
         return one
 
 
-def labels(text: str) -> tuple[int | str, ...]:
-    """Numbers or names of classes separated by commas, for argparse; quotes make a name of anything."""
-    found, place, more = [], 0, ","
-    while more and (match := CLASS.match(text, place)):
-        quoted, bare, more = match.groups()
-        name = bare if quoted is None else quoted.replace('""', '"')
-        if not name:
-            break
-        is_number = quoted is None and re.fullmatch(r"-?\d{1,18}", bare)
-        found.append(int(name) if is_number else name)
-        place = match.end()
-    else:
-        if not more:
-            return tuple(found)
-    raise argparse.ArgumentTypeError(
-        f"expected numbers or names of classes separated by commas (a name with a comma in quotes), got "
-        f"{text!r}"
-    )
-
-
-def as_flag(asked: Sequence[int | str]) -> str:
-    """Numbers and names of classes as `labels` reads them: what is a string here stays a name."""
-    return ",".join('"{}"'.format(x.replace('"', '""')) if isinstance(x, str) else str(x) for x in asked)
-
-
 def class_numbers(flag: str, asked: Sequence[int | str], names: dict[int, str], count: int) -> list[int]:
     """The numbers of classes that are asked for by number or name.
 
@@ -182,53 +156,62 @@ def trained_classes(meta: dict[str, Any], count: int) -> dict[int, str]:
 
 
 def read_conditions(
-    args: argparse.Namespace, config: ConfigDict, start: Any, meta: dict[str, Any]
+    request: Request, config: ConfigDict, start: Any, meta: dict[str, Any], count: int | None = None
 ) -> Conditions:
-    """What the flags ask of a checkpoint. Raises UserError if that does not fit the model."""
+    """Return the conditions of the images that are asked of a checkpoint.
+
+    Args:
+      request: what is asked.
+      config, meta: of the checkpoint.
+      start: of the images (see starts.py), if there is one.
+      count: how many images, where neither request nor start says so.
+
+    Raises:
+      UserError: if the request does not fit the model.
+    """
     text = config.model.context_dim > 0
     for name in LABEL_FLAGS if text else PROMPT_FLAGS:
-        if getattr(args, name) is not None:
+        if getattr(request, name) is not None:
             kind, other = ("text", "--prompt") if text else ("class", "--labels")
             raise UserError(
-                f"--checkpoint={args.checkpoint} is a {kind} model: use {other}, not --{name}"
+                f"--checkpoint={request.checkpoint} is a {kind} model: use {other}, not --{name}"
             )
-    if text:
-        return _of_prompts(args, config, start)
-    return _of_labels(args, config, start, trained_classes(meta, config.model.num_classes))
-
-
-def _count(args: argparse.Namespace, start: Any, default: int) -> int:
     if isinstance(start, starts.BetweenSeeds):
-        return start.count
-    if isinstance(start, starts.FromNoise):
-        default = len(start.kept.start)
-    return args.num_images or default
-
-
-def _of_labels(args, config: ConfigDict, start: Any, names: dict[int, str]) -> Conditions:
-    classes = max(config.model.num_classes, 1)  # without classes, all are 0, which the network ignores
-    for flag in LABEL_FLAGS:
-        if getattr(args, flag):
-            setattr(args, flag, class_numbers(flag, getattr(args, flag), names, classes))
-    if args.labels:
-        pattern = np.array(args.labels)
+        count = start.count
     elif isinstance(start, starts.FromNoise):
-        pattern = read_labels(args.from_noise, classes)
+        count = request.num_images or len(start.kept.start)
+    else:
+        count = request.num_images or count
+    if text:
+        return _of_prompts(request, config, count)
+    return _of_labels(request, config, start, trained_classes(meta, config.model.num_classes), count)
+
+
+def _of_labels(
+    request: Request, config: ConfigDict, start: Any, names: dict[int, str], count: int | None
+) -> Conditions:
+    classes = max(config.model.num_classes, 1)  # without classes, all are 0, which the network ignores
+    described: dict[str, Any] = {flag: getattr(request, flag) for flag in LABEL_FLAGS}
+    for flag, asked in described.items():
+        described[flag] = asked and class_numbers(flag, asked, names, classes)
+    if request.labels:
+        pattern = np.array(described["labels"])
+    elif isinstance(start, starts.FromNoise):
+        pattern = read_labels(request.from_noise, classes)
     else:
         pattern = np.array(sorted(names) or range(classes))
         pattern = pattern[:1] if isinstance(start, starts.BetweenSeeds) else pattern
-    count = _count(args, start, len(args.labels) if args.labels else config.sample.num_images)
-    number = args.first_image + np.arange(count)
+    count = count or (len(request.labels) if request.labels else config.sample.num_images)
+    number = (request.first_image or 0) + np.arange(count)
     labels = pattern.astype(np.int32)[number % len(pattern)]
-    negative = np.array(args.negative_labels or [config.model.num_classes], np.int32)
+    negative = np.array(described["negative_labels"] or [config.model.num_classes], np.int32)
     null = negative[number % len(negative)]
-    described = {"labels": args.labels, "negative_labels": args.negative_labels}
     each = np.arange(count)
     return Conditions({"labels": labels}, {"labels": null}, each, each, {"labels": labels}, described)
 
 
 def read_labels(path: str, classes: int) -> Int[np.ndarray, " n"]:
-    """The labels in a noise.npz. Raises UserError if they are not classes of the model."""
+    """Read the labels in a noise.npz. Raises UserError if they are not classes of the model."""
     labels = arrays.read_npz(path, "labels")
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise UserError(f"--from_noise={path}: its labels are not a list of whole numbers")
@@ -237,38 +220,39 @@ def read_labels(path: str, classes: int) -> Int[np.ndarray, " n"]:
     return labels
 
 
-def _of_prompts(args, config: ConfigDict, start: Any) -> Conditions:
-    entries = read_prompts(args)
+def _of_prompts(request: Request, config: ConfigDict, count: int | None) -> Conditions:
+    entries = read_prompts(request)
     prompts = [entry["prompt"] for entry in entries]
-    negative = args.negative_prompt or ""
-    count = _count(args, start, len(prompts))
-    if args.layout is not None:
-        check_layout(args.layout, entries, count)
-    rows = ((args.first_image + np.arange(count)) % len(prompts)).astype(np.int32)
-    table, null_rows = encode(args, [*prompts, negative], config), np.full_like(rows, len(prompts))
+    negative, count = request.negative_prompt or "", count or len(prompts)
+    if request.layout is not None:
+        check_layout(request.layout, entries, count)
+    rows = (((request.first_image or 0) + np.arange(count)) % len(prompts)).astype(np.int32)
+    table, null_rows = encode(request, [*prompts, negative], config), np.full_like(rows, len(prompts))
     described = {"prompts": prompts, "negative_prompt": negative, "text_encoder": config.text.encoder}
     return Conditions(table, table, rows, null_rows, {"prompt": rows}, described)
 
 
-def encode(args, texts: list[str], config: ConfigDict) -> Condition | States:
-    """Token ids for an encoder in the model, or a frozen encoder's states; warns of texts cut off.
+def encode(request: Request, texts: list[str], config: ConfigDict) -> Condition | States:
+    """Return token ids for an encoder in the model, or a frozen encoder's states; warn of cut texts.
 
     Raises:
       UserError: if the encoder is missing or does not fit the model.
     """
-    if args.text_encoder is not None:
+    if request.text_encoder is not None:
         if config.text.encoder == JOINT:
             raise UserError("--text_encoder is for models without one; this one has its own")
-        config.text.encoder = args.text_encoder
+        config.text.encoder = request.text_encoder
     else:
-        config.text.encoder = trusted_encoder(config.text.encoder, args.checkpoint)
+        config.text.encoder = trusted_encoder(config.text.encoder, request.checkpoint)
     length = config.text.max_length
     tokens = make_tokenizer(config)(texts, length)
     warn_of_cuts(texts, tokens.cut, length)
     if config.text.encoder == JOINT:
         return tokens.condition()
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    encoder = _encoder(config.text.encoder, mesh, args.dtype or config.dtype, config.model.context_dim)
+    encoder = _encoder(
+        config.text.encoder, mesh, request.dtype or config.dtype, config.model.context_dim
+    )
     return States(encoder, tokens)
 
 
@@ -282,14 +266,14 @@ def forget_encoder() -> None:
     _encoder.cache_clear()
 
 
-def read_prompts(args: argparse.Namespace) -> list[dict]:
+def read_prompts(request: Request) -> list[dict]:
     """[{"prompt": ...}] of --prompt and --prompts_file. Raises UserError for none, or an empty one."""
-    entries = [{"prompt": prompt.strip()} for prompt in args.prompt or ()]
+    entries = [{"prompt": prompt.strip()} for prompt in request.prompt or ()]
     for number, entry in enumerate(entries, 1):
         if not entry["prompt"]:
             raise UserError(f"--prompt number {number} is empty; say what the image shall show")
-    if args.prompts_file is not None:
-        entries += read_prompts_file(args.prompts_file)
+    if request.prompts_file is not None:
+        entries += read_prompts_file(request.prompts_file)
     if not entries:
-        raise UserError(f'--checkpoint={args.checkpoint} is a text model: give it a --prompt="..."')
+        raise UserError(f'--checkpoint={request.checkpoint} is a text model: give it a --prompt="..."')
     return entries

@@ -43,29 +43,11 @@ class OutputFolder:
         self.num_png = min(self.count, _default_png(self.count) if num_png is None else num_png)
         self._shards = self.path / "shards"
 
-    def check(self, settings: dict[str, Any]) -> None:
-        """Raises UserError if the folder holds anything but (a part of) an equal request."""
-        path = self.path / "settings.json"
-        if not files.list_files(self.path):
-            return
-        if not path.exists():
-            raise UserError(f"--out={self.path} holds other files; name a new or empty folder")
-        old = files.read_json(path)
-        if not isinstance(old, dict):
-            raise UserError(f"{path} is not of a sampling run; name a new or empty folder")
-        changed = [name for name in {**settings, **old} if old.get(name) != settings.get(name)]
-        if changed:
-            raise UserError(
-                f"--out={self.path} holds samples of another request ({', '.join(changed)} differ); "
-                f"name a new folder"
-            )
-
-    def claim(self, settings: dict[str, Any], watch: Callable[[str], None]) -> None:
-        """Makes the folder, first of all what says whose it is; removes shards that are not whole.
+    def drop_torn_shards(self, watch: Callable[[str], None]) -> None:
+        """Remove shards that are not whole, so that their images are made again.
 
         `watch` is told how far this is.
         """
-        files.write_json(self.path / "settings.json", settings)
         for begin, end, path in self._found():
             watch(f"looking at {path.name}")
             try:

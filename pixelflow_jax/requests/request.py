@@ -1,347 +1,308 @@
-"""What `sample` was asked for: its flags, and the sampler, start and labels that they describe."""
+"""What a person asks of `sample`: one frozen `Request`, whichever way it comes in.
+
+The command line, the Python face, the demo and the settings in a PNG file all fill a `Request`, and one
+set of checks reads their values: text, Python's own values, numpy's, or JSON of unknown origin.
+"""
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import os
 import re
-import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from etils import epath
-from ml_collections import ConfigDict
 
-from pixelflow_jax import __version__
-from pixelflow_jax.cascade.images import UINT8_RULE
-from pixelflow_jax.common import arrays, cli, files, numerics
-from pixelflow_jax.common.errors import UserError
-from pixelflow_jax.requests.conditions import Conditions, forget_encoder, labels, read_conditions
+from pixelflow_jax.common import cli, files
+from pixelflow_jax.common.errors import UserError, sentence
+from pixelflow_jax.config import DTYPES
 from pixelflow_jax.requests.layouts import LAYOUTS
-from pixelflow_jax.sampling import grids, guidance, solvers, starts
-from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings
-from pixelflow_jax.sampling.sampler import Noise, Sampler
-from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.sampling.generate import png_settings
+from pixelflow_jax.sampling.grids import KINDS as GRIDS
+from pixelflow_jax.sampling.guidance import SCHEDULES
+from pixelflow_jax.sampling.solvers import CONTROLS, SOLVERS
 
-# Flags that replace a key of config.sample; without them the checkpoint's own config decides.
-FROM_CONFIG = (
-    *("solver", "step_control", "rtol", "atol", "num_steps", "grid", "shift"),
-    *("guidance_scale", "guidance_schedule", "guidance_interval"),
-)
-BATCH, MAX_BATCH = 25, 256  # images at a time, if nobody says otherwise; and at most, if a picture does
-MOST_IMAGES, MOST_AT_ONCE, MOST_STEPS = 10_000_000, 65_536, 10_000
-STARTS = ("init_image", "from_noise", "interpolate", "invert")
-# Flags that do nothing beside one of those
+BATCH, MAX_BATCH = 25, 256  # images at a time: by default, and the most that a PNG file may ask for
+LABEL = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)')  # an entry of a list of classes
+# Who may give a setting: the command line alone, as it is about files, hosts and devices; Python too;
+# or a PNG file's settings as well, which may come from anywhere: no paths.
+COMMAND, PYTHON, PNG = range(3)
+IMAGES, AT_ONCE, STEPS = (1, 10_000_000), (1, 65_536), (1, 10_000)  # bounds
+SEEDS, NUMBERS = (0, 2**32 - 1), (0, 2**31 - 1)
+# Starts other than the noise of a seed, and the settings that do nothing beside each
 WITHOUT_EFFECT = {
     "init_image": ("first_image",),
     "from_noise": ("first_image", "seed"),
     "interpolate": ("first_image", "seed"),
     "invert": ("first_image", "seed", "num_images", "num_png", "save_stages", "layout", "context"),
 }
-PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "numpy")
+STARTS = tuple(WITHOUT_EFFECT)
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The flags of `sample`."""
-    result = cli.parser(doc)
-    add = result.add_argument
-    add("--checkpoint", required=True, help="workdir of a run, or a folder that convert wrote")
-    add("--out", required=True, help="folder to write")
-    add("--from_png", help="a picture of `sample` or the demo, to make again; other flags change it")
-    add("--labels", type=labels, help="classes, such as 0,1 or cat,dog; in turn (default: all trained)")
-    add("--negative_labels", type=labels, help="classes to steer away from (default: the null class)")
-    add("--prompt", action="append", help="what to show (text models); may be given several times")
-    add("--prompts_file", help='a prompt a line; .jsonl with a "prompt" each; or a folder of .txt')
-    add("--layout", choices=LAYOUTS, help="also OUT/geneval or OUT/dpg, as those scorers read them")
-    add("--text_encoder", help="T5 folder or hub id (default: Flan-T5, or one in the checkpoint)")
-    add("--negative_prompt", help="a text to steer away from (default: the empty text)")
-    add("--num_images", type=int, help="how many (default: one a label or prompt; or the config's)")
-    add("--first_image", type=int, default=0, help="its number (default: %(default)s); continues a set")
-    add("--batch_size", type=int, help=f"images at a time, a process (default: all, up to {BATCH})")
-    add("--context", type=int, default=1, help="devices that share each image (for large images)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--ema", type=float, help="decay of the average to use; 0 = the raw parameters")
-    add("--height", type=int, help="in pixels (default: as trained)")
-    add("--width", type=int, help="in pixels (default: as trained)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of computation (default: as trained)")
-    add("--solver", choices=solvers.SOLVERS, help="default: the config's, as for all below")
-    add("--step_control", choices=solvers.CONTROLS, help="who sets the steps (auto: by solver)")
-    add("--rtol", type=float, help="relative tolerance, where the error chooses the steps")
-    add("--atol", type=float, help="absolute tolerance")
-    add("--num_steps", type=numbers, help="steps a stage: 10, or 10,10,10,10 with one each")
-    add("--grid", choices=grids.KINDS, help="where the steps stand; reference: the official grid")
-    add("--shift", type=float, help="above 1: more steps near the noise")
-    add("--guidance_scale", type=float, help="weight of the last stage; 0 or less: no guidance")
-    add("--guidance_schedule", choices=guidance.SCHEDULES, help="weight over the stages")
-    add("--guidance_interval", type=floats, help="such as 0.2,0.8, on the way from noise to data")
-    add("--init_image", help="an image, or a folder of images, to start from")
-    add("--from_stage", type=int, help="with --init_image: the stage to start at (default: the last)")
-    add("--strength", type=float, default=1.0, help="share of that stage to run (default: %(default)s)")
-    add("--invert", help="an image, or a folder of images: writes the noise they come from")
-    add("--from_noise", help="noise.npz that --invert wrote")
-    add("--interpolate", type=numbers, help="two seeds, such as 3,4")
-    add("--save_stages", action="store_true", help="also stages/000000.png ...: the way, side by side")
-    add(
-        "--num_png",
-        type=int,
-        help="images that become PNG files too (default: all up to 1000, else 100)",
-    )
-    return result
+def labels(text: str) -> tuple[int | str, ...]:
+    """Read numbers and names of classes separated by commas; quotes make a name of anything.
 
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that cannot be right, whatever the checkpoint."""
-    for name, least, most in (
-        ("batch_size", 1, MOST_AT_ONCE),
-        ("context", 1, MOST_AT_ONCE),
-        ("num_images", 1, MOST_IMAGES),
-        ("num_png", 0, MOST_IMAGES),
-        ("num_steps", 1, MOST_STEPS),
-    ):
-        value = getattr(args, name)
-        for number in value if isinstance(value, tuple) else [value]:
-            if number is not None and not least <= number <= most:
-                bound = f"at least {least}" if number < least else f"at most {most:,}"
-                raise UserError(f"--{name} must be {bound}, got {number}")
-    if args.first_image < 0 or args.first_image + (args.num_images or 1) > 2**31:
-        raise UserError(f"--first_image must lie in 0..2^31-1, got {args.first_image}")
-    for seed in (args.seed, *(args.interpolate or ())):
-        if not 0 <= seed < 2**32:
-            raise UserError(f"a seed must lie in 0..2^32-1, got {seed}")
-    given = [name for name in STARTS if getattr(args, name) is not None]
-    if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} exclude each other")
-    for name in WITHOUT_EFFECT[given[0]] if given else ():
-        if name in args.given:
-            raise UserError(f"--{name} does nothing with --{given[0]}; leave it out")
-    if args.init_image is None and args.given & {"from_stage", "strength"}:
-        raise UserError("--from_stage and --strength go with --init_image")
-    if args.interpolate is not None and len(args.interpolate) != 2:
-        raise UserError(f"--interpolate needs two seeds, got {len(args.interpolate)}")
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas, for argparse."""
-    if not re.fullmatch(r"-?\d{1,18}(,-?\d{1,18})*", text):
-        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}")
-    return tuple(int(part) for part in text.split(","))
-
-
-def floats(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas, for argparse."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A request that is ready to run.
-
-    Attributes:
-      params: of the network.
-      sampler, start: see sampler.py and starts.py.
-      conditions: what every image is to show.
-      settings: what settings.json says.
-      batch_size: images at a time; the last batch is filled up to it, so that there is one program.
+    Raises:
+      ValueError: if an entry is empty, or a quote is not closed.
     """
-
-    params: dict
-    sampler: Sampler
-    start: Any
-    conditions: Conditions
-    settings: dict[str, Any]
-    batch_size: int
-
-    def settings_of(self, index: int) -> dict[str, Any]:
-        """The settings of one image: what its PNG file carries, for --from_png.
-
-        No paths: who shares a picture does not want to tell them.
-        """
-        one = {"first_image": self.settings["first_image"] + index, "num_images": 1}
-        one["batch_size"] = self.batch_size  # another one may move a last bit
-        one = {**self.settings, **self.conditions.described_of(index), **one}
-        one["start"] = next(iter(one["start"])) if one["start"] else None
-        return _plain({name: x for name, x in one.items() if name not in ("checkpoint", "text_encoder")})
+    found, place, more = [], 0, ","
+    while more and (match := LABEL.match(text, place)):
+        quoted, bare, more = match.groups()
+        name = bare if quoted is None else quoted.replace('""', '"')
+        if not name:
+            break
+        is_number = quoted is None and re.fullmatch(r"-?\d{1,18}", bare)
+        found.append(int(name) if is_number else name)
+        place = match.end()
+    else:
+        if not more:
+            return tuple(found)
+    raise ValueError(f"expected {KINDS[Labels][0]}, got {text!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A checkpoint in memory: parameters, its config, and what else it says of itself."""
-
-    params: dict
-    config: ConfigDict
-    meta: dict[str, Any]
-    sha256: str
-
-
-def load(checkpoint: epath.PathLike, ema: float | None = None) -> Loaded:
-    """Reads a checkpoint for sampling (see `load_params`)."""
-    params, config, meta = load_params(checkpoint, ema)
-    return Loaded(params, config, meta, params_hash(params))
-
-
-def prepare(args: argparse.Namespace, loaded: Loaded | None = None) -> Job:
-    """Builds what the flags ask for. Raises UserError if that cannot be.
-
-    `loaded` is the checkpoint that they name, where it is in memory already.
-    """
-    once = loaded is None  # a command: there is no next request
-    loaded = loaded or load(args.checkpoint, args.ema)
-    params, config, meta = loaded.params, loaded.config.copy_and_resolve_references(), loaded.meta
-    sampler = sampler_of(args, config)
-    start, described = _start(args, sampler)
-    conditions = read_conditions(args, config, start, meta)
-    if once:
-        forget_encoder()
-    settings = {
-        "checkpoint": str(files.absolute(args.checkpoint)),
-        "checkpoint_sha256": loaded.sha256,
-        "step": meta["step"],
-        "ema": meta["ema"],
-        "height": sampler.height,
-        "width": sampler.width,
-        "dtype": args.dtype or config.dtype,
-        "seed": args.seed,
-        "first_image": args.first_image,
-        **{name: config.sample[name] for name in FROM_CONFIG},
-        "step_control": sampler.control,
-        "num_images": len(conditions),
-        **conditions.described,
-        "start": described,
-        "save_stages": args.save_stages,
-        "uint8_rule": UINT8_RULE,
-        **({"jax_switches": changed} if (changed := numerics.switches()) else {}),
-        "versions": {"pixelflow_jax": __version__}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    if (
-        args.from_png is not None
-        and png_settings(args.from_png).get("checkpoint_sha256") != loaded.sha256
-    ):
-        print(f"warning: {args.from_png} was made with other weights", file=sys.stderr)
-    few = 1 << (len(conditions) - 1).bit_length()  # a power of two: a session's requests share programs
-    batch_size = args.batch_size or min(BATCH, few)
-    check_memory("--batch_size", batch_size, sampler, 4)
-    return Job(params, sampler, start, conditions, _plain(settings), batch_size)
-
-
-# Of a picture's settings, those that are flags and decide what it shows
-_FROM_PNG = ("ema", "height", "width", "dtype", "seed", "first_image", "num_images", *FROM_CONFIG)
-_FROM_PNG += ("batch_size", "labels", "negative_labels", "prompts", "negative_prompt")
-
-
-def parse(doc: str, argv: list[str]) -> argparse.Namespace:
-    """Parses the flags of `sample`; --from_png stands for those of the picture, which others replace.
-
-    `given` holds the names of those in `argv`.
-    """
-    args, bare = parser(doc).parse_args(argv), parser(doc)
-    for action in bare._actions:
-        action.default = argparse.SUPPRESS
-    args.given = frozenset(vars(bare.parse_args(argv)))
-    if args.from_png is None:
-        return args
-    kept = png_settings(args.from_png)
-    if kept.get("start") is not None:
-        raise UserError(
-            f"--from_png={args.from_png} began from {kept['start']}, not from a seed alone: it needs "
-            f"that image or noise, which a picture does not carry; repeat the request that made it"
-        )
-    idle = {name for start in STARTS if start in args.given for name in WITHOUT_EFFECT[start]}
-    flags = []
-    for name in _FROM_PNG:
-        value, name = kept.get(name), "prompt" if name == "prompts" else name
-        replaced = name in args.given or name in idle
-        if value is None or replaced or (name == "prompt" and args.prompts_file is not None):
-            continue
-        if name == "batch_size" and not (isinstance(value, int) and value <= MAX_BATCH):
-            continue  # a picture may come from anywhere
-        value = value[:1] if name == "prompt" and isinstance(value, list) else value
-        flags.append(f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    try:
-        found = parser(doc).parse_args([*flags, *argv])
-    except UserError as error:
-        raise UserError(
-            f"--from_png={args.from_png} carries settings that do not fit: {error}"
-        ) from None
-    found.given = args.given
-    return found
-
-
-def sampler_of(args: argparse.Namespace, config: ConfigDict) -> Sampler:
-    """The sampler of a checkpoint's config and the flags. Raises UserError if they do not fit."""
-    for name in FROM_CONFIG:
-        if getattr(args, name) is not None:
-            config.sample[name] = getattr(args, name)
-    return build_sampler(config, args.height, args.width, args.dtype)
-
-
-def check_memory(flag: str, count: int, sampler: Sampler, size: int) -> None:
-    """Raises UserError if `count` images of `size` bytes a value are more than this machine's memory."""
-    needed = count * sampler.height * sampler.width * 3 * size
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise UserError(
-            f"{flag}={count}: so many images of {sampler.height}x{sampler.width} at once take "
-            f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
-        )
-
-
-def params_hash(params: dict) -> str:
-    """SHA-256 of parameters: names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
-        digest.update(np.ascontiguousarray(x).data)
-    return digest.hexdigest()
+def as_flag(asked: Sequence[int | str]) -> str:
+    """Write numbers and names of classes as `labels` reads them; a string stays a name."""
+    return ",".join('"{}"'.format(x.replace('"', '""')) if isinstance(x, str) else str(x) for x in asked)
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
+    """Return a path, and a value of numpy's or JAX's, as Python's own."""
+    if isinstance(value, np.floating):
+        return float(str(value))  # the decimal that a float32 was typed as
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _start(args: argparse.Namespace, sampler: Sampler) -> tuple[Any, dict[str, Any] | None]:
-    """(start, what settings.json says of it)."""
-    if args.interpolate:
-        between = starts.BetweenSeeds(args.interpolate, args.num_images or 10)
-        return between, {"interpolate": args.interpolate}
-    if args.from_noise is not None:
-        kept = read_noise(args.from_noise, sampler)
-        digest = hashlib.sha256(files.read_bytes(args.from_noise)).hexdigest()
-        return starts.FromNoise(kept), {"from_noise": args.from_noise, "sha256": digest}
-    if args.init_image is None:
-        return starts.FromSeed(args.seed, first=args.first_image), None
-    stage = sampler.cascade.num_stages - 1 if args.from_stage is None else args.from_stage
-    pixels, place = starts.read_pictures(args.init_image, "init_image")
-    before = sampler.stage_size(stage - 1)[:2] if stage > 0 else None
-    if all(x.shape[:2] == before for x in pixels):
-        fitted = np.stack([fit_image(x, *before) for x in pixels])
-    else:
-        fitted = np.stack([fit_image(x, sampler.height, sampler.width) for x in pixels])
-    start = starts.from_images(sampler, args.seed, fitted, stage, args.strength)
-    described = {"init_image": place, "from_stage": stage, "strength": args.strength}
-    return start, described | {"sha256": hashlib.sha256(fitted.tobytes()).hexdigest()}
+def _one(*types: type) -> Callable[[Any], Any]:
+    """Return a reader of one value of these types, or of text, as the first of them."""
+
+    def read(value):
+        value = _plain(value)
+        if type(value) in types or isinstance(value, str) and bool not in types:
+            return types[0](value)
+        raise TypeError
+
+    return read
 
 
-def read_noise(path: str, sampler: Sampler) -> Noise:
-    """The noise that --invert wrote. Raises UserError if it does not fit the sampler."""
-    stages = sampler.cascade.num_stages
-    names = ["start", *(f"block_{stage}" for stage in range(1, stages))]
-    parts = []
-    for stage, name in enumerate(names):
-        part = arrays.read_npz(path, name)
-        if part.shape[1:] != sampler.stage_size(stage) or part.dtype != np.float32 or not len(part):
-            raise UserError(
-                f"--from_noise={path}: {name} is {part.dtype} {part.shape}, this model and size need "
-                f"float32 {('N', *sampler.stage_size(stage))}"
-            )
-        parts.append(part)
-    if len({len(part) for part in parts}) > 1:
-        raise UserError(f"--from_noise={path}: its arrays are not of as many images each")
-    return Noise(parts[0], parts[1:])
+def _several(one: Callable[[Any], Any], split: Callable[[str], Sequence[Any]]):
+    """Return a reader of one value or more; `split` takes text apart."""
+
+    def read(value):
+        value = split(value) if isinstance(value, str) else _plain(value)
+        found = tuple(map(one, value if isinstance(value, (list, tuple, range)) else [value]))
+        if not found:
+            raise ValueError
+        return found
+
+    return read
+
+
+def _label(value: Any) -> int | str:
+    value = _plain(value)
+    return value if type(value) is int else _one(str)(value)
+
+
+def _commas(text: str) -> list[str]:
+    return text.split(",")
+
+
+Text, Whole, Number, Images = str | None, int | None, float | None, Any
+Texts, Wholes, Numbers = tuple[str, ...] | None, tuple[int, ...] | None, tuple[float, ...] | None
+Labels = tuple[int | str, ...] | None
+# Of each type: what to give, and a reader that raises TypeError, ValueError or OverflowError
+KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
+    str: ("a text", _one(str)),
+    Text: ("a text", _one(str)),
+    bool: ("true or false", _one(bool)),
+    Whole: ("a whole number", _one(int)),
+    Number: ("a number", _one(float, int)),
+    Texts: ("a text, or several", _several(_one(str), lambda text: [text])),
+    Wholes: ("whole numbers separated by commas", _several(_one(int), _commas)),
+    Numbers: ("numbers separated by commas", _several(_one(float, int), _commas)),
+    Labels: (
+        "numbers or names of classes separated by commas (a name with a comma in quotes)",
+        _several(_label, labels),
+    ),
+    Images: ("a path or images", lambda value: value),  # starts.read_pictures checks pixels
+}
+
+
+class Setting(NamedTuple):
+    """What is known of a setting, beside its type and default.
+
+    Attributes:
+      source: who may give it: COMMAND, PYTHON or PNG.
+      help: what --help says.
+      within: least and greatest value of its number, or of each of several.
+      choices: the words that it may be.
+    """
+
+    source: int
+    help: str
+    within: tuple[int, int] | None = None
+    choices: Sequence[str] = ()
+
+
+def _setting(*known: Any, default: Any = None, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"setting": Setting(*known, **more)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a person asks for; None leaves a setting to its default or to the checkpoint's config.
+
+    Values of any source are read as their type says: a list becomes a tuple, text a number.
+
+    Raises:
+      UserError: for values that cannot be, and for settings that do not go together.
+    """
+
+    checkpoint: str = _setting(
+        COMMAND, "workdir of a run, or a folder that convert wrote", default=dataclasses.MISSING
+    )
+    out: Text = _setting(COMMAND, "folder to write")
+    from_png: Text = _setting(PYTHON, "picture of `sample` or the demo to repeat; other flags change it")
+    labels: Labels = _setting(PNG, "classes in turn, such as 0,1 or cat,dog (default: all trained ones)")
+    negative_labels: Labels = _setting(PNG, "classes to steer away from (default: the null class)")
+    prompt: Texts = _setting(PNG, "what to show (text models); may be given several times")
+    prompts_file: Text = _setting(PYTHON, 'a prompt per line; .jsonl with a "prompt" each; .txt files')
+    layout: Text = _setting(COMMAND, "also OUT/geneval or OUT/dpg, as those scorers read", None, LAYOUTS)
+    text_encoder: Text = _setting(PYTHON, "T5 folder or hub id (default: Flan-T5, or the model's own)")
+    negative_prompt: Text = _setting(PNG, "a text to steer away from (default: the empty text)")
+    num_images: Whole = _setting(PNG, "default: one per label or prompt, or the config's", IMAGES)
+    first_image: Whole = _setting(PNG, "its number (default: 0); continues a set", NUMBERS)
+    batch_size: Whole = _setting(PNG, f"images at a time per process (default: {BATCH})", AT_ONCE)
+    context: Whole = _setting(COMMAND, "devices that share each image, if large (default: 1)", AT_ONCE)
+    seed: Whole = _setting(PNG, "default: 0", SEEDS)
+    ema: Number = _setting(PNG, "decay of the average to use; 0 = the raw parameters")
+    height: Whole = _setting(PNG, "in pixels (default: as trained)")
+    width: Whole = _setting(PNG, "in pixels (default: as trained)")
+    dtype: Text = _setting(PNG, "of the computation (default: as trained)", None, tuple(DTYPES))
+    solver: Text = _setting(PNG, "default: the config's, as for all below", None, SOLVERS)
+    step_control: Text = _setting(PNG, "what sets the steps (auto: by solver)", None, CONTROLS)
+    rtol: Number = _setting(PNG, "relative tolerance, where the error sets the steps")
+    atol: Number = _setting(PNG, "absolute tolerance")
+    num_steps: Wholes = _setting(PNG, "steps per stage: 10, or 10,10,10,10 with one each", STEPS)
+    grid: Text = _setting(PNG, "spacing of the steps; reference: the official grid", None, GRIDS)
+    shift: Number = _setting(PNG, "above 1: more steps near the noise")
+    guidance_scale: Number = _setting(PNG, "weight of the last stage; 0 or less: no guidance")
+    guidance_schedule: Text = _setting(PNG, "weight over the stages", None, SCHEDULES)
+    guidance_interval: Numbers = _setting(PNG, "such as 0.2,0.8, on the way from noise to data")
+    init_image: Images = _setting(PYTHON, "an image, or a folder of images, to start from")
+    from_stage: Whole = _setting(PYTHON, "with --init_image: the stage to start at (default: the last)")
+    strength: Number = _setting(PYTHON, "share of that stage to run (default: 1)")
+    invert: Text = _setting(COMMAND, "an image, or a folder of images: writes the noise they come from")
+    from_noise: Text = _setting(PYTHON, "noise.npz that --invert wrote")
+    interpolate: Wholes = _setting(PYTHON, "two seeds, such as 3,4", SEEDS)
+    save_stages: bool = _setting(COMMAND, "also stages/000000.png ...: all side by side", default=False)
+    num_png: Whole = _setting(COMMAND, "images to write as PNG too (default: see above)", (0, IMAGES[1]))
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                object.__setattr__(self, field.name, _fit(field, value))
+        given = self.given()
+        if (self.first_image or 0) + (self.num_images or 1) > 2**31:
+            raise UserError(f"--first_image must lie in 0..2^31-1, got {self.first_image}")
+        begun = [name for name in STARTS if name in given]
+        if len(begun) > 1:
+            raise UserError(f"--{begun[0]} and --{begun[1]} exclude each other")
+        for name in WITHOUT_EFFECT[begun[0]] if begun else ():
+            if name in given:
+                raise UserError(f"--{name} does nothing with --{begun[0]}; leave it out")
+        if self.init_image is None and given.keys() & {"from_stage", "strength"}:
+            raise UserError("--from_stage and --strength go with --init_image")
+        if self.interpolate is not None and len(self.interpolate) != 2:
+            raise UserError(f"--interpolate needs two seeds, got {len(self.interpolate)}")
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that somebody gave, by name."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: x for name, x in found.items() if x is not None and x is not False}
+
+
+SETTINGS: dict[str, Setting] = {x.name: x.metadata["setting"] for x in dataclasses.fields(Request)}
+
+
+def _fit(field: dataclasses.Field, value: Any) -> Any:
+    """Return a value as its field's type. Raises UserError, with the flag, if it cannot be."""
+    flag, (expected, read), setting = f"--{field.name}", KINDS[field.type], field.metadata["setting"]
+    try:
+        found = read(value)
+    except (TypeError, ValueError, OverflowError):
+        got = sentence(ValueError(repr(value)), 200)
+        raise UserError(f"{flag}: expected {expected}, got {got}") from None
+    each = found if isinstance(found, tuple) else (found,)
+    for number in each if setting.within else ():
+        least, most = setting.within
+        if not least <= number <= most:
+            bounds = f"be at least {least} and at most {most:,}"
+            bounds = bounds if most < 2**31 - 1 else f"lie in {least}..2^{most.bit_length()}-1"
+            raise UserError(f"{flag} must {bounds}, got {number}")
+    if setting.choices and found not in setting.choices:
+        choices = ", ".join(setting.choices)
+        raise UserError(f"invalid choice: {flag} must be one of {choices}, got {found!r}")
+    is_path = field.name not in cli.WORDS
+    each = tuple(files.clean_text(flag, x, is_path) if isinstance(x, str) else x for x in each)
+    return each if isinstance(found, tuple) else each[0]
+
+
+def fill(**given: Any) -> Request:
+    """Return the request of these settings; None stands for one that is not given.
+
+    A picture named by `from_png` brings its own settings, which those given replace.
+
+    Raises:
+      UserError: as `Request`, and for a picture without settings that fit.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if "from_png" in given:
+        path = Request("", from_png=given["from_png"]).from_png
+        given = _of_png(path, given) | given
+    return Request(**given)
+
+
+def _of_png(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a PNG file brings along; it may come from anywhere."""
+    kept, found = png_settings(path), {}
+    if kept.get("start") is not None:
+        raise UserError(
+            f"--from_png={path} began from {kept['start']}, not from a seed alone: it needs that image "
+            f"or noise, which a picture does not carry; repeat the request that made it"
+        )
+    idle = {name for start in STARTS if start in given for name in WITHOUT_EFFECT[start]}
+    idle |= {"prompt"} if "prompts_file" in given else set()
+    for name, setting in SETTINGS.items():
+        value = kept.get("prompts" if name == "prompt" else name)
+        if setting.source == PNG and value is not None and name not in given and name not in idle:
+            found[name] = value[:1] if name == "prompt" and isinstance(value, list) else value
+    if not (isinstance(size := found.get("batch_size"), int) and size <= MAX_BATCH):
+        found.pop("batch_size", None)
+    try:
+        Request("", **found)
+    except UserError as error:
+        raise UserError(f"--from_png={path} carries settings that do not fit: {error}") from None
+    return found
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Return the parser of the flags of `sample`, one per setting; values stay text."""
+    result = cli.parser(doc)
+    for field in dataclasses.fields(Request):
+        how: dict[str, Any] = {"help": SETTINGS[field.name].help}
+        if field.type is bool:
+            how["action"] = "store_true"
+        else:
+            how["required"] = field.name in ("checkpoint", "out")
+            how["action"] = "append" if field.type == Texts else "store"
+            choices = SETTINGS[field.name].choices
+            how["metavar"] = "{" + ",".join(choices) + "}" if choices else None
+        result.add_argument(f"--{field.name}", **how)
+    return result
+
+
+def parse(doc: str, argv: Sequence[str]) -> Request:
+    """Return the request of command-line flags. Raises UserError as `fill`."""
+    return fill(**vars(parser(doc).parse_args(argv)))

@@ -17,6 +17,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from pixelflow_jax.common import files
+from pixelflow_jax.common.claims import Description, claim
 from pixelflow_jax.common.errors import UserError, blame
 
 MANIFEST = "manifest.json"
@@ -136,20 +137,20 @@ def encode_texts(
 
     Args:
       encode: gives the states of some texts, without padding.
+      out: the cache's folder, which is claimed.
       manifest: of the encoder; must equal that of a cache that is there.
 
     Raises:
-      UserError: if `out` holds something else.
+      UserError: as `claim`, and if `out` is not on a disk.
     """
     _check_local(out)
-    folder = epath.Path(out)
-    if files.list_files(folder):
-        found = files.read_json(folder / MANIFEST)
-        if found != manifest:
-            raise UserError(f"--out={out} holds states of another encoder or length; name a new folder")
-    else:
-        files.write_json(folder / MANIFEST, manifest)
-    cache = EmbeddingCache(out)
+    with claim(out, Description(manifest, "states of another encoder or length", MANIFEST)):
+        return _encode_missing(texts, encode, out, shard_size, progress)
+
+
+def _encode_missing(texts, encode, out: str, shard_size: int, progress: Callable) -> tuple[int, int]:
+    """Do what `encode_texts` says in a folder that is claimed."""
+    folder, cache = epath.Path(out), EmbeddingCache(out)
     missing = [text for text in dict.fromkeys(texts) if text not in cache]
     taken = _shards(out)
     number = int(taken[-1].split(".")[0]) + 1 if taken else 0

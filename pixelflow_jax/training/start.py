@@ -1,6 +1,7 @@
 """The start of a run: its workdir, its data, and its state, new or restored."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import sys
@@ -17,12 +18,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files, locks
+from pixelflow_jax.common import files
+from pixelflow_jax.common.claims import Description, claim
 from pixelflow_jax.common.errors import UserError, blame
 from pixelflow_jax.config import differences
 from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
+from pixelflow_jax.distributed import hosts
 from pixelflow_jax.foreign.official import read_official
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
@@ -114,23 +117,19 @@ def has_begun(workdir: epath.Path) -> bool:
 
 
 def holds_run(workdir: epath.Path, config: ConfigDict) -> bool:
-    """Whether a workdir is one of this run; it must be new or empty if not.
+    """Return whether a workdir holds this run; if not, it is new or empty.
 
-    Raises UserError if the run there differs, or if other files are there.
+    Raises:
+      UserError: if the run there is of another config, or other files are there.
     """
-    path = workdir / CONFIG
-    names = files.list_files(workdir)
-    if path.name in names:
-        with blame(f"{path} is not the config of a run", (KeyError, TypeError, AttributeError)):
-            changed = differences(config, files.read_json(path))
-        if changed:
-            raise UserError(
-                f"--workdir={workdir} holds a run of another config; these differ: "
-                f"{'; '.join(changed)}. Name a new workdir"
-            )
-    elif set(names) - {INDEX}:
-        raise UserError(f"--workdir={workdir} holds files but no run; name a new or empty folder")
-    return path.name in names
+    return _described(config).is_kept_in(workdir)
+
+
+def _described(config: ConfigDict) -> Description:
+    changes = functools.partial(differences, config)
+    return Description(
+        config.to_dict(), "a run of another config", CONFIG, "--workdir", "run", (INDEX,), changes
+    )
 
 
 def data_of(source: Source) -> dict[str, Any]:
@@ -188,14 +187,13 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
 def claimed_workdir(
     workdir: epath.Path, config: ConfigDict, data: dict[str, Any]
 ) -> Iterator[tuple[bool, Callable[[], None]]]:
-    """Keeps other runs out of a workdir (see locks.py), and writes config.json and data.json there.
+    """Claim a workdir (see claims.py), and write config.json and data.json there.
 
-    What a run that has begun started from stays in its config, whatever `config.init_from` says.
+    The start of a run that has taken steps stays in its config, whatever `config.init_from` says.
 
-    Yields whether there was a run, and a check that nobody has taken the workdir since. Raises as
-    `holds_run` and `check_same_data`, and UserError if a process is in it.
+    Yields and raises as `claim`; also raises as `check_same_data`.
     """
-    there = holds_run(workdir, config)
+    holds_run(workdir, config)
     check_same_data(workdir, data)
     if has_begun(workdir):
         kept = files.read_json(workdir / CONFIG).get("init_from", "")
@@ -207,13 +205,10 @@ def claimed_workdir(
                 file=sys.stderr,
             )
         config.init_from = kept
-    multihost_utils.sync_global_devices("every process has looked at the workdir")
-    if jax.process_index() != 0:
-        yield there, lambda: None
-        return
-    with locks.held(workdir, "--workdir") as check:
-        if DATA in files.list_files(workdir) and files.read_json(workdir / DATA) != data:
-            files.remove(workdir / SIZES)  # of other images, in a run that has not begun
-        files.write_json(workdir / CONFIG, config.to_dict())
-        files.write_json(workdir / DATA, data)
+    with claim(workdir, _described(config), hosts.barrier) as (there, check):
+        if jax.process_index() == 0:
+            if DATA in files.list_files(workdir) and files.read_json(workdir / DATA) != data:
+                files.remove(workdir / SIZES)  # of other images, in a run that has not begun
+            files.write_json(workdir / CONFIG, config.to_dict())
+            files.write_json(workdir / DATA, data)
         yield there, check

@@ -18,7 +18,7 @@ from pixelflow_jax.common import cli, files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.distributed import watchdog
-from pixelflow_jax.requests import request
+from pixelflow_jax.requests import job
 from pixelflow_jax.training import loop
 
 from conftest import TINY
@@ -276,13 +276,13 @@ def test_import_is_quick_and_lean():
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_images_that_are_not_finite(trained, tmp_path, solver, monkeypatch):
     """Catches black pictures in place of an error, from broken weights or a solver that gives up."""
-    load = request.load_params
+    load = job.load_params
 
     def broken(*args):
         params, config, meta = load(*args)
         return jax.tree.map(lambda x: x * np.nan, params), config, meta
 
-    monkeypatch.setattr(request, "load_params", broken)
+    monkeypatch.setattr(job, "load_params", broken)
     flags = [f"--checkpoint={trained}", f"--out={tmp_path / 'out'}", "--labels=3", f"--solver={solver}"]
     with pytest.raises(SystemExit, match="image 0 is not finite"):
         sample.main([*flags, "--num_steps=1"])

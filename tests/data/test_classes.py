@@ -20,7 +20,9 @@ from pixelflow_jax.config import default_config, load_config
 from pixelflow_jax.data.sources import class_names, load_source
 from pixelflow_jax.demo import Demo
 from pixelflow_jax.requests import request
-from pixelflow_jax.requests.conditions import as_flag, class_numbers, labels, trained_classes
+from pixelflow_jax.requests.conditions import class_numbers, trained_classes
+from pixelflow_jax.requests.job import prepare
+from pixelflow_jax.requests.request import as_flag, labels
 from pixelflow_jax.training.loop import grid_conditions, train
 from pixelflow_jax.training.start import (
     CONFIG,
@@ -125,10 +127,10 @@ def test_names_are_kept_and_asked_for(run):
     cats = [model.sample(labels=asked, num_images=4) for asked in ("cat", 4, np.array([4]))]
     assert (cats[0] == cats[1]).all() and (cats[0] == cats[2]).all()
     flags = [f"--checkpoint={run}", "--out=x"]
-    job = request.prepare(request.parse("", flags))
+    job = prepare(request.parse("", flags))
     assert job.conditions.extra["labels"].tolist() == [i % 5 for i in range(10)]
     flags += ['--labels="9",big dog', "--negative_labels=cat"]
-    kept = request.prepare(request.parse("", flags)).settings
+    kept = prepare(request.parse("", flags)).settings
     assert kept["labels"] == [1, 3] and kept["negative_labels"] == [4]
     demo = Demo(model, None)
     assert demo._labels() == {f"{i}: {name}": str(i) for i, name in enumerate(NAMES[:-1])}

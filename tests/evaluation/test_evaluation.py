@@ -8,13 +8,14 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from pixelflow_jax import convert, evaluate, sample
+from pixelflow_jax import convert, evaluate
 from pixelflow_jax.common import arrays
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.evaluation import features, metrics
 from pixelflow_jax.evaluation.features import PcaFeatures, _flat, collect
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import ImageSet, open_images
+from pixelflow_jax.requests import run
 from pixelflow_jax.training import loop
 
 import parity
@@ -259,14 +260,14 @@ def test_sweep_goes_on_where_it_was(tiny_config, tmp_path):
 
 def test_a_sweep_goes_past_what_is_not_finite(trained, tmp_path, monkeypatch, capsys):
     """Catches one bad combination that costs all the others, at each start anew."""
-    run = sample.run
+    sample = run.sample
 
-    def breaks(args, watch):
-        if args.solver == "heun":
-            raise sample.NotFinite("image 0 is not finite")
-        return run(args, watch)
+    def breaks(request, watch):
+        if request.solver == "heun":
+            raise run.NotFinite("image 0 is not finite")
+        return sample(request, watch)
 
-    monkeypatch.setattr(sample, "run", breaks)
+    monkeypatch.setattr(run, "sample", breaks)
     flags = ["--sweep", f"--checkpoint={trained}", "--reference=configs/digits.py", "--features=pca"]
     flags += ["--num_images=4", f"--out={tmp_path / 'sweep'}"]
     evaluate.main([*flags, "--solver=heun,euler"])

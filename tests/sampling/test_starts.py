@@ -16,6 +16,7 @@ from pixelflow_jax.common import arrays
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.requests.output import OutputFolder
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
@@ -155,7 +156,7 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch):
     assert not (tmp_path / "whole" / "shards").exists()
     assert len(list((tmp_path / "whole").glob("0*.png"))) == 3
 
-    write, written = sample.OutputFolder.write, []
+    write, written = OutputFolder.write, []
 
     def stops(self, index, parts):
         if len(written) == 3:
@@ -163,14 +164,14 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch):
         written.append(index.tolist())
         write(self, index, parts)
 
-    monkeypatch.setattr(sample.OutputFolder, "write", stops)
+    monkeypatch.setattr(OutputFolder, "write", stops)
     with pytest.raises(KeyboardInterrupt):
         run(trained, tmp_path / "part", *flags)
     (tmp_path / "part" / "shards" / ".torn.npz.1.tmp").write_bytes(b"x")  # what a kill leaves
     (tmp_path / "early").mkdir()
     shutil.copy(tmp_path / "part" / "settings.json", tmp_path / "early")  # of a kill that came sooner
     monkeypatch.setattr(
-        sample.OutputFolder, "write", lambda self, i, p: (written.append(i.tolist()), write(self, i, p))
+        OutputFolder, "write", lambda self, i, p: (written.append(i.tolist()), write(self, i, p))
     )
     run(trained, tmp_path / "part", *flags)
     assert sorted(sum(written, [])) == list(range(11))
@@ -181,26 +182,25 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch):
     )
 
 
-def test_a_folder_is_claimed_by_its_settings_first(tmp_path, monkeypatch):
+def test_a_folder_is_claimed_by_its_settings_first(trained, tmp_path, monkeypatch):
     """Catches a kill in the first moment that leaves a folder which the same command refuses."""
-    folder = sample.OutputFolder(tmp_path / "out", (16, 16, 3), {"labels": np.arange(9)}, 0)
 
-    def killed():
+    def killed(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folder, "_found", killed)  # before it looks at what is there
+    monkeypatch.setattr(OutputFolder, "_found", killed)  # before it looks at what is there
     with pytest.raises(KeyboardInterrupt):
-        folder.claim({"seed": 0}, print)
+        run(trained, tmp_path / "out", "--num_images=1")
     monkeypatch.undo()
-    folder.check({"seed": 0})
     with pytest.raises(UserError, match="seed differ"):
-        folder.check({"seed": 1})
+        run(trained, tmp_path / "out", "--num_images=1", "--seed=1")
+    run(trained, tmp_path / "out", "--num_images=1")
 
 
 def test_another_batch_size_completes_a_run(trained, tmp_path):
     """Catches shards of other chunks that are counted twice or not at all."""
     whole = run(trained, tmp_path / "whole", "--num_images=9")
-    folder = sample.OutputFolder(tmp_path / "part", (16, 16, 3), {"labels": np.arange(9)}, 0)
+    folder = OutputFolder(tmp_path / "part", (16, 16, 3), {"labels": np.arange(9)}, 0)
     out = tmp_path / "part"
     shutil.copytree(tmp_path / "whole", out)
     (out / "samples.npz").unlink()

@@ -1,0 +1,203 @@
+"""From a request and a checkpoint to a job: the sampler, start and conditions that it describes."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from pixelflow_jax import __version__
+from pixelflow_jax.cascade.images import UINT8_RULE
+from pixelflow_jax.common import arrays, files, numerics
+from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.requests.conditions import Conditions, forget_encoder, read_conditions
+from pixelflow_jax.requests.request import BATCH, Request
+from pixelflow_jax.sampling import starts
+from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings
+from pixelflow_jax.sampling.sampler import Noise, Sampler
+from pixelflow_jax.training.checkpoints import load_params
+
+# Settings that replace a key of config.sample
+FROM_CONFIG = (
+    *("solver", "step_control", "rtol", "atol", "num_steps", "grid", "shift"),
+    *("guidance_scale", "guidance_schedule", "guidance_interval"),
+)
+PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request that is ready to run.
+
+    Attributes:
+      params: of the network.
+      sampler, start: see sampler.py and starts.py.
+      conditions: what every image shows.
+      settings: what settings.json says.
+      batch_size: images at a time; the last batch is filled up to it, so that there is one program.
+    """
+
+    params: dict
+    sampler: Sampler
+    start: Any
+    conditions: Conditions
+    settings: dict[str, Any]
+    batch_size: int
+
+    def settings_of(self, index: int) -> dict[str, Any]:
+        """Return the settings of one image, which its PNG file carries for --from_png.
+
+        They hold no paths: whoever shares a picture does not want to reveal them.
+        """
+        one = {"first_image": self.settings["first_image"] + index, "num_images": 1}
+        one["batch_size"] = self.batch_size  # another one may change a last bit
+        one = {**self.settings, **self.conditions.described_of(index), **one}
+        one["start"] = next(iter(one["start"])) if one["start"] else None
+        return _plain({name: x for name, x in one.items() if name not in ("checkpoint", "text_encoder")})
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory: parameters, its config, and what else it says of itself."""
+
+    params: dict
+    config: ConfigDict
+    meta: dict[str, Any]
+    sha256: str
+
+
+def load(checkpoint: epath.PathLike, ema: float | None = None) -> Loaded:
+    """Read a checkpoint for sampling (see `load_params`)."""
+    params, config, meta = load_params(checkpoint, ema)
+    return Loaded(params, config, meta, params_hash(params))
+
+
+def prepare(request: Request, loaded: Loaded | None = None) -> Job:
+    """Build what a request asks for.
+
+    Args:
+      request: what to make.
+      loaded: its checkpoint, where that is in memory already.
+
+    Raises:
+      UserError: if the request does not fit the checkpoint.
+    """
+    once = loaded is None  # a command: there is no next request
+    loaded = loaded or load(request.checkpoint, request.ema)
+    config, meta = loaded.config.copy_and_resolve_references(), loaded.meta
+    sampler = sampler_of(request, config)
+    start, described = _start(request, sampler)
+    conditions = read_conditions(request, config, start, meta)
+    if once:
+        forget_encoder()
+    settings = {
+        "checkpoint": str(files.absolute(request.checkpoint)),
+        "checkpoint_sha256": loaded.sha256,
+        "step": meta["step"],
+        "ema": meta["ema"],
+        "height": sampler.height,
+        "width": sampler.width,
+        "dtype": request.dtype or config.dtype,
+        "seed": request.seed or 0,
+        "first_image": request.first_image or 0,
+        **{name: config.sample[name] for name in FROM_CONFIG},
+        "step_control": sampler.control,
+        "num_images": len(conditions),
+        **conditions.described,
+        "start": described,
+        "save_stages": request.save_stages,
+        "uint8_rule": UINT8_RULE,
+        **({"jax_switches": changed} if (changed := numerics.switches()) else {}),
+        "versions": {"pixelflow_jax": __version__}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    if request.from_png and png_settings(request.from_png).get("checkpoint_sha256") != loaded.sha256:
+        print(f"warning: {request.from_png} was made with other weights", file=sys.stderr)
+    few = 1 << (len(conditions) - 1).bit_length()  # a power of two: a session's requests share programs
+    batch_size = request.batch_size or min(BATCH, few)
+    check_memory("--batch_size", batch_size, sampler, 4)
+    return Job(loaded.params, sampler, start, conditions, _plain(settings), batch_size)
+
+
+def sampler_of(request: Request, config: ConfigDict) -> Sampler:
+    """Return the sampler of a checkpoint's config and a request, which changes `config.sample`.
+
+    Raises:
+      UserError: if they do not fit.
+    """
+    for name in FROM_CONFIG:
+        if (value := getattr(request, name)) is not None:
+            config.sample[name] = value
+    return build_sampler(config, request.height, request.width, request.dtype)
+
+
+def check_memory(flag: str, count: int, sampler: Sampler, size: int) -> None:
+    """Raise UserError if `count` images of `size` bytes per value exceed this machine's memory."""
+    needed = count * sampler.height * sampler.width * 3 * size
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{flag}={count}: so many images of {sampler.height}x{sampler.width} at once take "
+            f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
+        )
+
+
+def params_hash(params: dict) -> str:
+    """Return the SHA-256 of parameters: names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
+        digest.update(np.ascontiguousarray(x).data)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _start(request: Request, sampler: Sampler) -> tuple[Any, dict[str, Any] | None]:
+    """Return (start, what settings.json says of it)."""
+    seed = request.seed or 0
+    if request.interpolate:
+        between = starts.BetweenSeeds(request.interpolate, request.num_images or 10)
+        return between, {"interpolate": request.interpolate}
+    if request.from_noise is not None:
+        kept = read_noise(request.from_noise, sampler)
+        digest = hashlib.sha256(files.read_bytes(request.from_noise)).hexdigest()
+        return starts.FromNoise(kept), {"from_noise": request.from_noise, "sha256": digest}
+    if request.init_image is None:
+        return starts.FromSeed(seed, first=request.first_image or 0), None
+    stage = sampler.cascade.num_stages - 1 if request.from_stage is None else request.from_stage
+    strength = 1.0 if request.strength is None else request.strength
+    pixels, place = starts.read_pictures(request.init_image, "init_image")
+    before = sampler.stage_size(stage - 1)[:2] if stage > 0 else None
+    size = before if all(x.shape[:2] == before for x in pixels) else (sampler.height, sampler.width)
+    fitted = np.stack([fit_image(x, *size) for x in pixels])
+    start = starts.from_images(sampler, seed, fitted, stage, strength)
+    described = {"init_image": place, "from_stage": stage, "strength": strength}
+    return start, described | {"sha256": hashlib.sha256(fitted.tobytes()).hexdigest()}
+
+
+def read_noise(path: str, sampler: Sampler) -> Noise:
+    """Read the noise that --invert wrote. Raises UserError if it does not fit the sampler."""
+    parts = []
+    for stage in range(sampler.cascade.num_stages):
+        name, size = f"block_{stage}" if stage else "start", sampler.stage_size(stage)
+        part = arrays.read_npz(path, name)
+        if part.shape[1:] != size or part.dtype != np.float32 or not len(part):
+            raise UserError(
+                f"--from_noise={path}: {name} is {part.dtype} {part.shape}, this model and size need "
+                f"float32 {('N', *size)}"
+            )
+        parts.append(part)
+    if len({len(part) for part in parts}) > 1:
+        raise UserError(f"--from_noise={path}: its arrays do not hold the same number of images")
+    return Noise(parts[0], parts[1:])
