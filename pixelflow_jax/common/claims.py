@@ -88,7 +88,7 @@ def claim(
     """
     there = description.is_kept_in(folder)
     if barrier is not None:
-        barrier(f"every process has looked at {folder}")
+        barrier("every process has looked at the folder")
         if jax.process_index() != 0:
             yield there, lambda: None
             return
