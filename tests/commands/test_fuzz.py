@@ -153,7 +153,7 @@ def test_a_bucket_without_its_library(tmp_path):
         (lambda meta: meta["config"].update(dtype="ü"), "must be one of"),
         (lambda meta: meta["config"]["model"].update(depth=10**30), "must lie in"),
         (lambda meta: meta.update(config=[]), "expected a value like"),
-        (lambda meta: meta["config"]["model"].update(rope=1), "no key of this version"),
+        (lambda meta: meta["config"]["model"].update(rope=1), "not a key of this version"),
         (lambda meta: meta["config"]["model"].update(head_dim=10), "not a whole checkpoint"),
         (None, "not a whole checkpoint"),
     ],
