@@ -1,4 +1,4 @@
-"""Judges samples against a reference: FID, sFID, Inception Score, precision and recall.
+"""Judge samples against a reference: FID, sFID, Inception Score, precision and recall.
 
     python -m pixelflow_jax.evaluate --samples=fifty --reference=VIRTUAL_imagenet256_labeled.npz \\
         --inception=pt_inception-2015-12-05-6726825d.pth --out=metrics.json
@@ -7,10 +7,10 @@
     python -m pixelflow_jax.evaluate --sweep --checkpoint=runs/digits --reference=configs/digits.py \\
         --features=pca --solver=euler,ab2 --num_steps=5,10,20 --out=runs/sweep
 
-Samples are a folder that `sample` wrote, any folder of images, or an npz (arr_0, as ADM's evaluator
-reads it). A reference is the same, ADM's statistics (mu, sigma, mu_s, sigma_s), a file of --save_stats,
-or a config, whose held-out images are taken. Without Inception's weights, --features=pca compares
-principal components of pixels and calls the result by that name. All devices and hosts take part.
+Samples are a folder that `sample` wrote, any folder of images, or an npz file (arr_0, as ADM's evaluator
+reads it). A reference may also be ADM's statistics (mu, sigma, mu_s, sigma_s), a file of --save_stats,
+or a config, which stands for its held-out images. Without Inception's weights, --features=pca compares
+principal components of pixels, and says so. All devices and hosts take part.
 """
 
 import argparse
@@ -36,7 +36,7 @@ INCEPTION_URL = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     args = _parser().parse_args(argv)
     _check(args)
     with joined(default_config().hosts, patient=True, flags=vars(args)) as watch:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
-    """Does what the flags ask for; returns the line to report."""
+    """Do what the flags ask for; return the line to report."""
     if args.sweep:
         if jax.process_count() > 1:
             raise UserError("--sweep runs in one process; sample and evaluate each run on many")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
         return ""
     if args.features == "inception" and samples.count < USUAL:
         print(
-            f"note: FID grows as samples get fewer; published numbers are of {USUAL:,}, these are "
+            f"note: FID grows as samples get fewer; published numbers use {USUAL:,}, this one "
             f"{samples.count:,}",
             file=sys.stderr,
         )
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The numbers of a judgement in a line."""
+    """Return the numbers of a judgement in a line."""
     names = {name: x for name, x in result.items() if isinstance(x, float)}
     shown = ", ".join(f"{name} {x:.4g}" for name, x in names.items())
     return f"{shown} ({result['num_samples']} samples)"
@@ -86,7 +86,7 @@ def _reference(args: argparse.Namespace, watch: Callable[[str], None]) -> Refere
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that do not fit together."""
+    """Raise UserError for flags that do not fit together."""
     if args.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, got {args.batch_size}")
     if args.resolution is not None and args.resolution < 1:

@@ -1,11 +1,11 @@
-"""A checkpoint in memory, for notebooks and the demo: what `sample` does, without folders.
+"""A checkpoint in memory, for notebooks and the demo: `sample` without folders.
 
     import pixelflow_jax as pf
     model = pf.load("runs/digits")
     images = model.sample(labels=[3, 7], num_steps=20, guidance_scale=1.5, seed=1)
 
-Settings are the flags of `python -m pixelflow_jax.sample`, with Python values; images are those that the
-command makes, bit for bit.
+Settings are the flags of `python -m pixelflow_jax.sample`, with Python values. The images are those of
+the command, bit for bit.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from pixelflow_jax.requests.output import chunks
 from pixelflow_jax.requests.request import COMMAND, SETTINGS, fill
 from pixelflow_jax.sampling.generate import make_generate, make_stages
 
-PROGRAMS = 16  # compiled ones that are kept
+PROGRAMS = 16  # compiled ones to keep
 
 
 class Samples(NamedTuple):
-    """Images of a request.
+    """The images of a request.
 
     Attributes:
       pixels: the images.
-      nfe: network evaluations of each image in each stage that was run.
+      nfe: network evaluations per image and stage that was run.
       settings: of each image, as its PNG file carries them.
     """
 
@@ -53,14 +53,14 @@ class Pipeline:
 
     @numerics.pinned()
     def __init__(self, checkpoint: epath.PathLike, ema: float | None = None):
-        """Reads a workdir, one step's folder, or a folder that `convert` wrote.
+        """Read a workdir, one step's folder, or a folder that `convert` wrote.
 
         Args:
           checkpoint: the folder.
-          ema: which average, by its decay or half-life; 0 takes the raw parameters, None the first.
+          ema: which average, by its decay or half-life; 0 = the raw parameters, None = the first.
 
         Raises:
-          UserError: if that is no checkpoint, or has no such average.
+          UserError: if that is not a checkpoint, or has no such average.
         """
         self._loaded = jobs.load(checkpoint, ema)
         self._checkpoint = str(checkpoint)
@@ -85,11 +85,13 @@ class Pipeline:
         return self._loaded.meta["step"]
 
     def sample(self, **settings: Any) -> UInt8[np.ndarray, "n h w 3"]:
-        """Images, [N, height, width, 3], uint8; `settings` are the flags of `sample`.
+        """Return images, uint8 [N, height, width, 3].
 
-        Such as labels=[3, "dog"] or prompt="a red two" (or a list), num_images, seed, solver, num_steps
-        (one number or one a stage), guidance_scale, height, width, batch_size; init_image is a path, one
-        of Pillow's images, an array [H, W, 3], or a list of these.
+        Args:
+          **settings: those of `requests.request.Request`, such as labels=[3, "dog"] or prompt="a red
+            two" (or a list), num_images, seed, solver, num_steps (one number, or one per stage),
+            guidance_scale, height, width, batch_size. init_image is a path, a Pillow image, an array
+            [H, W, 3], or a list of these.
 
         Raises:
           UserError: for settings that are unknown or do not fit the model.
@@ -98,7 +100,7 @@ class Pipeline:
 
     @numerics.pinned()
     def run(self, **settings: Any) -> Samples:
-        """As `sample`, with what else is known of the images."""
+        """Return what `sample` does, and what else is known of the images."""
         job = self._job(settings)
         generate = self._program(make_generate, job)
         parts = []
@@ -112,13 +114,13 @@ class Pipeline:
         return Samples(pixels, nfe, [job.settings_of(i) for i in range(len(pixels))])
 
     def stream(self, **settings: Any) -> Iterator[Samples]:
-        """The images at the end of every stage, as soon as they are there; the last are `run`'s.
+        """Yield the images at the end of each stage, as soon as they are there; the last are `run`'s.
 
         All images are one batch.
         """
         ends = self._ends(settings)
         while True:
-            with numerics.pinned():  # not between the steps: what the caller does there is the caller's
+            with numerics.pinned():  # but not the caller's code between the stages
                 end = next(ends, None)
             if end is None:
                 return
@@ -147,7 +149,7 @@ class Pipeline:
         return job
 
     def _program(self, make, job: jobs.Job):
-        """The compiled program of a job; jobs that differ in seed and conditions alone share it."""
+        """Return the program of a job, compiled once for all seeds and conditions."""
         key = make, job.sampler, type(job.start), job.start.stage, job.start.tau
         if type(job.start).__name__ != "FromSeed":  # holds arrays, or seeds that are compiled in
             return make(job.sampler, job.start)
@@ -159,7 +161,7 @@ class Pipeline:
 
 
 def load(checkpoint: epath.PathLike, ema: float | None = None) -> Pipeline:
-    """A checkpoint that makes images; arguments and errors are those of `Pipeline`."""
+    """Return a `Pipeline`; arguments and errors are its own."""
     return Pipeline(checkpoint, ema)
 
 

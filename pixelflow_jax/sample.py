@@ -1,23 +1,24 @@
-"""Generates images from a checkpoint.
+"""Generate images from a checkpoint.
 
     python -m pixelflow_jax.sample --checkpoint=runs/digits --out=samples
     python -m pixelflow_jax.sample --checkpoint=runs/digits --labels=3,7 --num_images=20 --out=sevens
     python -m pixelflow_jax.sample --checkpoint=runs/t2i_tiny --prompt="a small red six" --out=six
     python -m pixelflow_jax.sample --checkpoint=xl --num_images=50000 --solver=dopri5 --out=fifty
 
-Writes samples.npz (arr_0: uint8 [N, H, W, 3], as ADM's evaluator reads; labels; nfe: evaluations of each
-image in each stage), 000000.png ..., grid.png and settings.json. Image i depends on the seed, its number
-and its label, not on the batch, the devices or the hosts. All devices and hosts take part. A folder that
-holds files is refused, except one whose settings.json equals the request: that one is completed.
+Writes samples.npz (arr_0: uint8 [N, H, W, 3], as ADM's evaluator reads; labels; nfe: network evaluations
+per image and stage), 000000.png ... (all up to 1000 images, else the first 100), grid.png and
+settings.json. Image i depends on the seed, its number and its label, not on batch, devices or hosts. All
+devices and hosts take part. A folder that holds files is refused, unless its settings.json equals the
+request: then it is completed.
 
 Each PNG file carries its settings; `--from_png=FILE` makes it again.
 
-Other starts than noise from --seed:
+Other starts than the noise of --seed:
 
     --init_image=cat.png --from_stage=2 --strength=0.7     variations of an image
-    --init_image=small.png --from_stage=2                  upscaling, if its size is that of stage 1
-    --invert=cat.png --labels=3                            the noise of an image, and back with
-    --from_noise=OUT/noise.npz                             the noise.npz that this wrote
+    --init_image=small.png --from_stage=2                  upscaling, of an image of stage 1's size
+    --invert=cat.png --labels=3                            an image's noise, and back again with
+    --from_noise=OUT/noise.npz                             the noise.npz that --invert wrote
     --interpolate=3,4                                      from one seed's noise to another's
 """
 

@@ -1,4 +1,4 @@
-"""What the images of a `sample` request are to show: labels or prompts, ready for the network."""
+"""What the images of a request show: labels or prompts, ready for the network."""
 
 import dataclasses
 import difflib
@@ -36,14 +36,15 @@ LABEL_FLAGS, PROMPT_FLAGS = (
     ("labels", "negative_labels"),
     ("prompt", "prompts_file", "negative_prompt", "layout", "text_encoder"),
 )
-ENCODED, KEPT = 16, 64  # texts a batch of a frozen encoder, and batches whose states are kept
+ENCODED, KEPT = 16, 64  # texts per batch of a frozen encoder, and batches of states in memory
 
 
 class States:
-    """A frozen encoder's states of many texts, made when an image needs them.
+    """A frozen encoder's states of many texts, computed when an image needs them.
 
-    A text's states do not depend on who asks: texts are encoded ENCODED at a time, always the same ones
-    together. As many as are kept are encoded at once, after which nothing here holds the encoder.
+    Texts are encoded ENCODED at a time, always the same ones together, so that a text's states do not
+    depend on which images need it. If memory holds them all, they are encoded right away, and the
+    encoder is let go.
     """
 
     def __init__(self, encoder: TextEncoder, tokens: Tokens):
@@ -61,7 +62,7 @@ class States:
         return jax.tree.map(np.asarray, found)
 
     def take(self, rows: Int[np.ndarray, " b"]) -> Condition:
-        """Those of these texts."""
+        """Return the states of these texts."""
         found = [(self.of_batch(row // ENCODED), row % ENCODED) for row in rows.tolist()]
         return {name: np.stack([part[name][place] for part, place in found]) for name in found[0][0]}
 
@@ -72,9 +73,9 @@ class Conditions:
 
     Attributes:
       table, null_table: what the two halves of the network see; several images may share a row.
-      rows: of each image, in the first table and in the second.
-      extra: what samples.npz holds of it: "labels", or "prompt", the prompt's number.
-      described: what settings.json says of it.
+      rows, null_rows: of each image, in the two tables.
+      extra: for samples.npz: "labels", or "prompt", the prompt's number.
+      described: for settings.json.
     """
 
     table: Condition | States
@@ -88,7 +89,7 @@ class Conditions:
         return len(self.rows)
 
     def of(self, index: Int[np.ndarray, " b"]) -> tuple[Condition, Condition]:
-        """(condition, null condition) of these images."""
+        """Return (condition, null condition) of these images."""
         pairs = (self.table, self.rows[index]), (self.null_table, self.null_rows[index])
         return tuple(
             x.take(rows) if isinstance(x, States) else {name: part[rows] for name, part in x.items()}
@@ -96,7 +97,7 @@ class Conditions:
         )
 
     def described_of(self, index: int) -> dict[str, Any]:
-        """`described`, for one image."""
+        """Return `described` for one image."""
         one = dict(self.described)
         if "prompts" in one:
             one["prompts"] = [one["prompts"][self.rows[index]]]
@@ -108,9 +109,11 @@ class Conditions:
 
 
 def class_numbers(flag: str, asked: Sequence[int | str], names: dict[int, str], count: int) -> list[int]:
-    """The numbers of classes that are asked for by number or name.
+    """Return the numbers of classes that are asked for by number or name.
 
     Args:
+      flag: for errors.
+      asked: numbers and names.
       names: of the classes, as far as they are known.
       count: how many classes the model has.
 
@@ -140,15 +143,15 @@ def _class_number(flag: str, label: int | str, names: dict[int, str], count: int
         raise UserError(f"--{flag}: {label} is not a class; they are 0 to {count - 1}")
     if names.get(label, str(label)) != str(label) and str(label) in names.values():
         print(
-            f"note: --{flag}={label} is the class {names[label]!r} by its number; the one of this name "
-            f"is --{flag}='{as_flag([str(label)])}'",
+            f"note: --{flag}={label} is the class {names[label]!r} by its number; the class of that "
+            f"name is --{flag}='{as_flag([str(label)])}'",
             file=sys.stderr,
         )
     return label
 
 
 def trained_classes(meta: dict[str, Any], count: int) -> dict[int, str]:
-    """Numbers and names of the classes that training saw, below `count`, as far as a checkpoint says."""
+    """Return the numbers and names of the classes in training, as far as a checkpoint says."""
     kept = meta.get("classes")  # a checkpoint may come from anywhere
     known = kept.items() if isinstance(kept, dict) else ()
     numbers = {int(label): str(name) for label, name in known if re.fullmatch(r"[0-9]{1,9}", label)}
@@ -256,22 +259,22 @@ def encode(request: Request, texts: list[str], config: ConfigDict) -> Condition 
     return States(encoder, tokens)
 
 
-@functools.lru_cache(maxsize=1)  # gigabytes: the next request of a notebook or the demo has them
+@functools.lru_cache(maxsize=1)  # gigabytes, which a notebook's or the demo's next request reuses
 def _encoder(name: str, mesh: Mesh, dtype: str, width: int) -> TextEncoder:
     return TextEncoder(name, mesh, DTYPES[dtype], width)
 
 
 def forget_encoder() -> None:
-    """Frees what a frozen encoder takes of the devices."""
+    """Free the device memory of a frozen encoder."""
     _encoder.cache_clear()
 
 
 def read_prompts(request: Request) -> list[dict]:
-    """[{"prompt": ...}] of --prompt and --prompts_file. Raises UserError for none, or an empty one."""
+    """Return [{"prompt": ...}] of all prompts. Raises UserError if there are none, or one is empty."""
     entries = [{"prompt": prompt.strip()} for prompt in request.prompt or ()]
     for number, entry in enumerate(entries, 1):
         if not entry["prompt"]:
-            raise UserError(f"--prompt number {number} is empty; say what the image shall show")
+            raise UserError(f"--prompt number {number} is empty; say what the image should show")
     if request.prompts_file is not None:
         entries += read_prompts_file(request.prompts_file)
     if not entries:

@@ -1,8 +1,8 @@
-"""Samples in the folders that the scorers of GenEval and DPG-Bench read.
+"""Samples in the folder layouts that the scorers of GenEval and DPG-Bench read.
 
 GenEval (djghosh13/geneval, evaluate_images.py): 00000/metadata.jsonl, the prompt's line of
 evaluation_metadata.jsonl, and 00000/samples/0000.png ... . DPG-Bench (TencentQQGYLab/ELLA,
-compute_dpg_bench.py): NAME.png for the prompt file NAME.txt, four samples as one 2x2 picture.
+compute_dpg_bench.py): NAME.png for the prompt file NAME.txt, with four samples as one 2x2 picture.
 """
 
 import json
@@ -20,12 +20,12 @@ DPG_IMAGES = 4
 
 
 def read_prompts_file(name: str) -> list[dict]:
-    """[{"prompt": ..., and what else is known}] of a text file, a .jsonl, or a folder of .txt files.
+    """Return [{"prompt": ..., and what else is known}] of a text file, a .jsonl, or a folder of .txt.
 
     Blank lines at the end do not count.
 
     Raises:
-      UserError: if it is not there, cannot be decoded, or holds an empty prompt.
+      UserError: if there is no such file, it cannot be decoded, or a prompt is empty.
     """
     path, flag = epath.Path(name), f"--prompts_file={name}"
     try:
@@ -65,12 +65,12 @@ def _json(line: str, where: str) -> dict:
 
 
 def check_layout(layout: str, entries: list[dict], count: int) -> None:
-    """Raises UserError if the images of a request do not fill a layout."""
+    """Raise UserError unless the images of a request fill a layout."""
     each, rest = divmod(count, len(entries))
     if rest or (layout == "dpg" and each != DPG_IMAGES):
         wanted = f"{DPG_IMAGES} images" if layout == "dpg" else "as many images for each"
         raise UserError(
-            f"--layout={layout} needs {wanted} a prompt; for {len(entries)} prompts set "
+            f"--layout={layout} needs {wanted} per prompt; for {len(entries)} prompts set "
             f"--num_images={DPG_IMAGES * len(entries)}"
         )
     if layout == "dpg" and not all("name" in entry for entry in entries):
@@ -84,9 +84,9 @@ def write_layout(
     out: epath.Path,
     watch: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """Writes samples.npz, as files of a layout; its `prompt` says which one each image shows.
+    """Write the images of samples.npz as files of a layout; its `prompt` says what each image shows.
 
-    A few images are held at a time. `watch` is told how far this is.
+    Holds a few images at a time. `watch` is told how far this is.
     """
     prompts = arrays.read_npz(samples, "prompt")
     write = _write_dpg if layout == "dpg" else _write_geneval
@@ -105,7 +105,7 @@ def _write_geneval(samples, prompts, entries, out, watch) -> None:
 
 
 def _write_dpg(samples, prompts, entries, out, watch) -> None:
-    # Images show the prompts in turn, so those of a prompt are far apart: a stream for each of the four.
+    # Images show the prompts in turn, so the four of a prompt are far apart: a stream for each.
     streams = [arrays.Stream(samples, "arr_0") for _ in range(DPG_IMAGES)]
     table = np.argsort(prompts, kind="stable").reshape(-1, DPG_IMAGES)
     for entry, four in zip(entries, table.tolist(), strict=True):

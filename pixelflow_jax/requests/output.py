@@ -1,8 +1,8 @@
 """The output folder of a sampling run: shards as they come, then samples.npz, PNG files, the grid.
 
-The images are made in chunks of a fixed size; each is a file in shards/ as soon as it is done, so that
-a run that was stopped goes on without making an image twice. When all are there, samples.npz is put
-together from them, in which equal requests give equal bytes, and the shards go.
+Images are made in chunks of a fixed size. Each chunk becomes a file in shards/ as soon as it is done, so
+that a run that was stopped continues without making an image twice. When all are there, they are joined
+into samples.npz, with equal bytes for equal requests, and the shards are removed.
 """
 
 import collections
@@ -21,7 +21,7 @@ from pixelflow_jax.sampling.generate import read_image, save_grid, save_png
 
 log = logging.getLogger(__name__)
 SHARD = re.compile(r"(\d{8})-(\d{8})\.npz")
-ALL_PNG, SOME_PNG = 1000, 100  # up to so many images all become PNG files; of more, so many
+ALL_PNG, SOME_PNG = 1000, 100  # images of which all become PNG files, and how many of more than that
 
 
 class OutputFolder:
@@ -31,8 +31,8 @@ class OutputFolder:
       path: the folder.
       count: images of the request.
       size: (height, width, 3).
-      arrays: what samples.npz holds beside the images: {name: array with a row an image}.
-      num_png: the first so many images become PNG files too.
+      extra: what samples.npz holds beside the images: {name: array with a row per image}.
+      num_png: how many images become PNG files too, the first ones.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OutputFolder:
                 files.remove(path)
 
     def is_complete(self) -> bool:
-        """Whether samples.npz is there and whole; a damaged one counts as missing."""
+        """Return whether samples.npz is there and whole; a damaged one counts as missing."""
         try:
             shapes = arrays.array_shapes(self.path / "samples.npz", "arr_0")
         except UserError:
@@ -68,14 +68,14 @@ class OutputFolder:
         return shapes.get("arr_0") == ((self.count, *self.size), np.uint8)
 
     def missing(self) -> Int[np.ndarray, " n"]:
-        """The numbers of the images that no shard holds."""
+        """Return the numbers of the images that no shard holds."""
         there = np.zeros(self.count, bool)
         for begin, end, _ in self._found():
             there[begin:end] = True
         return np.flatnonzero(~there)
 
     def write(self, index: Int[np.ndarray, " b"], parts: dict[str, np.ndarray]) -> None:
-        """Keeps finished images (`arr_0` and what else has a row an image), in runs of numbers."""
+        """Keep finished images (`arr_0`, and other arrays with a row per image) as shards."""
         breaks = np.flatnonzero(np.diff(index) != 1) + 1
         for run in np.split(np.arange(len(index)), breaks):
             begin, end = int(index[run[0]]), int(index[run[-1]]) + 1
@@ -86,9 +86,9 @@ class OutputFolder:
             )
 
     def finish(self, settings_of: Callable[[int], dict[str, Any]], watch: Callable[[str], None]) -> None:
-        """Puts samples.npz, the PNG files and the grid together, and removes the shards.
+        """Write samples.npz, the PNG files and the grid, and remove the shards.
 
-        `settings_of` an image is what its PNG file carries; `watch` is told how far this is.
+        `settings_of` gives what an image's PNG file carries; `watch` is told how far this is.
         """
         if not self.is_complete():
             self._assemble(watch)
@@ -107,7 +107,7 @@ class OutputFolder:
     def _write_png(
         self, path: epath.Path, image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any]
     ) -> None:
-        """Writes a PNG file unless it is there and right."""
+        """Write a PNG file unless it is there and right."""
         try:
             if np.array_equal(read_image(path), image):
                 return
@@ -116,13 +116,13 @@ class OutputFolder:
         save_png(path, image, settings)
 
     def _found(self) -> list[tuple[int, int, epath.Path]]:
-        """(begin, end, file) of every shard, those of an earlier run with other chunks too."""
+        """Return (begin, end, file) of every shard, even of an earlier run with other chunks."""
         names = [(SHARD.fullmatch(name), name) for name in files.list_files(self._shards)]
         found = [(int(m[1]), int(m[2]), self._shards / name) for m, name in names if m]
         return sorted(entry for entry in found if entry[0] < entry[1] <= self.count)
 
     def _assemble(self, watch: Callable[[str], None]) -> None:
-        """Reads each shard once: images go straight to samples.npz, the small arrays wait for them."""
+        """Join the shards, each read once: images go straight to samples.npz, small arrays wait."""
         found, kept = self._found(), collections.defaultdict(list)
 
         def pixels() -> Iterator[np.ndarray]:
@@ -151,6 +151,6 @@ def _default_png(count: int) -> int:
 
 
 def chunks(count: int, size: int, process: int, processes: int) -> list[Int[np.ndarray, " b"]]:
-    """The chunks of image numbers that one process makes: every `processes`-th."""
+    """Return the chunks of image numbers that one process makes: every `processes`-th."""
     begins = range(process * size, count, processes * size)
     return [np.arange(begin, min(begin + size, count)) for begin in begins]
