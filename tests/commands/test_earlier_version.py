@@ -8,6 +8,7 @@ Made with the digits config at one head of 8, one layer, a batch of 8 and 2 step
 - `picture.png`, `picture_budget.png`: image 3 of those two requests, run to the end.
 """
 
+import importlib.metadata
 import json
 import pathlib
 import tarfile
@@ -18,7 +19,7 @@ import pytest
 from pixelflow_jax import sample, train
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.common.files import read_json
-from pixelflow_jax.requests import request
+from pixelflow_jax.requests.job import PACKAGES
 from pixelflow_jax.sampling.generate import png_settings, read_image
 
 ARCHIVE = pathlib.Path(__file__).parent.parent / "data" / "earlier_version.tar.xz"
@@ -35,7 +36,7 @@ def old(tmp_path):
     """The unpacked archive, its output folders moved to this machine and its packages."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
-    versions = {name: request.importlib.metadata.version(name) for name in request.PACKAGES}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     for name in ("half", "half_budget"):
         path = tmp_path / name / "settings.json"
         settings = read_json(path) | {"checkpoint": str(tmp_path / "run")}
