@@ -51,7 +51,7 @@ def test_other_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [None, 27])
 def test_removed_keys(tmp_path, value):
-    """Catches a key that had no effect and keeps a folder from being completed, and one that had some."""
+    """Catches a key without effect that keeps a folder from being completed, and one with an effect."""
     files.write_json(tmp_path / "settings.json", {**ASKED.values, "nfe_budget": value})
     if value is None:
         assert take(tmp_path)
