@@ -203,7 +203,7 @@ def png_settings(path: epath.PathLike) -> dict[str, Any]:
     except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image with settings: {error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} carries settings in an unknown form")
+        raise UserError(f"{path} carries settings of another form")
     return found
 
 
