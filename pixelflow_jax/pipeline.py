@@ -23,7 +23,7 @@ from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.requests import job as jobs
 from pixelflow_jax.requests.conditions import trained_classes
 from pixelflow_jax.requests.output import chunks
-from pixelflow_jax.requests.request import COMMAND, SETTINGS, fill
+from pixelflow_jax.requests.request import FROM_PYTHON, fill
 from pixelflow_jax.sampling.generate import make_generate, make_stages
 
 PROGRAMS = 16  # compiled ones to keep
@@ -140,7 +140,7 @@ class Pipeline:
             yield Samples(np.asarray(end.pixels)[:count], np.concatenate(nfe, axis=1), described)
 
     def _job(self, settings: dict[str, Any]) -> jobs.Job:
-        known = {name for name, setting in SETTINGS.items() if setting.source != COMMAND} - {"ema"}
+        known = FROM_PYTHON - {"ema"}  # which `load` has settled
         for name in settings:
             if name not in known:
                 raise UserError(f"{name} is not a setting; they are {', '.join(sorted(known))}")

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +86,7 @@ def _one(*types: type) -> Callable[[Any], Any]:
     return read
 
 
-def _several(one: Callable[[Any], Any], split: Callable[[str], Sequence[Any]]):
+def _several(one: Callable[[Any], Any], split=lambda text: text.split(",")) -> Callable[[Any], tuple]:
     """Return a reader of one value or more; `split` takes text apart."""
 
     def read(value):
@@ -104,10 +104,6 @@ def _label(value: Any) -> int | str:
     return value if type(value) is int else _one(str)(value)
 
 
-def _commas(text: str) -> list[str]:
-    return text.split(",")
-
-
 Text, Whole, Number, Images = str | None, int | None, float | None, Any
 Texts, Wholes, Numbers = tuple[str, ...] | None, tuple[int, ...] | None, tuple[float, ...] | None
 Labels = tuple[int | str, ...] | None
@@ -119,8 +115,8 @@ KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     Whole: ("a whole number", _one(int)),
     Number: ("a number", _one(float, int)),
     Texts: ("a text, or several", _several(_one(str), lambda text: [text])),
-    Wholes: ("whole numbers separated by commas", _several(_one(int), _commas)),
-    Numbers: ("numbers separated by commas", _several(_one(float, int), _commas)),
+    Wholes: ("whole numbers separated by commas", _several(_one(int))),
+    Numbers: ("numbers separated by commas", _several(_one(float, int))),
     Labels: (
         "numbers or names of classes separated by commas (a name with a comma in quotes)",
         _several(_label, labels),
@@ -129,24 +125,10 @@ KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-class Setting(NamedTuple):
-    """What is known of a setting, beside its type and default.
-
-    Attributes:
-      source: who may give it: COMMAND, PYTHON or PNG.
-      help: what --help says.
-      within: least and greatest value of its number, or of each of several.
-      choices: the words that it may be.
-    """
-
-    source: int
-    help: str
-    within: tuple[int, int] | None = None
-    choices: Sequence[str] = ()
-
-
-def _setting(*known: Any, default: Any = None, **more: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"setting": Setting(*known, **more)})
+def _flag(source: int, help: str, within=None, choices=(), default: Any = None) -> Any:
+    """Declare who may give a setting, what --help says, bounds of its numbers, and its choices."""
+    known = dict(source=source, help=help, within=within, choices=choices)
+    return dataclasses.field(default=default, metadata=known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,45 +141,53 @@ class Request:
       UserError: for values that cannot be, and for settings that do not go together.
     """
 
-    checkpoint: str = _setting(
+    checkpoint: str = _flag(
         COMMAND, "workdir of a run, or a folder that convert wrote", default=dataclasses.MISSING
     )
-    out: Text = _setting(COMMAND, "folder to write")
-    from_png: Text = _setting(PYTHON, "picture of `sample` or the demo to repeat; other flags change it")
-    labels: Labels = _setting(PNG, "classes in turn, such as 0,1 or cat,dog (default: all trained ones)")
-    negative_labels: Labels = _setting(PNG, "classes to steer away from (default: the null class)")
-    prompt: Texts = _setting(PNG, "what to show (text models); may be given several times")
-    prompts_file: Text = _setting(PYTHON, 'a prompt per line; .jsonl with a "prompt" each; .txt files')
-    layout: Text = _setting(COMMAND, "also OUT/geneval or OUT/dpg, as those scorers read", None, LAYOUTS)
-    text_encoder: Text = _setting(PYTHON, "T5 folder or hub id (default: Flan-T5, or the model's own)")
-    negative_prompt: Text = _setting(PNG, "a text to steer away from (default: the empty text)")
-    num_images: Whole = _setting(PNG, "default: one per label or prompt, or the config's", IMAGES)
-    first_image: Whole = _setting(PNG, "its number (default: 0); continues a set", NUMBERS)
-    batch_size: Whole = _setting(PNG, f"images at a time per process (default: {BATCH})", AT_ONCE)
-    context: Whole = _setting(COMMAND, "devices that share each image, if large (default: 1)", AT_ONCE)
-    seed: Whole = _setting(PNG, "default: 0", SEEDS)
-    ema: Number = _setting(PNG, "decay of the average to use; 0 = the raw parameters")
-    height: Whole = _setting(PNG, "in pixels (default: as trained)")
-    width: Whole = _setting(PNG, "in pixels (default: as trained)")
-    dtype: Text = _setting(PNG, "of the computation (default: as trained)", None, tuple(DTYPES))
-    solver: Text = _setting(PNG, "default: the config's, as for all below", None, SOLVERS)
-    step_control: Text = _setting(PNG, "what sets the steps (auto: by solver)", None, CONTROLS)
-    rtol: Number = _setting(PNG, "relative tolerance, where the error sets the steps")
-    atol: Number = _setting(PNG, "absolute tolerance")
-    num_steps: Wholes = _setting(PNG, "steps per stage: 10, or 10,10,10,10 with one each", STEPS)
-    grid: Text = _setting(PNG, "spacing of the steps; reference: the official grid", None, GRIDS)
-    shift: Number = _setting(PNG, "above 1: more steps near the noise")
-    guidance_scale: Number = _setting(PNG, "weight of the last stage; 0 or less: no guidance")
-    guidance_schedule: Text = _setting(PNG, "weight over the stages", None, SCHEDULES)
-    guidance_interval: Numbers = _setting(PNG, "such as 0.2,0.8, on the way from noise to data")
-    init_image: Images = _setting(PYTHON, "an image, or a folder of images, to start from")
-    from_stage: Whole = _setting(PYTHON, "with --init_image: the stage to start at (default: the last)")
-    strength: Number = _setting(PYTHON, "share of that stage to run (default: 1)")
-    invert: Text = _setting(COMMAND, "an image, or a folder of images: writes the noise they come from")
-    from_noise: Text = _setting(PYTHON, "noise.npz that --invert wrote")
-    interpolate: Wholes = _setting(PYTHON, "two seeds, such as 3,4", SEEDS)
-    save_stages: bool = _setting(COMMAND, "also stages/000000.png ...: all side by side", default=False)
-    num_png: Whole = _setting(COMMAND, "images to write as PNG too (default: see above)", (0, IMAGES[1]))
+    out: Text = _flag(COMMAND, "folder to write")
+    from_png: Text = _flag(PYTHON, "picture of `sample` or the demo to repeat; other flags change it")
+    labels: Labels = _flag(PNG, "classes in turn, such as 0,1 or cat,dog (default: all trained ones)")
+    negative_labels: Labels = _flag(PNG, "classes to steer away from (default: the null class)")
+    prompt: Texts = _flag(PNG, "what to show (text models); may be given several times")
+    prompts_file: Text = _flag(
+        PYTHON, 'file with a prompt per line, or .jsonl with a "prompt" each; or folder of .txt'
+    )
+    layout: Text = _flag(
+        COMMAND, "also write OUT/geneval or OUT/dpg, as those scorers read", None, LAYOUTS
+    )
+    text_encoder: Text = _flag(PYTHON, "T5 folder or hub id (default: Flan-T5, or the model's own)")
+    negative_prompt: Text = _flag(PNG, "a text to steer away from (default: the empty text)")
+    num_images: Whole = _flag(
+        PNG, "how many (default: one per label or prompt, or the config's)", IMAGES
+    )
+    first_image: Whole = _flag(PNG, "number of the first image (default: 0); continues a set", NUMBERS)
+    batch_size: Whole = _flag(PNG, f"images at a time per process (default: up to {BATCH})", AT_ONCE)
+    context: Whole = _flag(COMMAND, "devices that share each image, if large (default: 1)", AT_ONCE)
+    seed: Whole = _flag(PNG, "default: 0", SEEDS)
+    ema: Number = _flag(PNG, "decay of the average to use; 0 = the raw parameters")
+    height: Whole = _flag(PNG, "in pixels (default: as trained)")
+    width: Whole = _flag(PNG, "in pixels (default: as trained)")
+    dtype: Text = _flag(PNG, "of the computation (default: as trained)", None, tuple(DTYPES))
+    solver: Text = _flag(PNG, "default: the config's, as for all below", None, SOLVERS)
+    step_control: Text = _flag(PNG, "what sets the steps (auto: by solver)", None, CONTROLS)
+    rtol: Number = _flag(PNG, "relative tolerance, where the error sets the steps")
+    atol: Number = _flag(PNG, "absolute tolerance")
+    num_steps: Wholes = _flag(PNG, "steps per stage: 10, or 10,10,10,10 with one each", STEPS)
+    grid: Text = _flag(PNG, "spacing of the steps; reference: the official grid", None, GRIDS)
+    shift: Number = _flag(PNG, "above 1: more steps near the noise")
+    guidance_scale: Number = _flag(PNG, "weight of the last stage; 0 or less: no guidance")
+    guidance_schedule: Text = _flag(PNG, "weight over the stages", None, SCHEDULES)
+    guidance_interval: Numbers = _flag(PNG, "such as 0.2,0.8, on the way from noise to data")
+    init_image: Images = _flag(PYTHON, "an image, or a folder of images, to start from")
+    from_stage: Whole = _flag(PYTHON, "with --init_image: the stage to start at (default: the last)")
+    strength: Number = _flag(PYTHON, "share of that stage to run (default: 1)")
+    invert: Text = _flag(COMMAND, "an image, or a folder of images: writes the noise they come from")
+    from_noise: Text = _flag(PYTHON, "noise.npz that --invert wrote")
+    interpolate: Wholes = _flag(PYTHON, "two seeds, such as 3,4", SEEDS)
+    save_stages: bool = _flag(
+        COMMAND, "also write stages/000000.png ...: stages side by side", default=False
+    )
+    num_png: Whole = _flag(COMMAND, "images to write as PNG files (default: see above)", (0, IMAGES[1]))
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -223,26 +213,30 @@ class Request:
         return {name: x for name, x in found.items() if x is not None and x is not False}
 
 
-SETTINGS: dict[str, Setting] = {x.name: x.metadata["setting"] for x in dataclasses.fields(Request)}
+SETTINGS = {field.name: field for field in dataclasses.fields(Request)}
+FROM_PYTHON, FROM_PNG = (
+    {name for name, field in SETTINGS.items() if field.metadata["source"] >= least}
+    for least in (PYTHON, PNG)
+)
 
 
 def _fit(field: dataclasses.Field, value: Any) -> Any:
     """Return a value as its field's type. Raises UserError, with the flag, if it cannot be."""
-    flag, (expected, read), setting = f"--{field.name}", KINDS[field.type], field.metadata["setting"]
+    flag, (expected, read), known = f"--{field.name}", KINDS[field.type], field.metadata
     try:
         found = read(value)
     except (TypeError, ValueError, OverflowError):
         got = sentence(ValueError(repr(value)), 200)
         raise UserError(f"{flag}: expected {expected}, got {got}") from None
     each = found if isinstance(found, tuple) else (found,)
-    for number in each if setting.within else ():
-        least, most = setting.within
+    for number in each if known["within"] else ():
+        least, most = known["within"]
         if not least <= number <= most:
             bounds = f"be at least {least} and at most {most:,}"
             bounds = bounds if most < 2**31 - 1 else f"lie in {least}..2^{most.bit_length()}-1"
             raise UserError(f"{flag} must {bounds}, got {number}")
-    if setting.choices and found not in setting.choices:
-        choices = ", ".join(setting.choices)
+    if known["choices"] and found not in known["choices"]:
+        choices = ", ".join(known["choices"])
         raise UserError(f"invalid choice: {flag} must be one of {choices}, got {found!r}")
     is_path = field.name not in cli.WORDS
     each = tuple(files.clean_text(flag, x, is_path) if isinstance(x, str) else x for x in each)
@@ -274,9 +268,8 @@ def _of_png(path: str, given: dict[str, Any]) -> dict[str, Any]:
         )
     idle = {name for start in STARTS if start in given for name in WITHOUT_EFFECT[start]}
     idle |= {"prompt"} if "prompts_file" in given else set()
-    for name, setting in SETTINGS.items():
-        value = kept.get("prompts" if name == "prompt" else name)
-        if setting.source == PNG and value is not None and name not in given and name not in idle:
+    for name in FROM_PNG - given.keys() - idle:
+        if (value := kept.get("prompts" if name == "prompt" else name)) is not None:
             found[name] = value[:1] if name == "prompt" and isinstance(value, list) else value
     if not (isinstance(size := found.get("batch_size"), int) and size <= MAX_BATCH):
         found.pop("batch_size", None)
@@ -290,16 +283,18 @@ def _of_png(path: str, given: dict[str, Any]) -> dict[str, Any]:
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return the parser of the flags of `sample`, one per setting; values stay text."""
     result = cli.parser(doc)
-    for field in dataclasses.fields(Request):
-        how: dict[str, Any] = {"help": SETTINGS[field.name].help}
+    for name, field in SETTINGS.items():
+        help, choices = field.metadata["help"], field.metadata["choices"]
         if field.type is bool:
-            how["action"] = "store_true"
-        else:
-            how["required"] = field.name in ("checkpoint", "out")
-            how["action"] = "append" if field.type == Texts else "store"
-            choices = SETTINGS[field.name].choices
-            how["metavar"] = "{" + ",".join(choices) + "}" if choices else None
-        result.add_argument(f"--{field.name}", **how)
+            result.add_argument(f"--{name}", action="store_true", help=help)
+            continue
+        result.add_argument(
+            f"--{name}",
+            action="append" if field.type == Texts else "store",
+            required=name in ("checkpoint", "out"),
+            metavar="{" + ",".join(choices) + "}" if choices else None,
+            help=help,
+        )
     return result
 
 
