@@ -7,6 +7,7 @@ Precision: parameters stay in `param_dtype`, float32; the residual stream and ma
 `dtype`. Norms, modulation, gates and rotary embeddings run in at least float32.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -257,7 +258,7 @@ class PixelFlow(nn.Module):
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
     ) -> list[Float[Array, "rows count length d"]]:
-        """Return the velocity of every token, in the form of `tokens`.
+        """Return the velocity of every token, in the form of `tokens` and in at least float32.
 
         Args:
           tokens: one array per group of the layout, with d = 3 * patch_size^2: patches as
@@ -319,7 +320,9 @@ class PixelFlow(nn.Module):
         head = {p: dense("head", p, 3 * p * p, zeros) for p in self.patch_sizes}
         ends = np.cumsum([run.row_length // run.shards for _, run, _ in runs])[:-1]
         split = zip(runs, jnp.split(x, ends, axis=1), strict=True)
-        return [part for (p, run, _), y in split for part in run.unpack(head[p](y))]
+        # Conversion before slicing, so that XLA fuses it with the product
+        out = [run.unpack(head[p](y).astype(wide(self.dtype))) for (p, run, _), y in split]
+        return list(itertools.chain(*out))
 
     @property
     def patch_sizes(self) -> list[int]:
