@@ -50,6 +50,7 @@ def assert_same_picture(pixels, path):
     assert np.abs(pixels.astype(int) - read_image(path).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_run_resumes(old):
     """Catches a config.json or a checkpoint that cannot be read, and steps on other data or weights."""
     train.main(["--config=digits", f"--workdir={old / 'run'}", *FLAGS])
