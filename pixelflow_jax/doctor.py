@@ -1,8 +1,8 @@
-"""Looks whether a training run can go well here, before it costs anything. Changes nothing.
+"""Check whether a training run can work here, before it costs anything. Changes nothing.
 
     python -m pixelflow_jax.doctor --config=configs/imagenet256_xl.py --workdir=gs://bucket/run
 
-A line a check, with what to do where something is wrong. With several hosts, run it on all of them
+Prints one line per check, with what to do about a problem. With several hosts, run it on all of them
 (launch/tpu_vm.sh doctor): they compare notes. Exit code 0 if a run can start, 1 if not.
 """
 
@@ -36,10 +36,10 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.programs import train_program
 from pixelflow_jax.training.start import check_init_from, check_same_data, data_of, holds_run
 
-BATCHES = 5  # read to see how fast the data comes
+BATCHES = 5  # read to measure the speed of the data
 FOLDERS = (checkpoints.FOLDER, "samples", "tensorboard", "profile", "damaged")  # of a workdir
 FILES = ("config.json", "metrics.jsonl", "image_sizes.npy")
-CLOCK_SECONDS = 5.0  # by which clocks may differ
+CLOCK_SECONDS = 5.0  # largest difference of clocks
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/zone"
 
 
@@ -48,17 +48,17 @@ class Problem(Exception):
 
 
 class Note(Exception):
-    """A check that found something to know, with which a run can start."""
+    """A check that found something worth knowing; a run can start."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = cli.parser(__doc__)
     parser.add_argument("--config", default="configs/digits.py", help="config file (%(default)s)")
     parser.add_argument("--workdir", required=True, help="folder that the run would use")
     parser.add_argument("--no_compile", action="store_true", help="skip the memory estimate (minutes)")
     args, config = parse_flags(parser, argv)
-    with no_new_folders(args.workdir):  # from before the roll call, after which hosts make them
+    with no_new_folders(args.workdir):  # before the roll call: hosts make folders after it
         cluster = hosts.gather(
             config.hosts.start_timeout, config=config.to_dict(), workdir=args.workdir, command="doctor"
         )
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def examine(args, config, cluster: Cluster | None) -> list[dict[str, bool]]:
-    """Prints the checks' lines; which of them passed on every process, so that all end alike."""
+    """Run and print the checks; return which passed on each process, so that all exit alike."""
     state_bytes = {}
     checks: dict[str, Callable[[], str]] = {
         "versions": check_versions,
@@ -99,21 +99,21 @@ def examine(args, config, cluster: Cluster | None) -> list[dict[str, bool]]:
 
 
 def look(name: str, check: Callable[[], str]) -> bool:
-    """Prints a check's line; whether a run can start as far as it goes."""
+    """Run a check and print its line; return whether it allows a run to start."""
     try:
         mark, said = "ok", check()
     except Note as note:
         mark, said = "note", str(note)
     except (Problem, UserError, OSError) as error:
         mark, said = "FAIL", str(error)
-    except Exception as error:  # of a storage library, mostly; a doctor must not die of the disease
+    except Exception as error:  # mostly from a storage library; one failure must not hide other checks
         mark, said = "FAIL", cli.usual_cause(error) or f"{type(error).__name__}: {error}"
     print(f"{mark:<5} {name:<9} {said}", flush=True)
     return mark != "FAIL"
 
 
 def check_versions() -> str:
-    """The packages that are here, against this package's lower bounds."""
+    """Compare the installed packages with this package's requirements."""
     found = []
     for text in dependencies():
         needed = Requirement(text)
@@ -131,7 +131,7 @@ def check_versions() -> str:
 
 
 def dependencies() -> list[str]:
-    """What this package needs, as it was installed or, in a checkout that is not, by pyproject.toml."""
+    """Return the requirements of the installed package or, in a bare checkout, of pyproject.toml."""
     try:
         return importlib.metadata.requires("pixelflow_jax") or []
     except importlib.metadata.PackageNotFoundError:
@@ -140,7 +140,7 @@ def dependencies() -> list[str]:
 
 
 def check_devices() -> str:
-    """Whether JAX sees the accelerators that are plugged in."""
+    """Check that JAX sees the accelerators of this machine."""
     import jax
 
     local, devices = hardware.local_devices(), jax.devices()
@@ -155,7 +155,7 @@ def check_devices() -> str:
 
 
 def check_hosts(cluster: Cluster | None) -> str:
-    """The roll call came to its end before; here is its table."""
+    """Return the table of the roll call, which has succeeded by now."""
     if cluster is None:
         return "one process"
     table = hosts.host_table(cluster).replace("\n", "\n" + " " * 16)
@@ -163,18 +163,18 @@ def check_hosts(cluster: Cluster | None) -> str:
 
 
 def check_batch(config) -> str:
-    """Whether the batch splits over the mesh."""
+    """Check that the batch splits over the mesh."""
     from pixelflow_jax.config import check_batch_size
     from pixelflow_jax.distributed import sharding
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, context=config.mesh.context)
     shards = sharding.batch_shards(mesh)
     check_batch_size(config, shards)
-    return f"{config.batch_size} over mesh {dict(mesh.shape)}, {config.batch_size // shards} a device"
+    return f"{config.batch_size} over mesh {dict(mesh.shape)}, {config.batch_size // shards} per device"
 
 
 def check_data(config, workdir: str) -> str:
-    """Compares the data with those of the run that resumes, and reads the first batches."""
+    """Compare the data with those of the run to resume, and read the first batches."""
     from pixelflow_jax.data.buckets import Shuffled, bucket_sizes
     from pixelflow_jax.data.loader import look_at_captions, make_batches, why_broken
     from pixelflow_jax.data.sources import load_source
@@ -183,17 +183,17 @@ def check_data(config, workdir: str) -> str:
     try:
         source = load_source(config)
         check_same_data(epath.Path(workdir), data_of(source))
-        squares = Shuffled(len(source), bucket_sizes(config.data)[:1], config.seed)  # no scan of all
+        squares = Shuffled(len(source), bucket_sizes(config.data)[:1], config.seed)  # no scan of sizes
         batches = make_batches(source, config, order=squares)
         bad = [i for i in next(batches)["broken"] if i >= 0]
         if config.model.context_dim and not config.text.cache:
             look_at_captions(source, config)
     except Exception as error:
-        if not config.data.path.startswith("gs://"):
+        if not files.is_remote(config.data.path):
             raise
         raise Problem(
             f"{config.data.path}: {error}. If the bucket can be reached (see below), mount it with "
-            f"gcsfuse and give --config.data.path the local folder"
+            f"gcsfuse and pass the local folder as --config.data.path"
         ) from None
     first = time.perf_counter() - begin
     begin = time.perf_counter()
@@ -204,13 +204,13 @@ def check_data(config, workdir: str) -> str:
     if bad:
         seen = (BATCHES + 1) * config.batch_size
         why = why_broken(source, int(bad[0]), config.data)
-        words = f"{said}; {len(bad)} of {seen} images are broken, as {why}. Mend or remove them"
+        words = f"{said}; {len(bad)} of {seen} images are broken, as {why}. Repair or remove them"
         raise Problem(words) if len(bad) > config.data.max_broken_share * seen else Note(words)
     return f"{said} (compare with images_per_s of the run)"
 
 
 def check_memory(config, skip: bool, state_bytes: dict) -> str:
-    """Compiles the step for the devices that are here, and compares with what they have."""
+    """Compile the step for the devices here, and compare its memory with theirs."""
     if skip:
         raise Note("not estimated (--no_compile)")
     import jax
@@ -222,7 +222,7 @@ def check_memory(config, skip: bool, state_bytes: dict) -> str:
     needed = memory_per_device(compiled)["peak"]
     have = device_memory()
     said = (
-        f"a step needs {needed / GIB:.2f} GiB on a device, which has {have / GIB:.1f} GiB; compiled in "
+        f"a step needs {needed / GIB:.2f} GiB per device, of {have / GIB:.1f} GiB; compiled in "
         f"{seconds:.0f} s"
     )
     if needed > have:
@@ -234,7 +234,7 @@ def check_memory(config, skip: bool, state_bytes: dict) -> str:
 
 
 def device_memory() -> int:
-    """Bytes of a device; CPU devices share those of the machine."""
+    """Return the memory of a device in bytes; CPU devices share the machine's."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -245,21 +245,22 @@ def device_memory() -> int:
 
 @contextlib.contextmanager
 def no_new_folders(workdir: str) -> Iterator[None]:
-    """Removes at the end what was made of the folders on the way to `workdir`; buckets have none."""
+    """Remove, at the end, the folders on the way to `workdir` that did not exist."""
     path = pathlib.Path(workdir)
-    missing = [] if "://" in workdir else [p for p in (path, *path.parents) if not os.path.exists(p)]
+    local = not files.is_remote(workdir)  # buckets have no folders
+    missing = [p for p in (path, *path.parents) if local and not os.path.exists(p)]
     try:
         yield
     finally:
         for folder in missing:
-            with contextlib.suppress(OSError):  # another host was quicker, or something else is in it
+            with contextlib.suppress(OSError):  # another host was quicker, or it is not empty
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def trial_file(workdir: epath.Path) -> Iterator[epath.Path]:
-    """A file written and renamed as checkpoints are, gone afterwards."""
-    name = f".doctor.{uuid.uuid4().hex[:8]}"  # so named, files.list_files leaves it out on other hosts
+    """Yield a file that was written and renamed like a checkpoint; remove it at the end."""
+    name = f".doctor.{uuid.uuid4().hex[:8]}"  # files.list_files leaves out such names
     first, last = workdir / f"{name}.1.tmp", workdir / f"{name}.2.tmp"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -272,59 +273,59 @@ def trial_file(workdir: epath.Path) -> Iterator[epath.Path]:
 
 
 def check_workdir(workdir: str, config, state_bytes: dict) -> str:
-    """Whether `train` would take it; tries what that writes, all of it; compares free room."""
-    path, free = epath.Path(workdir), None
+    """Check that `train` would accept the workdir and can write all it writes; compare free space."""
+    path, free, local = epath.Path(workdir), None, not files.is_remote(workdir)
     resumes = holds_run(path, config)
     check_init_from(config, workdir)
     if who := locks.holder(path):
-        raise Problem(f"{workdir} is in use by {who}: wait for its end, or stop it")
+        raise Problem(f"{workdir} is in use by {who}: wait until it ends, or stop it")
     there = set(files.list_files(path))
     for place in [path, *(path / name for name in FOLDERS if name in there)]:
         try:
             with trial_file(place) as trial:
                 if trial.read_bytes() != b"doctor":
-                    raise Problem(f"{place}: what was read is not what was written")
-                free = None if "://" in workdir else shutil.disk_usage(workdir).free
-            for name in FILES if "://" not in workdir and place == path else ():
+                    raise Problem(f"{place}: a file reads differently than it was written")
+                free = shutil.disk_usage(workdir).free if local else None
+            for name in FILES if local and place == path else ():
                 if name in there:
                     (path / name).open("ab").close()
         except (OSError, ImportError) as error:
             raise Problem(
-                f"{place} cannot be written: {error}. Name another --workdir, or mend its rights"
+                f"{place} cannot be written: {error}. Choose another --workdir, or fix its permissions"
             ) from None
-    said = f"{workdir} can be written, renamed in, read{'; it holds this run' if resumes else ''}"
+    said = f"{workdir} allows writes, renames and reads{'; it holds this run' if resumes else ''}"
     if free is not None and state_bytes:
         need = state_bytes["all"] * (config.keep_checkpoints + 1)
         said += f"; {free / GIB:.1f} GiB free, checkpoints take {need / GIB:.2f} GiB"
         if need > free:
-            raise Problem(f"{said}. Free some, or lower --config.keep_checkpoints")
+            raise Problem(f"{said}. Free some space, or lower --config.keep_checkpoints")
     return said
 
 
 def check_buckets(workdir: str, config) -> str:
-    """Whether buckets can be reached and lie in this machine's region."""
+    """Check that buckets can be reached and lie in this machine's region."""
     named = {"--workdir": workdir, "data.path": config.data.path, "init_from": config.init_from}
-    named = {flag: path for flag, path in named.items() if path.startswith("gs://")}
+    named = {flag: path for flag, path in named.items() if files.is_remote(path)}
     if not named:
         return "no gs:// path is used"
     said, zone = [], this_zone()
     for flag, path in named.items():
         try:
             epath.Path(path).exists()
-        except Exception as error:  # google-auth's, gcsfs's, aiohttp's ...
+        except Exception as error:  # from google-auth, gcsfs, aiohttp ...
             raise Problem(
                 f"{flag}={path}: {type(error).__name__}: {str(error).splitlines()[0]}. Install "
-                f"'pixelflow_jax[gcs]', log in (gcloud auth application-default login), see the name"
+                f"'pixelflow_jax[gcs]', log in (gcloud auth application-default login), check the name"
             ) from None
         place = bucket_region(path)
         said.append(f"{flag} in {place or 'an unknown region (no gcloud here)'}")
         if zone and place and not is_near(place, zone):
-            raise Problem(f"{flag}={path} is in {place}, this machine in {zone}: use a bucket beside it")
+            raise Problem(f"{flag}={path} is in {place}, this machine in {zone}: use a bucket there")
     return ", ".join(said) + (f"; this machine in {zone}" if zone else "")
 
 
 def is_near(place: str, zone: str) -> bool:
-    """Whether a bucket in `place` is near a machine in `zone`: of its region, or of several around."""
+    """Return whether a bucket's location contains the region of `zone`."""
     region = zone.rpartition("-")[0]
     continent = region.partition("-")[0]
     dual = {"us": "nam", "northamerica": "nam", "europe": "eur"}.get(continent, continent)
@@ -333,7 +334,7 @@ def is_near(place: str, zone: str) -> bool:
 
 
 def this_zone() -> str | None:
-    """The Google Cloud zone of this machine, or None elsewhere."""
+    """Return the Google Cloud zone of this machine, or None elsewhere."""
     request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:
@@ -343,7 +344,7 @@ def this_zone() -> str | None:
 
 
 def bucket_region(path: str) -> str | None:
-    """Where a gs:// path's bucket lies, in lower case, or None if gcloud cannot tell."""
+    """Return the location of a gs:// path's bucket in lower case, or None if gcloud cannot tell."""
     bucket = "/".join(path.split("/")[:3])
     command = ["gcloud", "storage", "buckets", "describe", bucket, "--format=value(location)"]
     try:
@@ -354,7 +355,7 @@ def bucket_region(path: str) -> str | None:
 
 
 def check_clock(workdir: str, cluster: Cluster | None) -> str:
-    """This clock against the workdir's server's and, on process 0, the other hosts'."""
+    """Compare this clock with the workdir's server and, on process 0, with the other hosts."""
     with trial_file(epath.Path(workdir)) as trial:
         off = time.time() - trial.stat().mtime
     offsets = {"the workdir's server": off}

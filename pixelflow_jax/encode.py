@@ -91,7 +91,7 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
     """Yield every caption of the data source or of the file."""
     if args.captions is None:
         source = open_source(config.data)
-        if not getattr(source, "captioned", False):
+        if not source.captioned:
             raise UserError(f"config.data.source={config.data.source} has no captions")
         for index in range(len(source)):
             try:

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
     origin = dict(source=args.source, path=args.path, name=args.name, split=args.split)
     written = records.pack(source, args.out, args.shard_size, origin, progress)
-    kind = "with captions" if getattr(source, "captioned", False) else f"of {source.num_classes} classes"
+    kind = "with captions" if source.captioned else f"of {source.num_classes} classes"
     print(f"{len(source)} images {kind}, {written} shards written: {args.out}")
 
 

@@ -1,4 +1,4 @@
-"""npz files as streams: arrays that do not fit in memory, written and read row by row, no pickle."""
+"""Read and write npz files as streams, for arrays larger than memory; without pickle."""
 
 import contextlib
 import lzma
@@ -22,9 +22,9 @@ CHUNK = 1 << 24  # bytes read at a time
 def write_npz(
     path: epath.PathLike, arrays: dict[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]]
 ) -> None:
-    """Writes {name: (shape, dtype, parts that follow one another along the first axis)}.
+    """Write {name: (shape, dtype, consecutive parts along the first axis)}.
 
-    The file is whole or not there, and equal arrays give equal bytes. numpy.load reads it.
+    The file appears whole or not at all, and equal arrays give equal bytes. numpy.load reads it.
     """
     with (
         files.create(path) as raw,
@@ -44,9 +44,9 @@ def write_npz(
 
 
 def array_shapes(path: epath.PathLike, *names: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """{name: (shape, dtype)} of those of the arrays `names` that an npz file has; without names, of all.
+    """Return {name: (shape, dtype)} of the arrays of an npz file, or of those among `names`.
 
-    Raises UserError if it is not a whole npz file, as far as these say: others are not looked at.
+    Raises UserError if the file is not a whole npz file, as far as these arrays show.
     """
     with _opened(path) as archive:
         there = _members(archive)
@@ -55,23 +55,23 @@ def array_shapes(path: epath.PathLike, *names: str) -> dict[str, tuple[tuple[int
 
 
 def read_arrays(path: epath.PathLike, *names: str) -> dict[str, np.ndarray]:
-    """Arrays of an npz file, by name, or all; in column order if they are stored so.
+    """Return the arrays `names` of an npz file, or all; in column order if they are stored so.
 
-    Raises UserError if one of them is not whole or not there, or holds Python objects.
+    Raises UserError if one of them is missing or incomplete, or holds Python objects.
     """
     with _opened(path) as archive:
         return {name: _whole(archive, name) for name in names or _arrays(archive)}
 
 
 def read_npz(path: epath.PathLike, name: str) -> np.ndarray:
-    """One array of an npz file. Raises UserError as `read_arrays` does."""
+    """Return one array of an npz file. Raises UserError as `read_arrays`."""
     return read_arrays(path, name)[name]
 
 
 def rows(path: epath.PathLike, name: str, size: int) -> Iterator[np.ndarray]:
-    """An array of an npz file, `size` rows at a time. Raises UserError as `read_arrays` does.
+    """Yield an array of an npz file, `size` rows at a time. Raises UserError as `read_arrays`.
 
-    An array in column order has its rows all over the file, so it is read whole.
+    An array in column order is read whole, as its rows are spread over the file.
     """
     with _opened(path) as archive:
         shape, dtype, fortran, file = _start(archive, name)
@@ -83,18 +83,18 @@ def rows(path: epath.PathLike, name: str, size: int) -> Iterator[np.ndarray]:
         for begin in starts:
             part = _read(file, (min(size, shape[0] - begin), *shape[1:]), dtype)
             if begin == starts[-1]:
-                file.read(1)  # at the end zipfile compares the checksum
+                file.read(1)  # at the end, zipfile compares the checksum
             yield part
 
 
 class Stream:
-    """Reads forwards through an array of an npz file; from the begin again where it must go back."""
+    """Reads forwards through an array of an npz file; starts again to go back."""
 
     def __init__(self, path: epath.PathLike, name: str):
         self._path, self._name, self._at, self._rows = path, name, 0, None
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """Rows begin to end. Raises UserError as `read_npz` does."""
+        """Return the rows from begin to end. Raises UserError as `read_npz`."""
         if self._rows is None or begin < self._at:
             self._rows, self._at = rows(self._path, self._name, 1), 0
         while self._at < begin:
@@ -106,7 +106,7 @@ class Stream:
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, str]:
-    """{name of an array: that of its member}; numpy does without the suffix too."""
+    """Return {array: member of the archive}; numpy reads members without the suffix too."""
     return {member.removesuffix(".npy"): member for member in archive.namelist()}
 
 
@@ -115,7 +115,7 @@ def _arrays(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _start(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, bool, IO[bytes]]:
-    """(shape, dtype, whether in column order, the member after its header)."""
+    """Return (shape, dtype, whether in column order, the member after its header)."""
     members = _members(archive)
     if name not in members:
         raise UserError(
@@ -125,7 +125,7 @@ def _start(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dty
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError(f"npy version {version} is not known")
-    # Version 3 differs from 2 in the encoding of field names, which nothing here asks for.
+    # Version 3 differs from 2 in the encoding of field names, which are not used here.
     read = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
     shape, fortran, dtype = getattr(np.lib.format, read)(file)
     return shape, dtype, fortran and len(shape) > 1, file
@@ -139,11 +139,11 @@ def _whole(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def _read(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The next array of a member."""
+    """Return the next array of a member."""
     if dtype.hasobject:
         raise ValueError("an array holds Python objects, which are not read (they could run code)")
     size, data = math.prod(shape) * dtype.itemsize, bytearray()
-    while len(data) < size:  # bit by bit: a header may claim what is not there
+    while len(data) < size:  # in chunks: a header may claim more than is there
         part = file.read(min(CHUNK, size - len(data)))
         if not part:
             raise EOFError("an array ends early")
@@ -153,7 +153,7 @@ def _read(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
 
 @contextlib.contextmanager
 def _opened(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
-    """The open file; whatever breaks while reading is a UserError with its name."""
+    """Yield the open file; errors while reading become a UserError with its name."""
     with blame(f"{path} is not a whole npz file", BROKEN):
         try:
             raw = files.open_file(path)

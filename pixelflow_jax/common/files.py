@@ -1,6 +1,6 @@
-"""Files: local and gs:// paths alike, written whole or not at all, JSON settings.
+"""Read and write files, on disks and in buckets (gs://) alike; each is written whole or not at all.
 
-Paths are epath's, which Orbax and TFDS know too. What happens often goes past it to fsspec (gcsfs): a
+Paths are epath's, which Orbax and TFDS know too. Frequent operations bypass it and use fsspec (gcsfs): a
 bucket's objects appear whole under their names, and each of these functions costs one or two requests.
 """
 
@@ -23,11 +23,11 @@ from etils.epath import backend
 
 from pixelflow_jax.common.errors import UserError, optional
 
-# gcsfs keeps what it once listed for ever: a step or shard of another process would never be seen.
+# gcsfs caches listings forever: a step or shard of another process would never be seen.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-LOCK = ".lock"  # in a folder that a process works in, see locks.py
-BLOCK = 1 << 28  # bytes of an object that travel in one request
-# Byte-order marks of texts; that of UTF-16 begins as that of UTF-32 does.
+LOCK = ".lock"  # in a folder that a process works in (see locks.py)
+BLOCK = 1 << 28  # bytes of an object per request
+# Byte-order marks of texts; UTF-32's come first, as UTF-16's are their beginnings.
 MARKS = (
     *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
     *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
@@ -36,18 +36,18 @@ MARKS = (
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is of a bucket."""
+    """Return whether a path is in a bucket: the one place that knows."""
     return "://" in str(path)
 
 
 def _bucket(path: epath.PathLike) -> fsspec.AbstractFileSystem | None:
-    """The client, epath's, of a gs:// path; None for a local one. Raises ImportError without gcsfs."""
+    """Return epath's client of a gs:// path; None for a local one. Raises ImportError without gcsfs."""
     return backend.fsspec_backend.fs(path) if is_remote(path) else None
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Turns whatever a storage library raises into an OSError, so that callers need to know one."""
+    """Turn whatever a storage library raises into an OSError."""
     try:
         yield
     except (OSError, UserError):
@@ -58,9 +58,9 @@ def reading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def create(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Yields a file to write; it is at `path`, whole, when the block ends without an error.
+    """Yield a file to write; it replaces `path`, whole, when the block ends without an error.
 
-    Until then what was there stays. Folders are made if they are not there. Raises OSError.
+    Makes missing folders. Raises OSError.
     """
     if not (bucket := _bucket(path)):
         with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -72,7 +72,7 @@ def create(path: epath.PathLike) -> Iterator[IO[bytes]]:
     except BaseException:
         with contextlib.suppress(Exception):
             file.discard()
-        file.closed = True  # closing would write what there is
+        file.closed = True  # closing would write what is there
         raise
     with reading():
         file.close()
@@ -80,7 +80,7 @@ def create(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a temporary local name, for writers that know local files only; as `create` otherwise."""
+    """Yield a temporary local name, for writers that need local files; otherwise like `create`."""
     path = epath.Path(path)
     unique = f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     is_local = not _bucket(path)
@@ -98,22 +98,22 @@ def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """A path that does not depend on the folder one is in; buckets' (gs://) are so already."""
+    """Return a path that does not depend on the working folder; gs:// paths never do."""
     path = epath.Path(path)
-    return path if "://" in str(path) else path.absolute()
+    return path if is_remote(path) else path.absolute()
 
 
 def clean_text(name: str, text: str, is_path: bool = True) -> str:
-    """What a flag or key called `name` says; of a path, "~" at its begin is the home folder.
+    """Return the value of a flag or key called `name`; in a path, a leading "~" is the home folder.
 
     Raises:
-      UserError: if it cannot be what it is to be: a path, or words.
+      UserError: if the value cannot be a path, or text.
     """
     if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{name} is not UTF-8 text, or holds a zero byte: {text!r}")
     if not is_path:
         return text
-    if "://" in text and not re.match("gs://[^/]", text):
+    if is_remote(text) and not re.match("gs://[^/]", text):
         raise UserError(f"{name}={text}: paths are local, or begin with gs://BUCKET")
     full = os.path.expanduser(text)
     if full.startswith("~"):
@@ -124,11 +124,11 @@ def clean_text(name: str, text: str, is_path: bool = True) -> str:
 
 
 def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
-    """(folder, names of the files in it) of root/folder and all below, sorted as torchvision does.
+    """Return (folder, names of its files) for root/folder and all below, sorted as torchvision does.
 
-    Folders are relative to root, with a "/" at their end, or "". Links are followed, but not up, and no
-    folder is listed twice. In a bucket this is one request for a thousand files, however deep; folders
-    without files are not there. Files are not looked at. Raises OSError.
+    Folders are relative to root and end with "/", or are "". Links are followed, but not upwards, and no
+    folder is listed twice. A bucket takes one request per thousand files, however deep, and has no
+    folders without files. Files are not opened. Raises OSError.
     """
     root = str(epath.Path(root))
     top, found = os.path.join(root, folder) if folder else root, {}
@@ -137,7 +137,7 @@ def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
         with reading():
             for path in bucket.find(top):
                 where, _, name = path[skip:].rpartition("/")
-                if name:  # consoles mark a folder by an object "folder/"
+                if name:  # consoles mark a folder with an object "folder/"
                     found.setdefault(where, []).append(name)
     else:
         for place, names in _folders(top):
@@ -146,7 +146,7 @@ def walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
 
 
 def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names) below a local folder: first those that no link leads to."""
+    """Yield (folder, names) below a local folder, first those that no link leads to."""
     starts, seen = [top], set()
     while starts:
         links = []
@@ -164,13 +164,13 @@ def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _leads_up(link: str) -> bool:
-    """Whether a link is to a folder that it stands in, itself or further up."""
+    """Return whether a link points to a folder above it."""
     target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
     return os.path.commonpath([target, here]) == target
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Writes a file, whole or not at all. Raises OSError."""
+    """Write a file, whole or not at all. Raises OSError."""
     if bucket := _bucket(path):
         with reading():
             bucket.pipe_file(str(path), data, chunksize=BLOCK)
@@ -180,12 +180,12 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 
 
 def open_file(path: epath.PathLike) -> IO[bytes]:
-    """A file to read; local ones without epath's overhead, as a loader reads many.
+    """Open a file to read, without epath's overhead.
 
-    An object of a bucket is read at once, or block by block if it is larger than BLOCK.
+    An object in a bucket is read at once, or block by block if it is larger than BLOCK.
 
     Raises:
-      OSError: if there is none, or it is a device: /dev/zero has no end.
+      OSError: if the file does not exist, or is a device: /dev/zero has no end.
     """
     if bucket := _bucket(path):
         with reading():
@@ -201,16 +201,13 @@ def open_file(path: epath.PathLike) -> IO[bytes]:
 
 
 def read_bytes(path: epath.PathLike, begin: int = 0, end: int | None = None) -> bytes:
-    """A file's contents, or those from one place up to another, in one request.
-
-    Raises OSError as `open_file`.
-    """
+    """Return a file's bytes from `begin` to `end`, in one request. Raises OSError as `open_file`."""
     if bucket := _bucket(path):
         with reading():
             try:
                 return bucket.cat_file(str(path), begin or None, end)
             except Exception as error:
-                if "416" not in str(error) and "satisfiable" not in str(error):  # nothing is there
+                if "416" not in str(error) and "satisfiable" not in str(error):  # past the end
                     raise
                 return b""
     with open_file(path) as file:
@@ -219,7 +216,7 @@ def read_bytes(path: epath.PathLike, begin: int = 0, end: int | None = None) -> 
 
 
 def remove(path: epath.PathLike) -> None:
-    """Removes a file, or a folder with all that is in it, if it is there. Raises OSError."""
+    """Remove a file, or a folder and its contents, if it exists. Raises OSError."""
     bucket, path = _bucket(path), epath.Path(path)
     with reading(), contextlib.suppress(FileNotFoundError):
         if bucket:
@@ -231,15 +228,15 @@ def remove(path: epath.PathLike) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a JSON file, indented, keys in their order."""
+    """Write an indented JSON file, keys in their order."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def decode_text(data: bytes) -> str:
-    """Text as editors save it: UTF-8, or UTF-16 or 32 with a byte-order mark, which does not stay.
+    """Decode text as editors save it: UTF-8, or UTF-16 or 32 with a byte-order mark, which is removed.
 
     Raises:
-      UnicodeDecodeError: also for zero bytes, as UTF-16 without a mark has them.
+      UnicodeDecodeError: also for zero bytes, which UTF-16 without a mark has.
     """
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
     text = data.decode(encoding)
@@ -250,20 +247,20 @@ def decode_text(data: bytes) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text of Unix, Windows or old Macs; line breaks of Unicode's own are text.
+    """Split at the line breaks of Unix, Windows and old Macs, not at Unicode's own.
 
-    Of files that were put together each may bring its byte-order mark: lines lose it.
+    Removes the byte-order marks that concatenated files leave at the beginning of lines.
     """
     return [line.rstrip("\n").lstrip("\ufeff") for line in io.StringIO(text, newline=None)]
 
 
 def read_lines(path: epath.PathLike) -> list[str]:
-    """The lines of a text file. Raises UnicodeDecodeError as `decode_text`."""
+    """Return the lines of a text file. Raises UnicodeDecodeError as `decode_text`."""
     return split_lines(decode_text(read_bytes(path)))
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """Reads a JSON file. Raises UserError if it is missing or is not JSON."""
+    """Return the value in a JSON file. Raises UserError if it is missing or is not JSON."""
     path = epath.Path(path)
     try:
         return json.loads(read_bytes(path))
@@ -274,10 +271,10 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def grow(path: epath.PathLike, data: bytes, begin: int) -> None:
-    """Makes a file that holds the first `begin` bytes of `data` hold all of it.
+    """Extend a file that holds the first `begin` bytes of `data` to all of it.
 
-    Whatever an earlier try has left behind these goes. Objects of a bucket cannot grow: they are
-    written anew. Raises OSError.
+    Overwrites what an earlier attempt left after them. Objects in a bucket cannot grow: they are written
+    anew. Raises OSError.
     """
     if _bucket(path) or not begin or not os.path.exists(path):
         write_bytes(path, data)
@@ -289,21 +286,21 @@ def grow(path: epath.PathLike, data: bytes, begin: int) -> None:
 
 
 def list_files(folder: epath.PathLike) -> list[str]:
-    """Names in a folder, of files and folders, sorted; empty if there is no such folder.
+    """Return the sorted names in a folder, of files and folders; none if it does not exist.
 
-    What a write that was killed left does not count, nor does a lock. Raises UserError for a file.
+    Leaves out locks and what killed writes left behind. Raises UserError if `folder` is a file.
     """
     names = [name for name in _entries(folder) if name != LOCK]
     return [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
 
 
 def list_folders(folder: epath.PathLike) -> list[str]:
-    """Names of the folders in a folder, sorted. Raises UserError as `list_files`."""
+    """Return the sorted names of the folders in a folder. Raises UserError as `list_files`."""
     return [name for name, is_folder in _entries(folder).items() if is_folder]
 
 
 def _entries(folder: epath.PathLike) -> dict[str, bool]:
-    """{name in a folder: whether it is a folder}, sorted; a bucket's by one listing."""
+    """Return {name in a folder: whether it is a folder}, sorted; a bucket is listed once."""
     if not (bucket := _bucket(folder)):
         folder = epath.Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -323,14 +320,15 @@ def _entries(folder: epath.PathLike) -> dict[str, bool]:
 
 
 def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:
-    """The folder `name`, or, for a hub id such as google/flan-t5-xl, where its files were downloaded to.
+    """Return the folder `name` or, for a hub id such as google/flan-t5-xl, the folder of its download.
 
     Args:
-      what: it is, for errors.
-      patterns: of the files to download; none from folders within.
+      name: folder or hub id.
+      what: what errors call it.
+      patterns: names of the files to download; subfolders are left out.
 
     Raises:
-      UserError: if there is no such folder and the hub does not help either.
+      UserError: if there is no such folder and the hub does not have it either.
     """
     folder = epath.Path(name)
     if folder.is_dir():
@@ -341,6 +339,6 @@ def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:
         hub = optional("huggingface_hub", "text", "a hub id")
         found = hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"])
         return epath.Path(found)
-    except Exception as error:  # a dozen kinds: no library, no network, no such id
+    except Exception as error:  # many kinds: no library, no network, no such id
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} {name} is no folder, nor to be had from the hub: {reason}") from None
+        raise UserError(f"{what} {name} is neither a folder nor on the hub: {reason}") from None

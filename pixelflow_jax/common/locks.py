@@ -55,7 +55,7 @@ def held(folder: epath.PathLike, flag: str) -> Iterator[Callable[[], None]]:
         "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "token": uuid.uuid4().hex,
     }
-    if "://" not in str(folder):
+    if not files.is_remote(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path, flag)
         if descriptor is not None:
@@ -76,7 +76,7 @@ def holder(folder: epath.PathLike) -> str | None:
     """Return a description of the process that uses a folder; None if there is none."""
     path = epath.Path(folder) / files.LOCK
     found = _read(path)
-    if found is None or "://" in str(folder):
+    if found is None or files.is_remote(folder):
         return _words(found) if _is_fresh(found) else None
     descriptor = os.open(path, os.O_RDONLY)
     try:

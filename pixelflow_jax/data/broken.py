@@ -1,4 +1,4 @@
-"""Keeps count of images that could not be read, and stops a run that has too many."""
+"""Count images that could not be read, and stop a run that has too many."""
 
 import logging
 
@@ -11,14 +11,14 @@ from pixelflow_jax.data.loader import why_broken
 from pixelflow_jax.data.sources import Source
 
 log = logging.getLogger(__name__)
-LISTED = 20  # of the broken images, in the error
+LISTED = 20  # broken images that the error lists
 
 
 class BrokenImages:
-    """A count over the whole global batch, so that every process comes to the same verdict.
+    """A count over the global batch, so that every process reaches the same verdict.
 
-    A run stops when more than `data.max_broken_share` of the images seen were broken, and these are
-    not just a few of a small data set that come round again.
+    A run stops when more than `data.max_broken_share` of the images seen were broken, unless they are a
+    few of a small data set that come round again.
     """
 
     def __init__(self, source: Source, data: ConfigDict):
@@ -27,10 +27,10 @@ class BrokenImages:
         self._found: dict[int, str] = {}
 
     def add(self, indices: Int[np.ndarray, " b"]) -> None:
-        """Takes in the batch entry "broken": for every image a broken example's index, or -1.
+        """Add the batch entry "broken": for every image, a broken example's index, or -1.
 
         Raises:
-          UserError: with the list, when the share is passed.
+          UserError: with the list, when the share is exceeded.
         """
         indices = np.asarray(indices, np.int64)
         broken = indices[indices >= 0]

@@ -1,7 +1,7 @@
-"""Buckets: image sizes of about equal area, and an order of the data in which a batch has one of them.
+"""Buckets: image sizes of about equal area, and an order of the data with one size per batch.
 
-Each image goes to the bucket that is nearest in aspect ratio, so that little of it is cropped away. As
-all else in the loader, the order is a function of (seed, step) alone.
+Each image goes to the bucket with the nearest aspect ratio, so that little of it is cropped away. The
+order is a function of (seed, step) alone, like everything else in the loader.
 """
 
 import concurrent.futures
@@ -24,15 +24,15 @@ from pixelflow_jax.data.pixels import Size, read_size
 from pixelflow_jax.data.transforms import nearest_size
 
 SIZES = "image_sizes.npy"  # in a workdir
-LEAST_AREA = 0.8  # of resolution^2, that a bucket has
-THREADS, AT_ONCE = 16, 1000  # that read image headers
-HEAD = 2**16  # bytes of a file, in which most images say how large they are
+LEAST_AREA = 0.8  # of a bucket, relative to resolution^2
+THREADS, AT_ONCE = 16, 1000  # threads that read image headers, images between reports
+HEAD = 2**16  # bytes of a file that hold the size of most images
 
 
 def bucket_sizes(data: ConfigDict) -> tuple[Size, ...]:
-    """The sizes of a config: multiples of bucket_unit, at most resolution^2 pixels; the square is first.
+    """Return the sizes: multiples of bucket_unit of at most resolution^2 pixels, the square first.
 
-    With max_aspect_ratio 1, the square alone.
+    With max_aspect_ratio 1, that is the square alone.
     """
     area, unit = data.resolution**2, data.bucket_unit
     square = (data.resolution, data.resolution)
@@ -48,7 +48,7 @@ def bucket_sizes(data: ConfigDict) -> tuple[Size, ...]:
 
 
 class Shuffled:
-    """Every example once an epoch; `order[position]` is (index, the sizes it may become)."""
+    """Every example once per epoch; `order[position]` is (index, the sizes it may become)."""
 
     def __init__(self, count: int, sizes: tuple[Size, ...], seed: int):
         self._indices = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
@@ -61,12 +61,12 @@ class Shuffled:
 class BucketOrder:
     """Batches of one bucket each; `order[position]` is (index, (the bucket's size,)).
 
-    An epoch has every image at most once: those that fill no batch of their bucket stay out, others in
-    each epoch. The images of a bucket that fills no batch at all go to the next nearest that does.
+    An epoch has every image at most once. The rest of a bucket that fills no batch is left out, a
+    different one in each epoch. Images of a bucket that cannot fill a batch go to the nearest that can.
 
     Args:
-      ratios: (height, width) of every example, as it is stored.
-      sizes: of the buckets.
+      ratios: stored (height, width) of every example.
+      sizes: sizes of the buckets.
 
     Raises:
       UserError: if no bucket fills a batch.
@@ -92,7 +92,7 @@ class BucketOrder:
             sizes = kept
         self.sizes = sizes
         self._members = [np.flatnonzero(places == i) for i in range(len(sizes))]
-        self._batches = int((counts // batch_size).sum())  # of an epoch
+        self._batches = int((counts // batch_size).sum())  # per epoch
 
     def __getitem__(self, position: int) -> tuple[int, tuple[Size]]:
         step, place = divmod(position, self._batch)
@@ -101,7 +101,7 @@ class BucketOrder:
         return int(indices[place]), (self.sizes[bucket],)
 
     def make_epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
-        """(bucket, indices) of the batches of an epoch, in their order."""
+        """Return (bucket, indices) of an epoch's batches in order."""
         rng = np.random.default_rng((self._seed, epoch))
         batches = []
         for bucket, members in enumerate(self._members):
@@ -111,7 +111,7 @@ class BucketOrder:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-@functools.lru_cache(maxsize=4)  # a module's, as loaders pickle their order
+@functools.lru_cache(maxsize=4)  # not a method, as loaders pickle their order
 def _epoch_of(order: BucketOrder, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
     return order.make_epoch(epoch)
 
@@ -122,9 +122,9 @@ def make_order(
     workdir: epath.Path | None = None,
     watch: Callable[[str], None] = lambda what: None,
 ) -> Shuffled | BucketOrder:
-    """The order of a run's data. A scan of the images' sizes is kept in the workdir, if one is given.
+    """Return the order of a run's data. A workdir keeps the scan of the images' sizes.
 
-    `watch` is told, again and again, how far that is (see training/watchdog.py).
+    `watch` is told about progress (see distributed/watchdog.py).
     """
     sizes = bucket_sizes(config.data)
     if len(sizes) == 1:
@@ -136,7 +136,7 @@ def make_order(
 def read_sizes(
     source, path: epath.Path | None = None, watch: Callable[[str], None] = lambda what: None
 ) -> Int[np.ndarray, "n 2"]:
-    """(height, width) of every image, without decoding it; broken ones count as squares.
+    """Return (height, width) of every image without decoding it; broken ones count as squares.
 
     Every process reads a share. `path` keeps the result for the next start.
     """
@@ -147,7 +147,7 @@ def read_sizes(
         with path.open("rb") as file:
             sizes = np.load(file, allow_pickle=False)
     known = np.array(sizes.shape == (len(source), 2))
-    if np.all(multihost_utils.process_allgather(known)):  # a network's disk may show it to some only
+    if np.all(multihost_utils.process_allgather(known)):  # a network disk may show it to some only
         return sizes
 
     mine = range(jax.process_index(), len(source), jax.process_count())
@@ -172,11 +172,9 @@ def read_sizes(
 
 
 def _size(source, index: int) -> Size:
-    head = getattr(source, "head", None)
-    with contextlib.suppress(Exception):  # some kinds have their sizes at the end
-        if head is not None:
-            return read_size(head(index, HEAD))
+    with contextlib.suppress(Exception):  # some formats have their sizes at the end
+        return read_size(source.head(index, HEAD))
     try:
         return read_size(source[index][0])
-    except Exception:  # broken in one of many ways: the loader replaces and counts it
+    except Exception:  # however it is broken, the loader replaces and counts it
         return (1, 1)

@@ -1,19 +1,18 @@
-"""Captioned digits: scikit-learn's handwritten digits, coloured and placed, made on the fly from a seed.
+"""Captioned digits: scikit-learn's handwritten digits, coloured and placed, drawn from a seed.
 
 A picture has five attributes: digit, colour, background, size and place. Its caption names them all, in
-one of several wordings. A digit in a colour on a background is never seen in training where
-(digit + colour + background) mod 6 == 0 (any two of them are): the split "test" holds those alone, drawn
-from scans that are held out too.
+one of several wordings. Training never shows combinations with (digit + colour + background) mod 6 == 0,
+though it shows every pair of them. The split "test" holds those alone, drawn from held-out scans.
 """
 
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.data.base import Source, check_split
 from pixelflow_jax.data.buckets import bucket_sizes
 from pixelflow_jax.data.pixels import Size
 
@@ -27,8 +26,8 @@ COLOURS = {
 }
 BACKGROUNDS = {**COLOURS, "black": (10, 10, 10)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIZES = {"small": 5 / 8, "large": 3 / 4}  # the digit's side, as a share of the picture's shorter one
-PLACES = {  # (row, column): 0 is the upper or left edge, 1 the lower or right one
+SIZES = {"small": 5 / 8, "large": 3 / 4}  # side of the digit / shorter side of the picture
+PLACES = {  # (row, column): 0 is the upper or left edge, 1 the lower or right edge
     "on the left": (0.5, 0.0),
     "on the right": (0.5, 1.0),
     "at the top": (0.0, 0.5),
@@ -40,12 +39,13 @@ WORDINGS = (
     "a {background} background with a {size} {colour} {digit} {place}",
     "{place}, a {size} {colour} {digit} on a {background} background",
 )
-LENGTH = 20_000  # pictures an epoch of "train"
+LENGTH = 20_000  # pictures per epoch
+HOLD_OUT_EVERY = 4  # every 4th scan is in the split "test"
 
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What a caption says, by places in NUMBERS, COLOURS, BACKGROUNDS, SIZES and PLACES."""
+    """What a caption says, as indices into NUMBERS, COLOURS, BACKGROUNDS, SIZES and PLACES."""
 
     digit: int
     colour: int
@@ -59,7 +59,7 @@ class Attributes:
         return (self.digit + self.colour + self.background) % len(COLOURS) == 0
 
     def words(self) -> dict[str, str]:
-        """The attributes' names."""
+        """Return the names of the attributes."""
         return {
             "digit": NUMBERS[self.digit],
             "colour": list(COLOURS)[self.colour],
@@ -69,12 +69,12 @@ class Attributes:
         }
 
     def captions(self) -> tuple[str, ...]:
-        """The picture in every wording."""
+        """Return a caption in every wording."""
         return tuple(wording.format(**self.words()) for wording in WORDINGS)
 
 
 def vocabulary() -> tuple[str, ...]:
-    """All words and marks of the captions, sorted."""
+    """Return all words and punctuation marks of the captions, sorted."""
     lists = (NUMBERS, COLOURS, BACKGROUNDS, SIZES, PLACES, WORDINGS)
     text = " ".join(part for names in lists for part in names)
     for mark in ",:":
@@ -83,7 +83,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def draw_attributes(rng: np.random.Generator, held_out: bool) -> Attributes:
-    """Uniform over the combinations that are, or are not, held out."""
+    """Draw uniformly from the combinations that are, or are not, held out."""
     while True:
         found = Attributes(
             *(int(rng.integers(len(x))) for x in (NUMBERS, COLOURS, BACKGROUNDS, SIZES, PLACES))
@@ -95,7 +95,7 @@ def draw_attributes(rng: np.random.Generator, held_out: bool) -> Attributes:
 def paint(
     scan: Float[np.ndarray, "8 8"], attributes: Attributes, size: Size
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A scan in [0, 1] as a picture of (height, width) pixels."""
+    """Return a scan in [0, 1] as a picture of (height, width) pixels."""
     words = attributes.words()
     side = round(SIZES[words["size"]] * min(size))
     row, column = (
@@ -108,15 +108,13 @@ def paint(
     return np.round(ink * colour + (1 - ink) * background).astype(np.uint8)
 
 
-class CaptionedDigits:
-    """Example i is a pure function of (split, i): a scan of the drawn digit, painted, with captions.
+class CaptionedDigits(Source):
+    """Example i is a pure function of (split, i): a painted scan of the drawn digit, with captions.
 
-    With max_aspect_ratio above 1, in one of the buckets' sizes.
-
-    A captioned Source (see sources.py): `source[i]` is (picture, captions).
+    With max_aspect_ratio above 1, pictures have the sizes of the buckets.
     """
 
-    captioned, num_classes = True, 0
+    captioned = True
 
     def __init__(self, data: ConfigDict, split: str, scans, labels):
         self._sizes, self._held_out = bucket_sizes(data), split == "test"
@@ -126,7 +124,7 @@ class CaptionedDigits:
         return LENGTH
 
     def attributes(self, index: int) -> Attributes:
-        """What picture `index` shows."""
+        """Return what picture `index` shows."""
         return draw_attributes(np.random.default_rng((index, self._held_out)), self._held_out)
 
     def __getitem__(self, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[str, ...]]:
@@ -141,16 +139,24 @@ class CaptionedDigits:
         return f"captioned digit {index}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Those of example `index`, without painting it."""
         return self.attributes(index).captions()
 
 
 def captioned_digits(data: ConfigDict, split: str) -> CaptionedDigits:
-    """The split "train" or "test". Raises UserError for another."""
+    """Return the split "train" or "test". Raises UserError for another."""
+    scans, labels = load_scans(split, "captioned_digits")
+    return CaptionedDigits(data, split, scans / 16, labels)
+
+
+def load_scans(split: str, source: str) -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
+    """Return scikit-learn's scans, from 0 to 16, and their digits, of "train" or "test".
+
+    Raises:
+      UserError: for another split, naming `source`.
+    """
     from sklearn.datasets import load_digits  # takes a second to import
 
-    if split not in ("train", "test"):
-        raise UserError(f"config.data.split must be train or test for captioned_digits, got {split!r}")
+    check_split(split, source)
     bundle = load_digits()
-    chosen = (np.arange(len(bundle.target)) % 4 == 0) == (split == "test")
-    return CaptionedDigits(data, split, bundle.images[chosen] / 16, bundle.target[chosen])
+    chosen = (np.arange(len(bundle.target)) % HOLD_OUT_EVERY == 0) == (split == "test")
+    return bundle.images[chosen], bundle.target[chosen]

@@ -1,7 +1,4 @@
-"""Captioned images: folders (Hugging Face's ImageFolder convention) and WebDataset tar shards.
-
-A captioned Source (see sources.py) gives (encoded image, captions): of several, each step draws one.
-"""
+"""Captioned images: folders (Hugging Face's ImageFolder convention) and WebDataset tar shards."""
 
 import collections
 import itertools
@@ -14,30 +11,32 @@ from etils import epath
 from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data import tars
-from pixelflow_jax.data.names import LISTED, Finder, Strings, pair, say_beside, split_root
+from pixelflow_jax.data.base import NamedSource, split_root
+from pixelflow_jax.data.names import LISTED, Finder, Strings, pair, say_beside
 from pixelflow_jax.data.pixels import is_image, kinds_left_out, report_left_out
 from pixelflow_jax.data.texts import METADATA, captions_of, decode_captions, read_metadata, some
 
-GAP = 2**16  # bytes between an image and its caption in a tar, up to which both are read at once
+GAP = 2**16  # bytes between an image and its caption in a tar up to which one request reads both
 
 
-class CaptionFolder:
+class CaptionFolder(NamedSource):
     """Images anywhere below a folder, with their captions.
 
-    Either metadata.jsonl beside the images or above, a line each: {"file_name": "a.png", "text": "..."},
-    or metadata.csv with such columns, or for each image NAME.txt (see `pair`), with a caption a line.
+    Captions come from a metadata.jsonl beside the images or above, a line per image: {"file_name":
+    "a.png", "text": "..."}; from a metadata.csv with such columns; or from NAME.txt (see `pair`), with
+    one caption per line.
 
     Raises:
-      UserError: if an image has no caption, or the metadata are not what they should be.
+      UserError: if an image has no caption, or the metadata is malformed.
     """
 
-    captioned, num_classes = True, 0
+    captioned = True
 
     def __init__(self, path: str, split: str):
-        self.root = split_root(path, split)
-        folders = files.walk(self.root)
+        root = split_root(path, split)
+        folders = files.walk(root)
         images = [[x for name in names if is_image(x := f"{where}{name}")] for where, names in folders]
-        told = self._told([(where, {*METADATA} & {*names}) for where, names in folders], images)
+        told = _read_all_metadata(root, [(x, {*METADATA} & {*names}) for x, names in folders], images)
         texts, bare, beside, others = {}, [], set(), collections.Counter()
         for (where, names), here in zip(folders, images, strict=True):
             here = [name for name in here if name not in told]
@@ -51,81 +50,68 @@ class CaptionFolder:
         names = [name for name in itertools.chain.from_iterable(images) if name not in beside]
         if bare:
             raise UserError(
-                f"{self.root}: {len(bare)} of {len(names)} images have no caption (a line in "
+                f"{root}: {len(bare)} of {len(names)} images have no caption (a line in "
                 f"{' or '.join(METADATA)}, or NAME.txt): {', '.join(bare[:LISTED])}"
             )
-        report_left_out(self.root, others)
-        say_beside(self.root, sorted(beside))
-        self._names = Strings(names)
-        # Of each a list in JSON, or a file's name, or nothing for NAME.txt
+        report_left_out(root, others)
+        say_beside(root, sorted(beside))
+        super().__init__(root, Strings(names))
+        # Per image: its captions as a JSON list, or "=" and a file's name, or "" for NAME.txt
         self._captions = Strings(
             json.dumps(told[name]) if name in told else _other_name(name, texts[name]) for name in names
         )
 
-    def _told(self, folders: list[tuple[str, set]], images: list[list[str]]) -> dict[str, tuple]:
-        """What the metadata in these folders say of the images."""
-        folders, found = [x for x in folders if x[1]], collections.defaultdict(tuple)
-        find = Finder(itertools.chain.from_iterable(images)) if folders else None
-        for folder, there in folders:
-            missing = []
-            if len(there) > 1:
-                raise UserError(f"{self.root}/{folder} holds {' and '.join(METADATA)}: keep one of them")
-            for asked, captions in read_metadata(f"{self.root}/{folder}{there.pop()}"):
-                name = find(f"{folder}{asked}")
-                if name is None:
-                    missing.append(asked)
-                else:
-                    found[name] += captions
-            if missing:
-                raise UserError(
-                    f"{self.root}/{folder}: the metadata names {folder}{min(missing)}, which is not "
-                    f"there{f', and {len(missing) - 1} more' if len(missing) > 1 else ''}"
-                )
-        return found
-
-    def __len__(self) -> int:
-        return len(self._names)
-
     def __getitem__(self, index: int) -> tuple[bytes, tuple[str, ...]]:
-        with files.reading():
-            return files.read_bytes(self.name(index)), self.captions(index)
-
-    def head(self, index: int, size: int) -> bytes:
-        """The first bytes of an image."""
-        return files.read_bytes(self.name(index), 0, size)
+        return files.read_bytes(self.name(index)), self.captions(index)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Those of example `index`, without its image."""
         known = self._captions[index]
         if known.startswith("["):
             return some(json.loads(known))
         text = f"{self.root}/{known[1:] or os.path.splitext(self._names[index])[0] + '.txt'}"
         return decode_captions(files.read_bytes(text), text)
 
-    def name(self, index: int) -> str:
-        return f"{self.root}/{self._names[index]}"
 
-    def digest(self) -> str:
-        """Of the images' names."""
-        return self._names.digest()
+def _read_all_metadata(
+    root: str, folders: list[tuple[str, set[str]]], images: list[list[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Return {image: captions} from the metadata files of these folders."""
+    folders, found = [x for x in folders if x[1]], collections.defaultdict(tuple)
+    find = Finder(itertools.chain.from_iterable(images)) if folders else None
+    for folder, there in folders:
+        missing = []
+        if len(there) > 1:
+            raise UserError(f"{root}/{folder} holds {' and '.join(METADATA)}: keep one of them")
+        for asked, captions in read_metadata(f"{root}/{folder}{there.pop()}"):
+            name = find(f"{folder}{asked}")
+            if name is None:
+                missing.append(asked)
+            else:
+                found[name] += captions
+        if missing:
+            raise UserError(
+                f"{root}/{folder}: the metadata names {folder}{min(missing)}, which is not there"
+                f"{f', and {len(missing) - 1} more' if len(missing) > 1 else ''}"
+            )
+    return found
 
 
 def _other_name(image: str, text: str) -> str:
     return "" if text == f"{os.path.splitext(image)[0]}.txt" else f"={text}"
 
 
-class TarSource:
+class TarSource(NamedSource):
     """WebDataset shards: the members KEY.jpg (or another image) and KEY.txt or KEY.json of *.tar files.
 
-    KEY is the path up to the last dot (see `pair`). Examples are read by their place in the file, which
-    an index keeps: one process reads every shard for it, once, and writes it to the workdir, or beside
-    the shards; it holds as long as their names, sizes and times of change do.
+    KEY is the path up to the last dot (see `pair`). Examples are read from their offsets, which an index
+    keeps. One process reads every shard once to make the index, and writes it to the workdir, or beside
+    the shards; it is valid as long as the shards' names, sizes and modification times stay the same.
 
     Raises:
       UserError: if there are no shards, one cannot be read, or an image has no caption.
     """
 
-    captioned, num_classes = True, 0
+    captioned = True
 
     def __init__(
         self,
@@ -134,17 +120,15 @@ class TarSource:
         workdir: epath.Path | None = None,
         watch: Callable[[str], None] = lambda what: None,
     ):
-        self.root = split_root(path, split)
-        shards = tars.list_shards(self.root)
+        root = split_root(path, split)
+        shards = tars.list_shards(root)
         if not shards:
-            raise UserError(f"{self.root} holds no .tar files")
-        self._paths = [f"{self.root}/{name}" for name, *_ in shards]
-        beside = epath.Path(self.root) / tars.INDEX
+            raise UserError(f"{root} holds no .tar files")
+        self._paths = [f"{root}/{name}" for name, *_ in shards]
+        beside = epath.Path(root) / tars.INDEX
         places = [beside] if workdir is None else [workdir / tars.INDEX, beside]
-        self._keys, self._places = tars.load_index(self.root, shards, places, watch)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+        keys, self._places = tars.load_index(root, shards, places, watch)
+        super().__init__(root, keys)
 
     def __getitem__(self, index: int) -> tuple[bytes, tuple[str, ...]]:
         shard, begin, size, text_begin, text_size, is_json = self._places[index].tolist()
@@ -156,18 +140,15 @@ class TarSource:
         return data[begin - first :][:size], self._decode(index, text, is_json)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Those of example `index`, without its image."""
         shard, _, _, begin, size, is_json = self._places[index].tolist()
         return self._decode(index, self._read(shard, begin, size), is_json)
 
     def head(self, index: int, size: int) -> bytes:
-        """The first bytes of an image."""
         shard, begin, whole, *_ = self._places[index].tolist()
         return self._read(shard, begin, min(size, whole))
 
     def _read(self, shard: int, begin: int, size: int) -> bytes:
-        with files.reading():
-            return files.read_bytes(self._paths[shard], begin, begin + size)
+        return files.read_bytes(self._paths[shard], begin, begin + size)
 
     def _decode(self, index: int, text: bytes, is_json: bool) -> tuple[str, ...]:
         name = self.name(index)
@@ -177,10 +158,3 @@ class TarSource:
             return some(captions_of(json.loads(files.decode_text(text)), name))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise OSError(f"{name}: {error}") from None
-
-    def name(self, index: int) -> str:
-        return f"{self.root}/{self._keys[index]}"
-
-    def digest(self) -> str:
-        """Of the names of shards and keys."""
-        return self._keys.digest()

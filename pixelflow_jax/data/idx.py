@@ -1,4 +1,4 @@
-"""MNIST-format (IDX) files, plain or .gz: http://yann.lecun.com/exdb/mnist, section "file formats"."""
+"""Read MNIST-format (IDX) files, plain or .gz: http://yann.lecun.com/exdb/mnist, "file formats"."""
 
 import gzip
 import zlib
@@ -9,19 +9,19 @@ from jaxtyping import UInt8
 
 from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.data.base import check_split
 
 PREFIXES = {"train": "train", "test": "t10k"}
 UINT8 = 0x08
 
 
 def read_split(folder: str, split: str) -> tuple[UInt8[np.ndarray, "n h w"], UInt8[np.ndarray, " n"]]:
-    """Images and labels of "train" or "test".
+    """Return the images and labels of "train" or "test".
 
     Raises:
-      UserError: if a file is missing, damaged, or the two do not fit each other.
+      UserError: if a file is missing or damaged, or the two do not fit each other.
     """
-    if split not in PREFIXES:
-        raise UserError(f"config.data.split must be train or test for idx files, got {split!r}")
+    check_split(split, "idx files")
     images, labels = (
         read_idx(_find(folder, f"{PREFIXES[split]}-{kind}"), dims)
         for kind, dims in (("images", 3), ("labels", 1))
@@ -32,16 +32,16 @@ def read_split(folder: str, split: str) -> tuple[UInt8[np.ndarray, "n h w"], UIn
 
 
 def _find(folder: str, prefix: str) -> epath.Path:
-    """The one file of a folder whose name begins so, with `-` or `.` before `idx`."""
+    """Return the file of a folder whose name begins with `prefix`."""
     path = epath.Path(folder)
     found = [p for p in path.iterdir() if p.name.startswith(prefix)] if path.is_dir() else []
     if not found:
         raise UserError(f"config.data.path={folder} holds no {prefix}-idx*-ubyte or .gz of it")
-    return min(found, key=lambda p: (p.suffix == ".gz", p.name))  # a plain file reads faster
+    return min(found, key=lambda p: (p.suffix == ".gz", p.name))  # plain files read faster
 
 
 def read_idx(path: epath.PathLike, dims: int) -> UInt8[np.ndarray, "..."]:
-    """A uint8 array of `dims` dimensions. Raises UserError if the file is damaged or another kind."""
+    """Return a uint8 array of `dims` dimensions. Raises UserError if the file is not such an array."""
     path = epath.Path(path)
     with blame(f"{path} cannot be read", (OSError, EOFError, zlib.error)):
         data = files.read_bytes(path)

@@ -1,8 +1,8 @@
-"""Batches by index, through Grain: what stands at step n is a function of (seed, n) alone.
+"""Load batches by index through Grain: the batch of step n is a function of (seed, n) alone.
 
-The stream of positions 0, 1, 2, ... runs through the epochs, each in an order of its own (buckets.py);
-batch n is the positions [n B, (n + 1) B). So the place of a run in its data is its step number, and an
-example is the same whatever process, worker or device gets it.
+The stream of positions 0, 1, 2, ... runs through the epochs, each in its own order (buckets.py). Batch n
+is the positions [n B, (n + 1) B). So a run's place in its data is its step number, and an example is the
+same whichever process, worker or device gets it.
 """
 
 import concurrent.futures
@@ -29,19 +29,19 @@ from pixelflow_jax.data.transforms import transform
 from pixelflow_jax.text.encoder import make_text_reader, make_tokenizer, warn_of_cuts
 
 NO_GUARD = (
-    "processes that load data import the script that starts them, and this one trains in its turn, or "
-    'fails, when it is imported. Put what it does below `if __name__ == "__main__":`, or set '
-    "config.data.num_workers=0, which loads in threads"
+    "worker processes import the script that starts them, and importing this one starts a training or "
+    'fails. Put its code below `if __name__ == "__main__":`, or set config.data.num_workers=0, which '
+    "loads in threads"
 )
-LOOKED_AT, THREADS = 1000, 16  # captions read before a run, to see how long they are
-REPLACEMENTS = 8  # tries to replace a broken image; after that it is black
+LOOKED_AT, THREADS = 1000, 16  # captions whose length is checked before a run
+REPLACEMENTS = 8  # attempts to replace a broken image; then it is black
 
 
 class LoadExample(grain.transforms.RandomMap):
-    """Reads and transforms an example; a broken one is replaced by another.
+    """Read and transform an example; replace a broken one by another.
 
-    `rng` is Grain's, seeded by (seed, position), so crop, flip and replacement are pure functions of
-    those. "broken" is the index of the broken example, or -1.
+    Grain seeds `rng` by (seed, position), so crop, flip and replacement are pure functions of those.
+    "broken" is the index of the broken example, or -1.
     """
 
     def __init__(self, source: Source, config: ConfigDict):
@@ -53,7 +53,7 @@ class LoadExample(grain.transforms.RandomMap):
     def random_map(
         self, entry: tuple[int, tuple[Size, ...]], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """One example: {"image", "broken", and its label or caption} as make_batches stacks them."""
+        """Return {"image", "broken", and the label or caption}, which make_batches stacks."""
         (index, sizes), broken = entry, -1
         for _ in range(REPLACEMENTS):
             try:
@@ -70,7 +70,7 @@ class LoadExample(grain.transforms.RandomMap):
         return {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
 
     def _condition(self, label: int | tuple[str, ...], rng: np.random.Generator):
-        """{"labels": int32}, or one caption as make_text_reader gives it."""
+        """Return {"labels": int32}, or one caption as make_text_reader gives it."""
         if self._encode is None:
             return {"labels": np.int32(label)}
         text = label[int(rng.integers(len(label)))]
@@ -79,7 +79,7 @@ class LoadExample(grain.transforms.RandomMap):
 
 
 def make_examples(source: Source, config: ConfigDict, order=None) -> grain.MapDataset:
-    """Example by position, as `order` (default: that of the config) has them."""
+    """Return the examples by position in `order` (default: the config's)."""
     order = make_order(source, config) if order is None else order
     positions = grain.MapDataset.range(sys.maxsize).seed(config.seed)
     return positions.map(order.__getitem__).random_map(LoadExample(source, config))
@@ -92,13 +92,13 @@ def make_batches(
     rows: np.ndarray | None = None,
     order: Shuffled | BucketOrder | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches from `first_step` on, without end, read ahead by threads or worker processes.
+    """Return an endless iterator over batches, read ahead by threads or worker processes.
 
     Args:
       source, config: `config.batch_size` is the global batch.
-      first_step: the first batch's number.
-      rows: which entries of the global batch this process loads; None is all of them.
-      order: which example stands where (default: that of the config).
+      first_step: number of the first batch.
+      rows: entries of the global batch that this process loads; None for all.
+      order: which example stands where (default: the config's).
 
     Returns an iterator over {"image": uint8 [b, H, W, 3], "broken": int32 [b]} and, of class models,
     {"labels": int32 [b]}, of text models {"text_ids": int32 [b, t], "text_mask": bool [b, t]} or, from a
@@ -117,50 +117,50 @@ def make_batches(
     if data.num_workers:
         _try_worker()
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags; the commands here have none
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which our commands do not use
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=data.prefetch)
         return _from_workers(batches.to_iter_dataset(options).mp_prefetch(workers, _guard_worker))
-    threads = min(data.num_threads, data.prefetch)  # a thread works on one batch
+    threads = min(data.num_threads, data.prefetch)  # a thread loads one batch
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch)
     return iter(batches.to_iter_dataset(options))
 
 
 def _from_workers(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of worker processes. Raises OSError, which says what may help, if one has ended."""
+    """Yield the batches of worker processes. Raises OSError, which says what may help, if one ends."""
     try:
         yield from batches
     except (RuntimeError, OSError) as error:
         ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-        full = getattr(error, "errno", None) == errno.ENOSPC  # a loader writes nowhere else
+        full = getattr(error, "errno", None) == errno.ENOSPC  # loaders write nowhere else
         if not ended and not full:
             raise
         code = int(ended[1]) if ended else 0
         if full or code == -signal.SIGBUS:
             why = (
-                "/dev/shm, by which they send their batches, is full: make it larger (docker run "
+                "/dev/shm, through which they send batches, is full: make it larger (docker run "
                 "--shm-size=8g), empty it, or set config.data.num_workers=0, which loads in threads"
             )
         elif code < 0:
             why = f"one was ended by {signal.Signals(-code).name}; if memory ran out, lower their number"
         else:
-            why = f"one ended with code {code}; what it said stands above"
+            why = f"one ended with code {code}; its output is above"
         raise OSError(f"the worker processes of the loader (config.data.num_workers): {why}") from error
 
 
 def check_main_guard() -> None:
-    """Raises RuntimeError in a worker that has come here by running the script that started it."""
+    """Raise RuntimeError in a worker that is running the script that started it."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(NO_GUARD)
 
 
 def _try_worker() -> None:
-    """Raises RuntimeError if the script that runs cannot be imported, as each new process does.
+    """Raise RuntimeError if the running script cannot be imported, as each worker does.
 
-    Grain would wait for batches of such processes for ever.
+    Grain would wait forever for the batches of such workers.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or not spec.name.startswith("pixelflow_jax."):  # the commands here can
+    if spec is None or not spec.name.startswith("pixelflow_jax."):  # our commands can be imported
         process = multiprocessing.get_context("spawn").Process(target=int)
         process.start()
         process.join()
@@ -169,10 +169,10 @@ def _try_worker() -> None:
 
 
 def _guard_worker(index: int, count: int) -> None:
-    """Keeps a worker process alive through a SIGTERM, and lets it end with its parent.
+    """Keep a worker process alive through a SIGTERM, and end it with its parent.
 
-    A scheduler sends the signal to the whole group, and the parent needs batches until it has saved;
-    after a SIGKILL of the parent nobody else would stop its workers.
+    A scheduler signals the whole group, and the parent needs batches until it has saved. After a SIGKILL
+    of the parent, nothing else would stop its workers.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(ValueError):  # not the main thread
@@ -188,7 +188,7 @@ def _guard_worker(index: int, count: int) -> None:
 
 
 def look_at_captions(source: Source, config: ConfigDict) -> None:
-    """Warns of captions longer than the limit, among LOOKED_AT that are spread over the data."""
+    """Warn of captions above the length limit among LOOKED_AT spread over the data."""
     every = max(len(source) // LOOKED_AT, 1)
 
     def read(index: int) -> tuple[str, ...]:
@@ -203,9 +203,9 @@ def look_at_captions(source: Source, config: ConfigDict) -> None:
 
 
 def why_broken(source: Source, index: int, data: ConfigDict) -> str:
-    """One line on a broken example: its name and what is wrong with it."""
+    """Return a line about a broken example: its name and what is wrong with it."""
     try:
         transform(source[index][0], bucket_sizes(data), data.crop, False, np.random.default_rng(0))
     except OSError as error:
         return f"{source.name(index)}: {error}"
-    return f"{source.name(index)}: it can be read now"
+    return f"{source.name(index)}: reading it again succeeded"

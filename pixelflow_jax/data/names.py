@@ -1,4 +1,4 @@
-"""Names of examples: many in little memory, and the rules by which images find their captions."""
+"""Names of examples: kept in little memory, and matched between images and captions."""
 
 import array
 import collections
@@ -13,19 +13,15 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from etils import epath
-
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "valid", "validation", "test")
-LISTED = 5  # of the images that something is wrong with
-PART = re.compile(r"[A-Za-z][\w-]*")  # of an extension: "seg" in "1.seg.png", not the 4 in "img.4.png"
+LISTED = 5  # names that a message lists
+PART = re.compile(r"[A-Za-z][\w-]*")  # part of an extension: "seg" in "1.seg.png", not 4 in "img.4.png"
 
 
 class Strings:
-    """Many texts in two arrays: a list of a million would be copied, one by one, into every worker."""
+    """Many texts in two arrays, as every worker would copy a list of a million item by item."""
 
     def __init__(self, texts: Iterable[str]):
         buffer, ends = io.BytesIO(), array.array("q")
@@ -37,7 +33,7 @@ class Strings:
 
     @classmethod
     def of(cls, data: np.ndarray, ends: np.ndarray) -> "Strings":
-        """Those of which `data` and `ends` were kept."""
+        """Return the texts whose `data` and `ends` were stored."""
         made = cls(())
         made.data, made.ends = data, ends
         return made
@@ -51,32 +47,32 @@ class Strings:
         return os.fsdecode(self.data[begin:end].tobytes())
 
     def digest(self) -> str:
-        """SHA-256 of all of them, in their order."""
+        """Return the SHA-256 of all texts in order."""
         digest = hashlib.sha256(self.ends.data)
         digest.update(self.data.data)
         return digest.hexdigest()
 
 
 def plain(path: str) -> str:
-    """A path that may be written as on Windows, or with "./", as it is written here."""
+    """Return a path without "\\", "./" and the like."""
     return posixpath.normpath(path.replace("\\", "/"))
 
 
 def loose(path: str) -> str:
-    """What the ways to write a path have in common: %20, case and composed letters do not count."""
+    """Return what spellings of a path share: %20, case and composed letters do not count."""
     path = urllib.parse.unquote(plain(path)) if "%" in path else plain(path)
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 class Finder:
-    """Finds names as people write them among those that are there."""
+    """Find names, as people write them, among those that exist."""
 
     def __init__(self, names: Iterable[str]):
         self._names = set(names)
         self._loose: dict[str, list[str]] | None = None
 
     def __call__(self, asked: str) -> str | None:
-        """The name that is meant: the same one, or the only one that it is another way to write of."""
+        """Return the same name, or the only one with another spelling of it; None if there is none."""
         for name in (asked, plain(asked)):
             if name in self._names:
                 return name
@@ -89,7 +85,7 @@ class Finder:
 
 
 def stems(name: str) -> Iterator[str]:
-    """A path without its extension, and then without the parts before that could belong to it."""
+    """Yield a path without its extension, then without further parts that may belong to it."""
     folder, base = os.path.split(name)
     base, extension = os.path.splitext(base)
     while True:
@@ -100,11 +96,11 @@ def stems(name: str) -> Iterator[str]:
 
 
 def pair(images: Iterable[str], texts: Iterable[str]) -> tuple[dict[str, str], list[str], list[str]]:
-    """({image: its text}, images without a text, images that only stand beside another one).
+    """Return ({image: its text}, images without a text, images beside one that has the text).
 
-    Both have one name up to the last dot: "img.4.jpg" and "img.4.txt". Where there is no such text,
-    an extension may have several parts: "1.input.jpg" takes "1.txt" and "1.jpg" takes "1.caption.txt" if
-    nothing else can; "1.seg.png" stands beside "1.jpg", whose text "1.txt" is.
+    An image and its text share their name up to the last dot: "img.4.jpg" and "img.4.txt". Where there
+    is no such text, an extension may have several parts: "1.input.jpg" takes "1.txt", and "1.jpg" takes
+    "1.caption.txt", if nothing else can; "1.seg.png" is beside "1.jpg", which "1.txt" belongs to.
     """
     by_stem = {next(stems(text)): text for text in texts}
     find, found, rest = Finder(by_stem), {}, []
@@ -138,26 +134,9 @@ def pair(images: Iterable[str], texts: Iterable[str]) -> tuple[dict[str, str], l
 
 
 def say_beside(where: str, images: list[str]) -> None:
-    """Logs that images are left out, as the caption belongs to another one of the same name."""
+    """Log images that are left out because their caption belongs to another image of the same name."""
     if images:
         log.warning(
-            "%s: %d images are left out, as their captions are of others beside them: %s",
+            "%s: %d images are left out, as their captions belong to others beside them: %s",
             *(where, len(images), ", ".join(images[:LISTED])),
         )
-
-
-def split_root(path: str, split: str) -> str:
-    """The folder of a split: path/split; for "train" the path itself, if no split has a folder there."""
-    root = epath.Path(path)
-    if not root.is_dir():
-        raise UserError(f"config.data.path={path} is not a folder")
-    if (root / split).is_dir():
-        return str(root / split)
-    folders = files.list_folders(root)
-    there = [name for name in SPLITS if name in folders]
-    if there or split != "train":
-        raise UserError(
-            f"config.data.split={split!r}: there is no {path}/{split}; splits there: "
-            f"{', '.join(there) or 'none'}"
-        )
-    return str(root)

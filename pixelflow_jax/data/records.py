@@ -1,8 +1,8 @@
-"""ArrayRecord shards of encoded images: what `python -m pixelflow_jax.pack` writes, and its reader.
+"""Write and read ArrayRecord shards of encoded images, the format of `python -m pixelflow_jax.pack`.
 
-A record is the label (int32, little-endian) and then the encoded image. In place of a label, captioned
-images have -1 - n, and then n bytes: their captions as a JSON list. manifest.json names the
-shards and how many records each must hold.
+A record is the label (int32, little-endian), then the encoded image. Captioned images have -1 - n in
+place of the label, then n bytes: their captions as a JSON list. manifest.json lists the shards and how
+many records each must hold.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from PIL import Image
 from pixelflow_jax.common import files
 from pixelflow_jax.common.claims import Description, claim
 from pixelflow_jax.common.errors import UserError, blame, optional
+from pixelflow_jax.data.base import Source
 from pixelflow_jax.data.texts import some
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,11 @@ def _array_record(module: str):
     return optional(f"array_record.python.{module}", "data", "an ArrayRecord file")
 
 
-class RecordSource:
-    """Random access to a folder of shards (a Source, see sources.py).
+class RecordSource(Source):
+    """Random access to a folder of shards.
 
     Raises:
-      UserError: if there is no whole manifest, or a shard is missing or has another length.
+      UserError: if the manifest is missing or incomplete, or a shard is missing or has another length.
     """
 
     def __init__(self, path: str, split: str):
@@ -45,7 +46,7 @@ class RecordSource:
         if packed != split:
             raise UserError(f"{path} holds the split {packed!r}, config.data.split is {split!r}")
         if not manifest["complete"]:
-            raise UserError(f"{path} is not packed to the end; run the same pack command again")
+            raise UserError(f"{path} is not completely packed; run the same pack command again")
         self.num_classes = manifest["num_classes"]
         self.captioned = manifest.get("captioned", False)
         self.classes, self.present = manifest.get("classes", []), manifest.get("present")
@@ -53,7 +54,7 @@ class RecordSource:
         self._counts = [shard["records"] for shard in manifest["shards"]]
         self._path = path
         reader_module = _array_record("array_record_data_source")
-        with blame(f"{path} has a shard that cannot be read"):  # riegeli has its own kinds of errors
+        with blame(f"{path} has a shard that cannot be read"):  # riegeli has its own errors
             names = [f"{path}/{name}" for name in self._names]
             self._reader = reader_module.ArrayRecordDataSource(names)
             found = len(self._reader)
@@ -73,7 +74,7 @@ class RecordSource:
             return body[-1 - label :], captions
 
     def digest(self) -> str:
-        """Of what each shard holds, by numbers and sizes: its name and place do not count."""
+        """Return a digest of the shards' counts and sizes; their names and place do not matter."""
         sizes = [(epath.Path(self._path) / name).stat().length for name in self._names]
         known = [self.num_classes, self.captioned, self._counts, sizes]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -84,7 +85,7 @@ class RecordSource:
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """The manifest of a folder of shards. Raises UserError if it is missing or not one."""
+    """Return the manifest of a folder of shards. Raises UserError if it is missing or malformed."""
     manifest = files.read_json(epath.Path(path) / MANIFEST)
     if not isinstance(manifest, dict) or not {"complete", "shards", "num_classes"} <= manifest.keys():
         raise UserError(f"{path}/{MANIFEST} is not a manifest of packed images")
@@ -92,10 +93,10 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Callable = iter) -> int:
-    """Writes every example of `source` to shards in `out`; returns how many shards it wrote.
+    """Write every example of `source` to shards in `out`; return how many shards were written.
 
-    Shard k holds the examples [k, k + 1) x shard_size, so a packing that was stopped goes on with
-    the shards that are missing. `origin` says what is packed, and must agree when going on.
+    Shard k holds the examples [k, k + 1) x shard_size, so an interrupted packing continues with the
+    missing shards. `origin` says what is packed, and must agree with a packing that is continued.
 
     Raises:
       UserError: if `out` holds something else.
@@ -109,9 +110,9 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
         "complete": False,
         "origin": {**origin, "names": _names_digest(source)},
         "num_classes": source.num_classes,
-        "classes": list(getattr(source, "classes", [])),
-        "present": getattr(source, "present", None),
-        "captioned": getattr(source, "captioned", False),
+        "classes": list(source.classes),
+        "present": source.present,
+        "captioned": source.captioned,
         "shards": [dict(name=n, records=s) for n, s in zip(names, sizes, strict=True)],
     }
 
@@ -138,12 +139,12 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
 
 
 def _readable(source, index: int) -> tuple[bytes | np.ndarray, int | tuple[str, ...]]:
-    """An example; of one that is broken a place without image and caption, which is broken as well."""
+    """Return an example; a broken one becomes a record without image and caption, also broken."""
     try:
         return source[index]
     except OSError as error:
         log.warning("broken example %d: %s", index, error)
-        return b"", () if getattr(source, "captioned", False) else 0
+        return b"", () if source.captioned else 0
 
 
 def _head(label: int | tuple[str, ...]) -> bytes:
@@ -160,7 +161,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _names_digest(source) -> str:
-    """A digest of all examples' names, so that shards of two states of a folder are not mixed."""
+    """Return a digest of all names, so that shards of two states of a folder are not mixed."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(source.name(index).encode("utf-8", "surrogateescape") + b"\n")

@@ -1,4 +1,4 @@
-"""An index of what stands where in WebDataset tar shards."""
+"""An index of the members of WebDataset tar shards."""
 
 import collections
 import concurrent.futures
@@ -24,13 +24,13 @@ from pixelflow_jax.distributed import hosts
 
 log = logging.getLogger(__name__)
 INDEX = "tar_index.npz"  # in the workdir, or beside the shards
-THREADS = 8  # that read shards for it; of a bucket's, each holds files.BLOCK bytes
+THREADS = 8  # that read shards; for a bucket, each holds files.BLOCK bytes
 
-Index = tuple[Strings, np.ndarray]  # "SHARD:KEY", and [number of the shard, what _contents says]
+Index = tuple[Strings, np.ndarray]  # "SHARD:KEY", and [number of the shard, columns of _contents]
 
 
 def list_shards(root: str) -> list[tuple[str, int, str]]:
-    """(name, size, time of change) of the *.tar files in a folder, local or gs://, by one listing."""
+    """Return (name, size, modification time) of the *.tar files in a folder, from one listing."""
     system, place = fsspec.core.url_to_fs(root)
     with files.reading():
         found = system.ls(place, detail=True)
@@ -41,9 +41,10 @@ def list_shards(root: str) -> list[tuple[str, int, str]]:
 
 
 def load_index(root: str, shards: list, places: list[epath.Path], watch: Callable[[str], None]) -> Index:
-    """The index of the shards, from the first of these places that has it, or made and put at the first.
+    """Return the index of the shards from the first place that has it; make it otherwise.
 
-    Process 0 makes it for all. Where it cannot be written, or is not seen, each does so on its own.
+    Process 0 makes it for all, and writes it to the first place. Where that cannot be written, or others
+    do not see it, each process makes its own.
 
     Raises:
       UserError: if a shard cannot be read, or an image has no caption.
@@ -55,12 +56,12 @@ def load_index(root: str, shards: list, places: list[epath.Path], watch: Callabl
             try:
                 found = _scan(root, shards, watch)
                 _write(places[0], shards, found)
-            except Exception as error:  # the others must not wait for ever
+            except Exception as error:  # the others must not wait forever
                 problem = error
         if several:
             hosts.barrier("the shards are read")
             if not np.all(multihost_utils.process_allgather(np.array(problem is None))):
-                raise problem or UserError(f"process 0 cannot read the shards in {root}: see there")
+                raise problem or UserError(f"process 0 cannot read the shards in {root}: see its log")
         elif problem is not None:
             raise problem
     return found or _read(shards, places[:1]) or _scan(root, shards, watch)
@@ -68,7 +69,7 @@ def load_index(root: str, shards: list, places: list[epath.Path], watch: Callabl
 
 def _read(shards: list, places: list[epath.Path]) -> Index | None:
     for path in places:
-        with contextlib.suppress(Exception):  # there is none, or it is damaged: it is made again
+        with contextlib.suppress(Exception):  # missing or damaged: it is made again
             with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as kept:
                 if kept["shards"].tobytes() == _described(shards):
                     return Strings.of(kept["keys"], kept["ends"]), kept["places"]
@@ -85,7 +86,7 @@ def _write(path: epath.Path, shards: list, index: Index) -> None:
         ends=keys.ends,
         places=places,
     )
-    with contextlib.suppress(OSError):  # a folder that may only be read
+    with contextlib.suppress(OSError):  # a read-only folder
         files.write_bytes(path, buffer.getvalue())
 
 
@@ -109,7 +110,7 @@ def _scan(root: str, shards: list, watch: Callable[[str], None]) -> Index:
 
 
 def _contents(path: str) -> tuple[list[str], np.ndarray, list[str]]:
-    """Keys of a shard in order, [place, size of the image, of the caption, is JSON], other kinds."""
+    """Return a shard's keys, [offset, size of image, of caption, is JSON], and the other kinds in it."""
     images, texts, beside, kinds = {}, {}, [], []
     try:
         with files.reading(), files.open_file(path) as file:

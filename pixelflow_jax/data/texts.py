@@ -1,4 +1,4 @@
-"""Captions as people write them: lines of a .txt, JSON, metadata.jsonl and metadata.csv."""
+"""Read captions as people write them: lines of a .txt, JSON, metadata.jsonl and metadata.csv."""
 
 import csv
 import io
@@ -10,11 +10,11 @@ from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError, blame
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-KEYS = ("text", "caption", "captions", "prompt")  # of a line of metadata, or of a .json in a tar
+KEYS = ("text", "caption", "captions", "prompt")  # in a line of metadata, or a .json in a tar
 
 
 def captions_of(values: dict[str, Any], where: str) -> tuple[str, ...]:
-    """The captions in a JSON object, under one of KEYS. Raises UserError if there are none."""
+    """Return the captions under one of KEYS in a JSON object. Raises UserError if there are none."""
     for key in KEYS:
         if key in values:
             found = values[key] if isinstance(values[key], list) else [values[key]]
@@ -27,7 +27,7 @@ def captions_of(values: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def some(captions: Iterable[str]) -> tuple[str, ...]:
-    """The captions of an example. Raises OSError, as for a broken image, if all are blank."""
+    """Return an example's captions. Raises OSError, as for a broken image, if all are blank."""
     found = tuple(captions)
     if not any(text.strip() for text in found):
         raise OSError("its caption is empty")
@@ -35,7 +35,7 @@ def some(captions: Iterable[str]) -> tuple[str, ...]:
 
 
 def decode_captions(data: bytes, where: str) -> tuple[str, ...]:
-    """The captions in a .txt, one a line. Raises OSError, as for a broken image."""
+    """Return the captions in a .txt, one per line. Raises OSError, as for a broken image."""
     try:
         lines = files.split_lines(files.decode_text(data))
     except UnicodeDecodeError as error:
@@ -47,7 +47,7 @@ def decode_captions(data: bytes, where: str) -> tuple[str, ...]:
 
 
 def read_metadata(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(file name as it is written, captions), of a metadata.jsonl or .csv, line by line."""
+    """Yield (file name as written, captions) per line of a metadata.jsonl or .csv."""
     data = files.read_bytes(path)
     try:
         text = files.decode_text(data)
@@ -72,7 +72,7 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_lines(text: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The separator is the one with which there is a column file_name."""
+    """Read the lines with the separator that gives a column file_name."""
     head = files.split_lines(text)[:1]
     for separator in ",;\t":
         columns = [name.strip() for name in next(csv.reader(head, delimiter=separator), ())]

@@ -1,4 +1,4 @@
-"""From an encoded image to the pixels of a training example, by Pillow."""
+"""Turn an encoded image into the pixels of a training example, with Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,13 @@ from PIL import Image
 
 from pixelflow_jax.data.pixels import BrokenImage, Size, decode
 
-MARGIN = 1.125  # how much larger than needed an image becomes before a random crop
+MARGIN = 1.125  # scale, relative to the least one, of an image before a random crop
 
 
 def random_crop(image: Image.Image, size: Size, rng: np.random.Generator) -> Image.Image:
-    """A random part of (height, width) of the image at 1.125 x what just covers that (Lanczos).
+    """Return a random crop of (height, width) from the image at 1.125 x its covering size (Lanczos).
 
-    Only the part is computed: Pillow's `box` gives the pixels that cropping the whole resized
-    image would.
+    Only the crop is computed: Pillow's `box` gives the same pixels as cropping the resized image.
     """
     (width, height), (least_h, least_w) = image.size, (int(MARGIN * side) for side in size)
     if width * least_h <= height * least_w:
@@ -31,14 +30,14 @@ def random_crop(image: Image.Image, size: Size, rng: np.random.Generator) -> Ima
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """ADM's centre crop: halved by a box filter while it can be, bicubic the rest of the way."""
-    wanted = size[::-1]  # as Pillow has it: (width, height)
+    """Return ADM's centre crop: halved with a box filter while possible, then bicubic."""
+    wanted = size[::-1]  # (width, height), as in Pillow
     while all(have >= 2 * want for have, want in zip(image.size, wanted, strict=True)):
         image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
     scale = max(want / have for have, want in zip(image.size, wanted, strict=True))
     new = tuple(round(side * scale) for side in image.size)
     left, top = ((n - want) // 2 for n, want in zip(new, wanted, strict=True))
-    if max(new) > 8 * max(wanted):  # a thin strip: compute the part alone
+    if max(new) > 8 * max(wanted):  # a thin strip: compute the crop alone
         x, y = image.size[0] / new[0], image.size[1] / new[1]
         box = (left * x, top * y, (left + wanted[0]) * x, (top + wanted[1]) * y)
         return image.resize(wanted, Image.BICUBIC, box=box)
@@ -47,7 +46,7 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def nearest_size(sizes: Sequence[Size], height: int, width: int) -> Size:
-    """The one of `sizes` whose aspect ratio is nearest to that of an image."""
+    """Return the size whose aspect ratio is nearest to that of an image."""
     ratio = math.log(max(height, 1) / max(width, 1))
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
@@ -55,10 +54,10 @@ def nearest_size(sizes: Sequence[Size], height: int, width: int) -> Size:
 def transform(
     data: bytes | np.ndarray, sizes: Sequence[Size], crop: str, flip: bool, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes, crops (`crop` is one of CROPS) to the nearest of `sizes`, mirrors half if `flip`.
+    """Return an image decoded, cropped to the nearest of `sizes`, and mirrored half the time if `flip`.
 
     Raises:
-      BrokenImage: if the data is no image, or has another size and crop is "none".
+      BrokenImage: if the data is not an image, or has another size and `crop` is "none".
     """
     if crop == "none" and isinstance(data, np.ndarray) and data.shape in [(*s, 3) for s in sizes]:
         pixels = data

@@ -1,4 +1,4 @@
-"""The official network's weights and config, to ours and back."""
+"""Convert the official network's weights and config to ours and back."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ Params = dict[str, Any]
 
 
 class Rule(NamedTuple):
-    """One official array: its name, our path, and how its axes go there and back."""
+    """An official array: its name, our path, and how to convert it there and back."""
 
     official: str
     ours: tuple[str, ...]
@@ -42,7 +42,7 @@ def _attention(official: str, ours: str) -> list[Rule]:
 
 
 def _block_rules(text: bool) -> list[Rule]:
-    """Names within `transformer_blocks.<i>` and within our stacked `blocks`."""
+    """Return the rules within `transformer_blocks.<i>` and within our stacked `blocks`."""
     rules = _dense("norm1.linear", "modulation") + _attention("attn1", "self_attention")
     if text:
         rules.append(Rule("norm2.weight", ("cross_norm", "scale")))
@@ -52,7 +52,7 @@ def _block_rules(text: bool) -> list[Rule]:
 
 
 def _outer_rules(patch_size: int, classes: bool) -> list[Rule]:
-    """Everything outside the blocks. Their patches are (channel, row, column), ours channel last."""
+    """Return the rules outside the blocks. Official patches have channels first, ours last."""
     if not isinstance(patch_size, int):
         raise UserError(f"the official network has one patch size for all stages, not {patch_size}")
 
@@ -76,7 +76,7 @@ def _outer_rules(patch_size: int, classes: bool) -> list[Rule]:
 
 
 def official_names(config: ConfigDict) -> set[str]:
-    """The names of all arrays of the official network of this config."""
+    """Return the names of all arrays of the official network of this config."""
     model = config.model
     outer = {rule.official for rule in _outer_rules(model.patch_size, model.num_classes > 0)}
     block = {rule.official for rule in _block_rules(model.context_dim > 0)}
@@ -84,10 +84,10 @@ def official_names(config: ConfigDict) -> set[str]:
 
 
 def from_official(state: State, config: ConfigDict) -> Params:
-    """Our parameters (float32) from an official state dict.
+    """Return our parameters (float32) from an official state dict.
 
     Raises:
-      UserError: names every key that is missing, left over, or of a wrong shape.
+      UserError: if keys are missing, unknown or of a wrong shape; names them.
     """
     shapes = flatten_dict(abstract_params(build_model(config)))
     left, params, missing, shapeless = dict(state), {}, [], []
@@ -123,10 +123,10 @@ def _some(names: list[str]) -> str:
 
 
 def to_official(params: Params, config: ConfigDict) -> State:
-    """The official state dict (float32) from our parameters; a gate on cross-attention is folded in.
+    """Return the official state dict (float32) from ours; folds in a gate on cross-attention.
 
     Raises:
-      UserError: if a text encoder is part of the model, which official weights have no place for.
+      UserError: if the model has a text encoder, for which official weights have no place.
     """
     if TEXT in params:
         raise UserError("this model has a text encoder of its own, which official weights cannot hold")
@@ -145,7 +145,7 @@ def to_official(params: Params, config: ConfigDict) -> State:
 
 
 def official_config(values: dict[str, Any]) -> ConfigDict:
-    """Our config from the contents of an official config.yaml.
+    """Return our config from the contents of an official config.yaml.
 
     Raises:
       UserError: if a key is missing or the network is of a kind that was never released.
@@ -182,7 +182,7 @@ def official_config(values: dict[str, Any]) -> ConfigDict:
 
 
 def official_yaml(config: ConfigDict) -> dict[str, Any]:
-    """The contents of an official config.yaml from our config."""
+    """Return the contents of an official config.yaml from our config."""
     model = config.model
     if abs(config.cascade.gamma + 1 / 3) > 1e-6:
         raise UserError(f"the official network has cascade.gamma -1/3, not {config.cascade.gamma}")
@@ -208,7 +208,7 @@ def official_yaml(config: ConfigDict) -> dict[str, Any]:
 
 
 def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path, epath.Path]:
-    """(weights, config.yaml) of a folder, or of a weights file with a config beside it."""
+    """Return (weights, config.yaml) of a folder, or of a weights file with a config beside it."""
     if not source.is_file():
         wanted = ("config.yaml", *(f"*{kind}" for kind in (*KINDS, INDEX)))
         source = files.folder_or_hub(str(source), "--source:", wanted)
@@ -216,7 +216,7 @@ def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path,
     weights = source
     if source.is_dir():
         names = files.list_files(source)
-        found = [source / name for name in names if name.endswith(INDEX)][-1:]  # safetensors' is last
+        found = [source / name for name in names if name.endswith(INDEX)][-1:]  # safetensors sort last
         found = found or [source / name for name in names if name.endswith(KINDS)]
         if len(found) != 1:
             names = ", ".join(path.name for path in found) or "none"
@@ -231,12 +231,12 @@ def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path,
 def read_official(
     source: epath.PathLike, config: str | None = None, weights: str = "auto"
 ) -> tuple[Params, ConfigDict]:
-    """Our parameters and config from official ones.
+    """Return our parameters and config from official ones.
 
     Args:
       source: a folder (or hub id) with one weights file and config.yaml, or the weights file.
       config: the config.yaml, if it is elsewhere.
-      weights: which of several sets of weights, see `weights.find`.
+      weights: which of several sets of weights (see `weights.find`).
 
     Raises:
       UserError: if a file is missing or unreadable, or an array is missing, unknown or misshapen.

@@ -1,8 +1,8 @@
-"""Weights as other programs save them: reading files, and finding the network's arrays in them.
+"""Read weights that other programs saved, and find a network's arrays in them.
 
-A training's file holds several sets of weights, at some depth and under the names of wrappers. Which
-arrays are the network's is told by their own names, whatever the sets are called. No code of a file
-is run.
+A training's file holds several sets of weights, at some depth and under the names of wrappers. The
+arrays' own names tell which belong to the network, whatever the sets are called. No code in a file is
+run.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from pixelflow_jax.common.errors import UserError, blame, optional
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 KINDS = (*TORCH, ".safetensors", ".npz")
-INDEX = ".index.json"  # the end of the name of a file that says which arrays are in which other file
-# Parts of names that wrappers put in, anywhere
+INDEX = ".index.json"  # suffix of a file that maps arrays to other files
+# Parts that wrappers insert anywhere in names
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 AVERAGES = re.compile(r"(^|[._])(ema|shadow|average)")
 State = dict[str, np.ndarray]
 
 
 class Leaf(NamedTuple):
-    """An array of a file: the dicts that it lies in, its name there, and how to read it."""
+    """An array of a file: the dicts around it, its name there, and how to read it."""
 
     level: tuple[str, ...]
     name: tuple[str, ...]  # split at the dots
@@ -41,24 +41,24 @@ class Leaf(NamedTuple):
 
 
 def read_state(path: epath.PathLike, known: Callable[[str], bool], weights: str = "auto") -> State:
-    """The arrays of a file that `find` finds."""
+    """Return the arrays of a file that `find` finds."""
     return {name: read() for name, read in find(path, known, weights).items()}
 
 
 def find(
     path: epath.PathLike, known: Callable[[str], bool], weights: str = "auto"
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """A network's arrays in a weights file, by their own names, each with a function that reads it.
+    """Return {name: function that reads it} of a network's arrays in a weights file.
 
     Args:
       path: .pt, .pth, .ckpt or .bin (PyTorch's, weights only), .safetensors, .npz (no pickle), or an
         .index.json beside such files.
-      known: tells the names that arrays of this network have.
-      weights: which of several sets: its name as errors show it, a part of that name, or "auto": the
-        only one, or the only average.
+      known: whether a name is that of an array of this network.
+      weights: which of several sets: its name as errors show it, a part of that name, or "auto" for the
+        only set or the only average.
 
     Raises:
-      UserError: for a file that is not what its name says, without such arrays, or with several sets.
+      UserError: if the file is not what its suffix says, holds no such arrays, or several sets fit.
     """
     path = epath.Path(path)
     if not path.name.endswith((INDEX, *KINDS)):
@@ -74,7 +74,7 @@ def find(
         averages = weights == "auto" and [name for name in sets if AVERAGES.search(name)]
         fitting = averages or [name for name in sets if weights in name.split(".")]
     if len(fitting) != 1:
-        asked = "" if weights == "auto" else f", of which {weights!r} tells no one"
+        asked = "" if weights == "auto" else f", of which {weights!r} names none or several"
         raise UserError(
             f"{path} holds these sets of weights: {', '.join(sets)}{asked}; choose one with `convert "
             f"--weights=NAME`"
@@ -83,7 +83,7 @@ def find(
 
 
 def _sets(leaves: list[Leaf], known: Callable[[str], bool]) -> dict[str, dict[str, Callable]]:
-    """The sets of weights among arrays, by name: dicts, or prefixes, under which known names stand."""
+    """Return {name: arrays} of the sets of weights: dicts or prefixes that hold known names."""
     counts: collections.Counter = collections.Counter()
     for level, name, _ in leaves:
         ends = (i for i in reversed(range(len(name))) if name[i] not in WRAPPERS)
@@ -110,7 +110,7 @@ def _open(path: epath.Path) -> Iterator[Leaf]:
         for name in _shards(path):
             yield from _open(path.parent / name)
         return
-    with blame(f"{path} cannot be read as {path.suffix}"):  # each reader raises its own kinds
+    with blame(f"{path} cannot be read as {path.suffix}"):  # each reader raises its own errors
         if path.suffix == ".safetensors":
             found = _open_safetensors(path)
         elif path.suffix == ".npz":
@@ -129,7 +129,7 @@ def _read(path: epath.Path, name: str, read: Callable) -> np.ndarray:
 
 
 def _shards(path: epath.Path) -> list[str]:
-    """The files that an index names, which stand beside it."""
+    """Return the files that an index names, which must stand beside it."""
     index = files.read_json(path)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -137,33 +137,33 @@ def _shards(path: epath.Path) -> list[str]:
     names = sorted(set(places.values()))
     for name in names:
         if "/" in name or not name.endswith(KINDS) or not (path.parent / name).exists():
-            raise UserError(f"{path} names {name}, which is no weights file beside it")
+            raise UserError(f"{path} names {name}, which is not a weights file beside it")
     return names
 
 
 def _open_safetensors(path: epath.Path) -> dict[str, Callable]:
     from safetensors import safe_open
 
-    hardware.local_devices()  # what it reads with goes over one
+    hardware.local_devices()  # reading goes over a device
     with contextlib.ExitStack() as stack:
         local = stack.enter_context(files.open_file(path))
-        if "://" in str(path):
+        if files.is_remote(path):
             copy = stack.enter_context(tempfile.NamedTemporaryFile())
             shutil.copyfileobj(local, copy)
             copy.flush()
             local = copy
-        file = safe_open(local.name, framework="flax")  # unlike numpy's, reads bfloat16
+        file = safe_open(local.name, framework="flax")  # unlike numpy's, it reads bfloat16
     return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
 
 
 def load_torch() -> Any:
-    """PyTorch. Raises UserError if it is not there."""
-    return optional("torch", "convert", "a file of PyTorch's")
+    """Return the module torch. Raises UserError if it is not installed."""
+    return optional("torch", "convert", "a PyTorch file")
 
 
 def _load_torch(path: epath.Path) -> Any:
     torch = load_torch()
-    # The official training keeps its flags in its checkpoints: a Namespace, which is data alone.
+    # The official training keeps its flags in its checkpoints, in a Namespace, which is only data.
     with files.open_file(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -178,7 +178,7 @@ def _load_torch(path: epath.Path) -> Any:
 
 
 def _walk(tree: Any, path: epath.Path, level: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """The tensors in dicts and lists of PyTorch's, float32 if they are numbers with fractions."""
+    """Yield the tensors in nested dicts and lists; floating-point ones become float32."""
     if isinstance(tree, Mapping):
         items = tree.items()
     else:

@@ -1,8 +1,8 @@
 """A cache of text states, so that a frozen encoder sees each caption once.
 
-A folder of shards, each a safetensors file: `keys` (uint64, of the texts), `ends` (of each's states)
-and `states` (bfloat16 as uint16 [all tokens, width], no padding); and manifest.json, which says what
-encoder they are of. A shard is written whole or not at all; a text that one holds is not encoded again.
+It is a folder of safetensors shards with `keys` (uint64, of the texts), `ends` (of each text's states)
+and `states` (bfloat16 as uint16 [all tokens, width], no padding), and manifest.json, which identifies
+the encoder. A shard is written whole or not at all; a text in a shard is not encoded again.
 """
 
 import bisect
@@ -21,11 +21,11 @@ from pixelflow_jax.common.claims import Description, claim
 from pixelflow_jax.common.errors import UserError, blame
 
 MANIFEST = "manifest.json"
-SHORTEST = 16  # tokens a text is padded to, at least, while it is encoded
+SHORTEST = 16  # least number of tokens that a text is padded to for encoding
 
 
 def text_key(text: str) -> int:
-    """64 bits of a text's SHA-256: among ten million texts, two are the same once in 370,000 caches."""
+    """Return 64 bits of a text's SHA-256: ten million texts collide in one of 370,000 caches."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
@@ -33,8 +33,8 @@ class EmbeddingCache:
     """Text states by text.
 
     Raises:
-      UserError: if the folder is no cache, or of states of another width or of texts that were cut at
-        another length, or not on a disk.
+      UserError: if the folder is not a cache, is not on a disk, or has states of another width or
+        texts that were truncated to another length.
     """
 
     def __init__(self, path: str, width: int | None = None, max_length: int | None = None):
@@ -42,7 +42,7 @@ class EmbeddingCache:
         _check_local(path)
         self.manifest = files.read_json(epath.Path(path) / MANIFEST)
         if not isinstance(self.manifest, dict) or "width" not in self.manifest:
-            raise UserError(f"{path}/{MANIFEST} is not of a cache of text states")
+            raise UserError(f"{path}/{MANIFEST} is not the manifest of a cache of text states")
         if width not in (None, self.manifest["width"]):
             raise UserError(
                 f"the cache {path} has states of {self.manifest['width']}, the model takes {width} "
@@ -53,7 +53,7 @@ class EmbeddingCache:
             raise UserError(
                 f"the texts of the cache {path} were cut at {cut or 'another number of'} tokens, "
                 f"config.text.max_length is {max_length}: encode again with --max_length={max_length} "
-                f"into a new folder, or set it to that of the cache"
+                f"into a new folder, or set config.text.max_length to the cache's"
             )
         self._shards = _shards(path)
         keys, places = [], []
@@ -74,7 +74,7 @@ class EmbeddingCache:
         return self._find(text) is not None
 
     def __call__(self, text: str) -> Float[np.ndarray, "t c"]:
-        """The states of a text, bfloat16. Raises UserError if the cache does not hold it."""
+        """Return the states of a text, bfloat16. Raises UserError if the cache does not hold it."""
         found = self._find(text)
         if found is None:
             raise UserError(
@@ -86,7 +86,7 @@ class EmbeddingCache:
         return states.view(ml_dtypes.bfloat16)
 
     def padded(self, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
-        """{"context": bfloat16 [n, max_length, c], "context_mask"}; longer texts keep their start."""
+        """Return {"context": bfloat16 [n, max_length, c], "context_mask"}; truncate long texts."""
         width = self.manifest["width"]
         context = np.zeros((len(texts), max_length, width), ml_dtypes.bfloat16)
         mask = np.zeros((len(texts), max_length), bool)
@@ -102,19 +102,19 @@ class EmbeddingCache:
 
 
 def _check_local(path: str) -> None:
-    if "://" in path:
-        raise UserError(f"{path}: a cache of text states is read at any place; copy it to a disk")
+    if files.is_remote(path):
+        raise UserError(f"{path}: a cache of text states needs random access; copy it to a disk")
 
 
 def _shards(path: str) -> list[str]:
     return [name for name in files.list_files(path) if name.endswith(".safetensors")]
 
 
-@functools.lru_cache(maxsize=256)  # a module's, as loaders pickle their cache
+@functools.lru_cache(maxsize=256)  # not a method, as loaders pickle their cache
 def _open(path: str):
     from safetensors import safe_open
 
-    with blame(f"{path} is not a shard of a cache of text states"):  # safetensors has its own kinds
+    with blame(f"{path} is not a shard of a cache of text states"):  # safetensors has its own errors
         return safe_open(path, framework="numpy")
 
 
@@ -133,12 +133,15 @@ def encode_texts(
     shard_size: int,
     progress: Callable = iter,
 ) -> tuple[int, int]:
-    """Adds texts to a cache; returns (how many texts it holds, how many were encoded now).
+    """Add texts to a cache; return how many texts it holds and how many were encoded.
 
     Args:
-      encode: gives the states of some texts, without padding.
-      out: the cache's folder, which is claimed.
-      manifest: of the encoder; must equal that of a cache that is there.
+      texts: texts to add; those that the cache holds are skipped.
+      encode: returns the states of texts, without padding.
+      out: folder of the cache, which is claimed.
+      manifest: identifies the encoder; must equal that of an existing cache.
+      shard_size: texts per shard.
+      progress: wraps the iteration over shards.
 
     Raises:
       UserError: as `claim`, and if `out` is not on a disk.
@@ -170,7 +173,7 @@ def _encode_missing(texts, encode, out: str, shard_size: int, progress: Callable
 
 
 def length_groups(lengths: Int[np.ndarray, " n"], batch: int, longest: int):
-    """(places, length) of batches of texts of about the same length: few shapes, little padding."""
+    """Yield (indices, length) of batches of texts of similar length: few shapes, little padding."""
     padded = np.minimum(SHORTEST * 2 ** np.ceil(np.log2(np.maximum(lengths / SHORTEST, 1))), longest)
     for length in np.unique(padded):
         places = np.flatnonzero(padded == length)

@@ -1,4 +1,4 @@
-"""Text encoders that are not trained with the model: T5 folders, as Hugging Face lays them out.
+"""Frozen text encoders: T5 folders as Hugging Face lays them out.
 
 A folder holds config.json, tokenizer.json or spiece.model, and model.safetensors, or several such files
 with model.safetensors.index.json.
@@ -28,19 +28,19 @@ from pixelflow_jax.text.tokenizer import Tokenizer, read_tokenizer, word_tokeniz
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 HUB_FILES = (CONFIG, "*.safetensors", INDEX, "tokenizer.json", "spiece.model")
-JOINT = "joint"  # config.text.encoder of an encoder that is trained with the model
+JOINT = "joint"  # value of config.text.encoder for an encoder that is trained with the model
 KNOWN = tuple(f"google/flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl"))
 
 
 def make_tokenizer(config: ConfigDict) -> Tokenizer:
-    """The tokenizer of a config's text encoder."""
+    """Return the tokenizer of a config's text encoder."""
     if config.text.encoder == JOINT:
         return word_tokenizer(config.text.words)
     return read_tokenizer(encoder_folder(config.text.encoder))
 
 
 def make_text_reader(config: ConfigDict) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
-    """Texts to what the loader ships of them: token ids with their mask, or states from the cache."""
+    """Return a function from texts to token ids with their mask, or to states from the cache."""
     length = config.text.max_length
     if config.text.cache:
         cache = EmbeddingCache(config.text.cache, config.model.context_dim, length)
@@ -53,60 +53,60 @@ def _token_ids(tokenizer: Tokenizer, length: int, texts: Sequence[str]) -> dict[
 
 
 def encoder_folder(name: str) -> epath.Path:
-    """The folder itself, or, for a hub id such as google/flan-t5-xl, where its files were downloaded.
+    """Return the folder itself or, for a hub id such as google/flan-t5-xl, the folder of its download.
 
     Raises:
-      UserError: if there is no such folder and the hub does not help either.
+      UserError: if there is no such folder and the hub does not have it either.
     """
     if not name:
         raise UserError(
-            "this text model needs a text encoder: --config.text.encoder (or, of `sample`, "
-            "--text_encoder) names a T5 folder or a hub id"
+            "this text model needs a text encoder: name a T5 folder or a hub id with "
+            "--config.text.encoder (for `sample`, with --text_encoder)"
         )
     return files.folder_or_hub(name, "the text encoder", HUB_FILES)
 
 
 def trusted_encoder(name: str, checkpoint: epath.PathLike) -> str:
-    """The encoder that a checkpoint's own config names, which may come from anywhere.
+    """Return the encoder that a checkpoint's config names, if it is safe to use.
 
-    A folder inside the checkpoint's, or one of KNOWN; so no checkpoint chooses what is downloaded, or
-    read with somebody's rights.
+    Safe are folders inside the checkpoint's, and KNOWN: a checkpoint from anywhere must not choose what
+    is downloaded, or read with the user's rights.
 
     Raises:
-      UserError: for another; names the flag with which a person says so.
+      UserError: for any other; names the flag that allows it.
     """
     if name in ("", JOINT, *KNOWN):
         return name
     path = files.absolute(checkpoint)
     folders = [path]
-    for depth, step in enumerate((path, path.parent)):  # the run's folder, if this is a step's in it
+    for depth, step in enumerate((path, path.parent)):  # the run's folder, if this is a step in it
         folders += [path.parents[depth]] if step.name == "checkpoints" else []
     for folder in map(str, folders):
-        place = os.path.join(folder, name) if "://" not in name else name
+        place = name if files.is_remote(name) else os.path.join(folder, name)
         if _real(place).startswith(_real(folder) + "/") and epath.Path(place).is_dir():
             return place
     raise UserError(
         f"--checkpoint={checkpoint} names {name} as its text encoder: no folder of its own, nor one of "
-        f"{', '.join(KNOWN)}. If that is what you want: --text_encoder={name}"
+        f"{', '.join(KNOWN)}. To allow it, add --text_encoder={name}"
     )
 
 
 def _real(path: str) -> str:
-    """A path without links and "..", by which to tell what is inside what."""
+    """Resolve links and "..", so that prefixes tell what is inside what."""
     scheme, mark, rest = path.rpartition("://")
     return f"{scheme}{mark}{os.path.normpath(rest)}" if mark else os.path.realpath(path)
 
 
 class TextEncoder:
-    """A frozen T5 on the devices of a mesh: token ids to states.
+    """A frozen T5 on the devices of a mesh, from token ids to states.
 
     Attributes:
-      config: its sizes; `config.d_model` is the width of the states.
-      params: split over the mesh by the rules of sharding.py.
+      config: sizes; `config.d_model` is the width of the states.
+      params: split over the mesh by the rules of distributed/sharding.py.
     """
 
     def __init__(self, name: str, mesh: Mesh, dtype=jnp.bfloat16, width: int | None = None):
-        """`width`: what the model takes (context_dim); raises UserError if the encoder has another."""
+        """Read the T5 folder or hub id `name`. Raises UserError if its states are not `width` wide."""
         folder = encoder_folder(name)
         self.config = T5Config.from_json(files.read_json(folder / CONFIG), str(folder / CONFIG))
         if width is not None and self.config.d_model != width:
@@ -124,15 +124,15 @@ class TextEncoder:
         )
 
     def condition(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Condition:
-        """{"context": states [b, t, d], "context_mask"}; b a multiple of the mesh's devices."""
+        """Return {"context": states [b, t, d], "context_mask"}; b is a multiple of the devices."""
         return {"context": self._encode({"params": self.params}, ids, mask), "context_mask": mask}
 
 
 def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
-    """Our parameters from a T5 folder.
+    """Return our parameters from a T5 folder.
 
     Raises:
-      UserError: if weights are missing, unreadable, or do not fit config.json.
+      UserError: if weights are missing or unreadable, or do not fit config.json.
     """
     names = [name for name in (INDEX, WEIGHTS) if (folder / name).exists()]
     if not names:
@@ -145,7 +145,7 @@ def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
 def warn_of_cuts(
     texts: Sequence[str], cut: Sequence[int], max_length: int, what: str = "prompt"
 ) -> None:
-    """Says on stderr, in a line, how many texts lose their ends, and of the longest how many tokens."""
+    """Warn on stderr how many texts are truncated, and by how many tokens the longest is."""
     count = int(np.count_nonzero(cut))
     if not count:
         return

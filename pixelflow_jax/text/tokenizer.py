@@ -1,4 +1,4 @@
-"""Tokenizers: a T5 folder's own, or whole words for an encoder that is trained with the model."""
+"""Tokenizers: that of a T5 folder, or whole words for an encoder that is trained with the model."""
 
 import functools
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError, blame, optional
 from pixelflow_jax.models.t5 import SPECIAL
 
-PAD, EOS, UNKNOWN = 0, 1, 2  # T5's numbers
+PAD, EOS, UNKNOWN = 0, 1, 2  # as in T5
 
 
 class Tokens(NamedTuple):
-    """Texts as numbers.
+    """Texts as token ids.
 
     Attributes:
-      ids: padded with PAD, each text ended by EOS.
+      ids: each text ends with EOS and is padded with PAD.
       mask: True where there is no padding.
-      cut: how many tokens of each text did not fit.
+      cut: tokens of each text that did not fit.
     """
 
     ids: Int[np.ndarray, "n t"]
@@ -29,18 +29,18 @@ class Tokens(NamedTuple):
     cut: Int[np.ndarray, " n"]
 
     def condition(self) -> dict[str, np.ndarray]:
-        """For the network: see models/conditioning.py."""
+        """Return the network's inputs (see models/conditioning.py)."""
         return {"text_ids": self.ids, "text_mask": self.mask}
 
 
 class Tokenizer:
-    """Texts to token ids. Make one with `word_tokenizer` or `read_tokenizer`."""
+    """Maps texts to token ids; `word_tokenizer` and `read_tokenizer` make one."""
 
     def __init__(self, encode, vocab_size: int):
         self._encode, self.vocab_size = encode, vocab_size
 
     def __call__(self, texts: Sequence[str], max_length: int) -> Tokens:
-        """At most `max_length` tokens a text, EOS among them; all padded to that length."""
+        """Return at most `max_length` tokens per text, EOS included, padded to that length."""
         ids = np.full((len(texts), max_length), PAD, np.int32)
         cut, lengths = np.zeros((2, len(texts)), np.int32)
         for row, text in enumerate(texts):
@@ -58,7 +58,6 @@ def _library():
 def _of_library(tokenizer) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
-
     return Tokenizer(functools.partial(_library_ids, tokenizer), tokenizer.get_vocab_size())
 
 
@@ -67,7 +66,7 @@ def _library_ids(tokenizer, text: str) -> list[int]:
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """Each of `words` is a token, and so is each punctuation mark among them; case does not count."""
+    """Return a tokenizer with a token per word or punctuation mark of `words`, in any case."""
     library = _library()
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *words))}
     model = library.models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN])
@@ -78,7 +77,7 @@ def word_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
-    """The tokenizer of a T5 folder: tokenizer.json, or spiece.model.
+    """Return the tokenizer of a T5 folder: tokenizer.json, or spiece.model.
 
     Raises:
       UserError: if neither is there, or it cannot be read.

@@ -141,10 +141,10 @@ def data_of(source: Source) -> dict[str, Any]:
     Raises:
       UserError: if the processes see different data.
     """
-    digest, classes = getattr(source, "digest", None), class_names(source)
+    classes = class_names(source)
     found = {
         "examples": len(source),
-        "digest": digest() if digest else "",
+        "digest": source.digest(),
         "classes": {str(label): name for label, name in classes.items()},
     }
     check = hashlib.sha256(json.dumps(found).encode()).digest()[:16]

@@ -160,5 +160,5 @@ def test_hub_ids(tmp_path, monkeypatch):
     convert.main(["--source=some/model", f"--out={tmp_path / 'ours'}"])
     assert load_params(tmp_path / "ours")[1].model == config.model
     assert "config.yaml" in asked["some/model"]["allow_patterns"]
-    with pytest.raises(UserError, match="no/such is no folder, nor to be had from the hub: 404"):
+    with pytest.raises(UserError, match="no/such is neither a folder nor on the hub: 404"):
         convert.main(["--source=no/such", f"--out={tmp_path / 'none'}"])
