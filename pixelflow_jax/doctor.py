@@ -22,15 +22,21 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from packaging.requirements import Requirement
 
 from pixelflow_jax.aot.compiler import compile_program, memory_per_device
 from pixelflow_jax.common import cli, files, hardware, locks
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.common.hardware import GIB
-from pixelflow_jax.config import parse_flags
-from pixelflow_jax.distributed import hosts
+from pixelflow_jax.config import check_batch_size, parse_flags
+from pixelflow_jax.data.buckets import Shuffled, bucket_sizes
+from pixelflow_jax.data.loader import look_at_captions, make_batches, why_broken
+from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.distributed import hosts, sharding
 from pixelflow_jax.distributed.rollcall import Cluster, code_digest
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.programs import train_program
@@ -91,9 +97,6 @@ def examine(args, config, cluster: Cluster | None) -> list[dict[str, bool]]:
     }
     verdicts = [[look(name, check) for name, check in checks.items()]]
     if cluster:
-        import numpy as np
-        from jax.experimental import multihost_utils
-
         verdicts = multihost_utils.process_allgather(np.array(verdicts[0])).tolist()
     return [dict(zip(checks, passed, strict=True)) for passed in verdicts]
 
@@ -141,8 +144,6 @@ def dependencies() -> list[str]:
 
 def check_devices() -> str:
     """Check that JAX sees the accelerators of this machine."""
-    import jax
-
     local, devices = hardware.local_devices(), jax.devices()
     said = f"{len(devices)} x {devices[0].device_kind}, {len(local)} of them here"
     if devices[0].platform == "cpu":
@@ -164,9 +165,6 @@ def check_hosts(cluster: Cluster | None) -> str:
 
 def check_batch(config) -> str:
     """Check that the batch splits over the mesh."""
-    from pixelflow_jax.config import check_batch_size
-    from pixelflow_jax.distributed import sharding
-
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, context=config.mesh.context)
     shards = sharding.batch_shards(mesh)
     check_batch_size(config, shards)
@@ -175,10 +173,6 @@ def check_batch(config) -> str:
 
 def check_data(config, workdir: str) -> str:
     """Compare the data with those of the run to resume, and read the first batches."""
-    from pixelflow_jax.data.buckets import Shuffled, bucket_sizes
-    from pixelflow_jax.data.loader import look_at_captions, make_batches, why_broken
-    from pixelflow_jax.data.sources import load_source
-
     begin = time.perf_counter()
     try:
         source = load_source(config)
@@ -213,8 +207,6 @@ def check_memory(config, skip: bool, state_bytes: dict) -> str:
     """Compile the step for the devices here, and compare its memory with theirs."""
     if skip:
         raise Note("not estimated (--no_compile)")
-    import jax
-
     program = train_program(config, jax.devices())
     _, compiled, (_, seconds) = compile_program(config, program)
     state = jax.tree.leaves(program.arguments[0])
@@ -235,8 +227,6 @@ def check_memory(config, skip: bool, state_bytes: dict) -> str:
 
 def device_memory() -> int:
     """Return the memory of a device in bytes; CPU devices share the machine's."""
-    import jax
-
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

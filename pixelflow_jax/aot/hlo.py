@@ -2,18 +2,17 @@
 
 import collections
 import dataclasses
+import math
 import re
 
 import numpy as np
 
-ITEM_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
-ITEM_BYTES |= {"s16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bits of an item, sides
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 
 
@@ -39,11 +38,8 @@ class Collective:
 def array_bytes(text: str) -> int:
     """Return the total size in bytes of the array shapes in a piece of HLO."""
     total = 0
-    for dtype, dims in _ARRAY.findall(text):
-        size = ITEM_BYTES.get(dtype, 0)
-        for dim in filter(None, dims.split(",")):
-            size *= int(dim)
-        total += size
+    for bits, dims in _ARRAY.findall(text):
+        total += int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n) // 8
     return total
 
 
@@ -58,24 +54,21 @@ def collectives(text: str) -> list[Collective]:
     found: dict[str, Collective] = {}
     for name, lines in computations.items():
         for instruction, line in lines:
-            match = _OPCODE.search(line)
-            opcode = match.group(1) if match else ""
+            opcode = match[1] if (match := _OPCODE.search(line)) else ""
             kind = opcode.removesuffix("-start")
             if kind not in KINDS or not times[name]:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
             piece = channel and ("chain_id" in line or "async_collective" in line)
             key = f"{kind} {channel.group(1)}" if piece else f"{name} {instruction}"
-            source = re.search(r'op_name="([^"]*)"', line)
+            source, group = re.search(r'op_name="([^"]*)"', line), _first_group(line)
             result, _, operands = line.partition(f" {opcode}(")
-            operands = operands.split(")")[0]
             size = array_bytes(result)
             if opcode.endswith("-start"):  # (operands, results, ...): the larger half
                 size = max((array_bytes(part) for part in _top_level(result)), default=size)
             if kind == "reduce-scatter":
-                size = array_bytes(operands) or size * max(1, len(_first_group(line)))
-            origin = source.group(1) if source else ""
-            one = Collective(kind, times[name], size, origin, _first_group(line))
+                size = array_bytes(operands.split(")")[0]) or size * max(1, len(group))
+            one = Collective(kind, times[name], size, source[1] if source else "", group)
             if key not in found or found[key].bytes < one.bytes:
                 found[key] = one
     return list(found.values())

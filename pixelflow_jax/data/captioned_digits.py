@@ -39,13 +39,20 @@ WORDINGS = (
     "a {background} background with a {size} {colour} {digit} {place}",
     "{place}, a {size} {colour} {digit} on a {background} background",
 )
+NAMES = {  # of every value of an attribute
+    "digit": NUMBERS,
+    "colour": tuple(COLOURS),
+    "background": tuple(BACKGROUNDS),
+    "size": tuple(SIZES),
+    "place": tuple(PLACES),
+}
 LENGTH = 20_000  # pictures per epoch
 HOLD_OUT_EVERY = 4  # every 4th scan is in the split "test"
 
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What a caption says, as indices into NUMBERS, COLOURS, BACKGROUNDS, SIZES and PLACES."""
+    """What a caption says, as indices into NAMES."""
 
     digit: int
     colour: int
@@ -60,13 +67,7 @@ class Attributes:
 
     def words(self) -> dict[str, str]:
         """Return the names of the attributes."""
-        return {
-            "digit": NUMBERS[self.digit],
-            "colour": list(COLOURS)[self.colour],
-            "background": list(BACKGROUNDS)[self.background],
-            "size": list(SIZES)[self.size],
-            "place": list(PLACES)[self.place],
-        }
+        return {attribute: names[getattr(self, attribute)] for attribute, names in NAMES.items()}
 
     def captions(self) -> tuple[str, ...]:
         """Return a caption in every wording."""
@@ -75,8 +76,7 @@ class Attributes:
 
 def vocabulary() -> tuple[str, ...]:
     """Return all words and punctuation marks of the captions, sorted."""
-    lists = (NUMBERS, COLOURS, BACKGROUNDS, SIZES, PLACES, WORDINGS)
-    text = " ".join(part for names in lists for part in names)
+    text = " ".join(part for names in (*NAMES.values(), WORDINGS) for part in names)
     for mark in ",:":
         text = text.replace(mark, f" {mark} ")
     return tuple(sorted({word for word in text.split() if "{" not in word}))
@@ -85,9 +85,7 @@ def vocabulary() -> tuple[str, ...]:
 def draw_attributes(rng: np.random.Generator, held_out: bool) -> Attributes:
     """Draw uniformly from the combinations that are, or are not, held out."""
     while True:
-        found = Attributes(
-            *(int(rng.integers(len(x))) for x in (NUMBERS, COLOURS, BACKGROUNDS, SIZES, PLACES))
-        )
+        found = Attributes(*(int(rng.integers(len(names))) for names in NAMES.values()))
         if found.held_out == held_out and found.colour != found.background:
             return found
 

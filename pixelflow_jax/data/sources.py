@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable
@@ -116,21 +115,19 @@ def readable_captions(source: Source, index: int) -> tuple[str, ...]:
     raise UserError("no caption of the data can be read")
 
 
-@dataclasses.dataclass(frozen=True)
 class ArraySource(Source):
-    """Images in memory, all of one size."""
+    """Images in memory, all of one size.
 
-    images: UInt8[np.ndarray, "n h w 3"]
-    labels: Int[np.ndarray, " n"]
-    checksum: str = ""  # of the files that they are from; "" for what comes with a package
+    Args:
+      grey: stored as RGB.
+      labels: class of each image.
+      checksum: of the files they come from; "" for what comes with a package.
+    """
 
-    @property
-    def num_classes(self) -> int:
-        return int(self.labels.max()) + 1
-
-    @property
-    def present(self) -> list[int]:
-        return np.unique(self.labels).tolist()
+    def __init__(self, grey: UInt8[np.ndarray, "n h w"], labels: Int[np.ndarray, " n"], checksum=""):
+        self.images, self.labels = np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int32)
+        self.num_classes, self.present = int(labels.max(initial=-1)) + 1, np.unique(labels).tolist()
+        self._checksum = checksum
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,20 +139,20 @@ class ArraySource(Source):
         return f"image {index}"
 
     def digest(self) -> str:
-        return self.checksum
+        return self._checksum
 
 
 def digits(data: ConfigDict, split: str) -> ArraySource:
-    """Return scikit-learn's 1,797 handwritten digits, resized to `resolution` (bicubic), grey as RGB."""
+    """Return scikit-learn's 1,797 handwritten digits, resized to `resolution` (bicubic)."""
     scans, labels = load_scans(split, "digits")
     size = (data.resolution, data.resolution)
     scans = np.round(scans * (255 / 16)).astype(np.uint8)
-    grey = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in scans])
-    return ArraySource(np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int32))
+    grey = [np.asarray(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in scans]
+    return ArraySource(np.stack(grey), labels)
 
 
 def idx_files(data: ConfigDict, split: str) -> ArraySource:
-    """Return the images of MNIST-format files, grey as RGB, padded with black to `resolution`."""
+    """Return the images of MNIST-format files, padded with black to `resolution`."""
     grey, labels = idx.read_split(data.path, split)
     checksum = hashlib.sha256(grey.tobytes() + labels.tobytes()).hexdigest()
     height, width = grey.shape[1:]
@@ -165,10 +162,9 @@ def idx_files(data: ConfigDict, split: str) -> ArraySource:
                 f"{data.path} has images of {height}x{width}, more than config.data.resolution="
                 f"{data.resolution}; set --config.data.crop=center"
             )
-        before = [(data.resolution - size) // 2 for size in (height, width)]
-        after = [data.resolution - size - b for size, b in zip((height, width), before, strict=True)]
-        grey = np.pad(grey, [(0, 0), *zip(before, after, strict=True)])
-    return ArraySource(np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int32), checksum)
+        missing = [data.resolution - size for size in (height, width)]
+        grey = np.pad(grey, [(0, 0), *((n // 2, n - n // 2) for n in missing)])
+    return ArraySource(grey, labels, checksum)
 
 
 class FolderSource(NamedSource):

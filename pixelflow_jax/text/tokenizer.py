@@ -82,19 +82,15 @@ def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
     Raises:
       UserError: if neither is there, or it cannot be read.
     """
-    folder = epath.Path(folder)
-    for name, read in (("tokenizer.json", _read_json), ("spiece.model", _read_sentencepiece)):
-        if (folder / name).exists():
-            with blame(f"{folder / name} is not a tokenizer"):  # both libraries raise bare exceptions
-                return read(files.read_bytes(folder / name))
-    raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json nor spiece.model is there")
-
-
-def _read_json(data: bytes) -> Tokenizer:
-    return _of_library(_library().Tokenizer.from_str(data.decode()))
-
-
-def _read_sentencepiece(data: bytes) -> Tokenizer:
-    sentencepiece = optional("sentencepiece", "text", "spiece.model")
-    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-    return Tokenizer(functools.partial(processor.encode, out_type=int), processor.vocab_size())
+    names = files.list_files(folder)
+    name = next((name for name in ("tokenizer.json", "spiece.model") if name in names), None)
+    if name is None:
+        raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json nor spiece.model is there")
+    path = epath.Path(folder) / name
+    with blame(f"{path} is not a tokenizer"):  # both libraries raise bare exceptions
+        data = files.read_bytes(path)
+        if name == "tokenizer.json":
+            return _of_library(_library().Tokenizer.from_str(data.decode()))
+        sentencepiece = optional("sentencepiece", "text", "spiece.model")
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        return Tokenizer(functools.partial(processor.encode, out_type=int), processor.vocab_size())
