@@ -10,7 +10,7 @@ bounds on the step time at the chip's published peaks. Fails, with advice, if th
 
 from typing import Any
 
-from pixelflow_jax.aot.compiler import advice, measure, tpu_devices
+from pixelflow_jax.aot.compiler import measure, too_large, tpu_devices
 from pixelflow_jax.common import cli, files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.common.hardware import GIB
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     print(report(figures))
     if not figures["fits"]:
         memory = figures["memory_per_device"]["peak"], figures["hbm_per_device"]
-        raise UserError(advice(config, args.task, *memory))
+        raise UserError(too_large(config, args.task, *memory))
 
 
 def report(figures: dict[str, Any]) -> str:

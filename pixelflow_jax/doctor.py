@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from packaging.requirements import Requirement
 
-from pixelflow_jax.aot.compiler import compile_program, memory_per_device
+from pixelflow_jax.aot.compiler import advice, compile_program, memory_per_device
 from pixelflow_jax.common import cli, files, hardware, locks
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.common.hardware import GIB
@@ -218,10 +218,7 @@ def check_memory(config, skip: bool, state_bytes: dict) -> str:
         f"{seconds:.0f} s"
     )
     if needed > have:
-        raise Problem(
-            f"{said}. Raise --config.mesh.fsdp or --config.accumulation_steps, set "
-            f"--config.model.remat=full, or lower --config.batch_size"
-        )
+        raise Problem(f"{said}. {advice(config, 'train')}")
     return said
 
 

@@ -98,12 +98,18 @@ def compile_program(config: ConfigDict, program: Program):
             ) from None
         used, used_unit, limit, limit_unit = memory.groups()
         sizes = float(used) * UNITS[used_unit], float(limit) * UNITS[limit_unit]
-        raise UserError(advice(config, program.task, *sizes)) from None
+        raise UserError(too_large(config, program.task, *sizes)) from None
     return traced, compiled, (middle - begin, time.perf_counter() - middle)
 
 
-def advice(config: ConfigDict, task: str, needed: float, available: float) -> str:
-    """Return what to do about a program that needs more bytes per device than it has."""
+def too_large(config: ConfigDict, task: str, needed: float, available: float) -> str:
+    """Return a sentence on a program that needs more bytes per device than there are."""
+    sizes = f"{needed / GIB:.2f} GiB of {available / GIB:.2f} GiB per device"
+    return f"it does not fit: {sizes}. {advice(config, task)}"
+
+
+def advice(config: ConfigDict, task: str) -> str:
+    """Return what to do about a program that needs too much memory."""
     train, ways = task == "train", []
     if train and config.model.remat != "full":
         ways.append("--config.model.remat=full recomputes activations in the backward pass")
@@ -116,10 +122,7 @@ def advice(config: ConfigDict, task: str, needed: float, available: float) -> st
     if config.data.resolution >= 512:
         ways.append("--config.mesh.context=N lets N chips share each image's tokens")
     ways.append("more chips, or chips with more memory")
-    return (
-        f"it does not fit: {needed / GIB:.2f} GiB of {available / GIB:.2f} GiB per device. Ways out: "
-        + "; ".join(ways)
-    )
+    return f"Ways out: {'; '.join(ways)}"
 
 
 def memory_per_device(compiled) -> dict[str, int]:
