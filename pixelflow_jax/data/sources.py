@@ -126,7 +126,8 @@ class ArraySource(Source):
 
     def __init__(self, grey: UInt8[np.ndarray, "n h w"], labels: Int[np.ndarray, " n"], checksum=""):
         self.images, self.labels = np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int32)
-        self.num_classes, self.present = int(labels.max(initial=-1)) + 1, np.unique(labels).tolist()
+        self.num_classes = int(self.labels.max(initial=-1)) + 1
+        self.present = np.unique(labels).tolist()
         self._checksum = checksum
 
     def __len__(self) -> int:
