@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pixelflow_jax.common import cli, files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.config import default_config, parse_flags
-from pixelflow_jax.data.sources import captions_at, open_source
+from pixelflow_jax.data.sources import open_source
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.text.cache import encode_texts, length_groups
 from pixelflow_jax.text.encoder import TextEncoder, encoder_folder, warn_of_cuts
@@ -95,7 +95,7 @@ def all_captions(args: argparse.Namespace, config) -> Iterator[str]:
             raise UserError(f"config.data.source={config.data.source} has no captions")
         for index in range(len(source)):
             try:
-                yield from captions_at(source, index)
+                yield from source.captions(index)
             except OSError as error:  # training replaces it too
                 log.warning("skipped: %s: %s", source.name(index), error)
         return

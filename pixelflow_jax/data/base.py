@@ -41,7 +41,11 @@ class Source:
         return self[index][0]
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of example `index`, without its image where that is possible."""
+        """Return the captions of an example, without its image where that is possible.
+
+        Raises:
+          OSError: if they cannot be read, or all are blank.
+        """
         return self[index][1]
 
     def digest(self) -> str:

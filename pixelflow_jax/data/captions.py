@@ -13,7 +13,7 @@ from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data import tars
 from pixelflow_jax.data.base import NamedSource, split_root
 from pixelflow_jax.data.names import LISTED, Finder, Strings, pair, say_beside
-from pixelflow_jax.data.pixels import is_image, kinds_left_out, report_left_out
+from pixelflow_jax.data.pixels import is_image, report_left_out
 from pixelflow_jax.data.texts import METADATA, captions_of, decode_captions, read_metadata, some
 
 GAP = 2**16  # bytes between an image and its caption in a tar up to which one request reads both
@@ -37,12 +37,11 @@ class CaptionFolder(NamedSource):
         folders = files.walk(root)
         images = [[x for name in names if is_image(x := f"{where}{name}")] for where, names in folders]
         told = _read_all_metadata(root, [(x, {*METADATA} & {*names}) for x, names in folders], images)
-        texts, bare, beside, others = {}, [], set(), collections.Counter()
+        texts, bare, beside, others = {}, [], set(), []
         for (where, names), here in zip(folders, images, strict=True):
             here = [name for name in here if name not in told]
             captions = [f"{where}{name}" for name in names if name.lower().endswith(".txt")]
-            rest = {f"{where}{name}" for name in names if name not in METADATA}.difference(captions)
-            others.update(kinds_left_out(rest))
+            others += {f"{where}{name}" for name in names if name not in METADATA}.difference(captions)
             found = pair(here, captions)
             texts |= found[0]
             bare += found[1]

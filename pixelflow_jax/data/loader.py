@@ -21,9 +21,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from pixelflow_jax.data.base import Source
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, bucket_sizes, make_order
 from pixelflow_jax.data.pixels import Size
-from pixelflow_jax.data.sources import Source, captions_at
 from pixelflow_jax.data.texts import some
 from pixelflow_jax.data.transforms import transform
 from pixelflow_jax.text.encoder import make_text_reader, make_tokenizer, warn_of_cuts
@@ -193,7 +193,7 @@ def look_at_captions(source: Source, config: ConfigDict) -> None:
 
     def read(index: int) -> tuple[str, ...]:
         with contextlib.suppress(OSError):
-            return captions_at(source, index)
+            return source.captions(index)
         return ()
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:

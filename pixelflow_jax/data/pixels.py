@@ -71,18 +71,14 @@ def is_image(path: str) -> bool:
 def image_files(root: str) -> list[str]:
     """Return the image files below a folder in torchvision's order; log what is left out."""
     names = [where + name for where, found in files.walk(root) for name in found]
-    report_left_out(root, collections.Counter(kinds_left_out(names)))
+    report_left_out(root, names)
     return [name for name in names if is_image(name)]
 
 
-def kinds_left_out(names: Iterable[str]) -> list[str]:
-    """Return the suffixes of the files that are neither images nor left behind by a system."""
+def report_left_out(root: str, names: Iterable[str]) -> None:
+    """Log how many files of which kinds are neither images nor left behind by a system."""
     rest = (name for name in names if not is_image(name) and not is_left_behind(name))
-    return [os.path.splitext(name)[1].lower() or "no suffix" for name in rest]
-
-
-def report_left_out(root: str, kinds: collections.Counter) -> None:
-    """Log how many files of which kinds are not taken as images."""
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in rest)
     if kinds:
         listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(10))
         log.warning("%s: %d files are not taken as images: %s", root, kinds.total(), listed)

@@ -1,8 +1,8 @@
 """Open the source that a config names (see base.py): bundled digits, folders, TFDS, ArrayRecord."""
 
-import collections
 import contextlib
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from pixelflow_jax.data.base import NamedSource, Source, split_root
 from pixelflow_jax.data.captioned_digits import captioned_digits, load_scans
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.names import SPLITS, Strings
-from pixelflow_jax.data.pixels import is_image, is_left_behind, kinds_left_out, report_left_out
+from pixelflow_jax.data.pixels import is_image, is_left_behind, report_left_out
 from pixelflow_jax.data.texts import some
 
 log = logging.getLogger(__name__)
@@ -102,16 +102,11 @@ def class_names(source: Source) -> dict[int, str]:
     return {int(label): names[label] if label < len(names) else str(label) for label in there}
 
 
-def captions_at(source: Source, index: int) -> tuple[str, ...]:
-    """Return the captions of an example. Raises OSError if they cannot be read, or all are blank."""
-    return some(source.captions(index))
-
-
 def readable_captions(source: Source, index: int) -> tuple[str, ...]:
     """Return the captions of example `index` modulo the length, or of the next that can be read."""
     for step in range(len(source)):
         with contextlib.suppress(OSError):
-            return captions_at(source, (index + step) % len(source))
+            return source.captions((index + step) % len(source))
     raise UserError("no caption of the data can be read")
 
 
@@ -179,11 +174,10 @@ class FolderSource(NamedSource):
         root = split_root(path, split)
         folders = _folders(root)
         beside = folders.pop("", [])
-        flat, others = [x for x in beside if is_image(x)], collections.Counter(kinds_left_out(beside))
+        flat = [x for x in beside if is_image(x)]
         self.classes, names, labels = sorted(folders), [], []
         for label, name in enumerate(self.classes):
             found = [x for x in folders[name] if is_image(x)]
-            others.update(kinds_left_out(folders[name]))
             if not found:
                 log.warning("class folder %s/%s holds no images", root, name)
             names += found
@@ -194,7 +188,7 @@ class FolderSource(NamedSource):
             names, labels, self.classes = flat, [0] * len(flat), []
         elif not self.classes:
             raise UserError(f"{root} holds no class folders, and no images")
-        report_left_out(root, others)
+        report_left_out(root, itertools.chain(beside, *folders.values()))
         super().__init__(root, Strings(names))
         self._labels = np.array(labels, np.int32)
         self.num_classes, self.present = len(self.classes), np.unique(self._labels).tolist()

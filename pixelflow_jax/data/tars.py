@@ -1,6 +1,5 @@
 """An index of the members of WebDataset tar shards."""
 
-import collections
 import concurrent.futures
 import contextlib
 import io
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from pixelflow_jax.common import files
 from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.data.names import LISTED, Strings, pair, say_beside
-from pixelflow_jax.data.pixels import is_image, is_left_behind, kinds_left_out, report_left_out
+from pixelflow_jax.data.pixels import is_image, is_left_behind, report_left_out
 from pixelflow_jax.distributed import hosts
 
 log = logging.getLogger(__name__)
@@ -95,23 +94,23 @@ def _described(shards: list) -> bytes:
 
 
 def _scan(root: str, shards: list, watch: Callable[[str], None]) -> Index:
-    keys, places, others = [], [], collections.Counter()
+    keys, places, others = [], [], []
     paths = [f"{root}/{name}" for name, *_ in shards]
     bar = tqdm(desc="contents of shards", total=len(paths), unit="shard", leave=False)
     with bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for shard, (found, where, kinds) in enumerate(pool.map(_contents, paths)):
+        for shard, (found, where, rest) in enumerate(pool.map(_contents, paths)):
             watch(f"contents of shard {shard}")
             bar.update()
             keys += [f"{shards[shard][0]}:{key}" for key in found]
             places.append(np.insert(where, 0, shard, axis=1))
-            others.update(kinds)
+            others += rest
     report_left_out(root, others)
     return Strings(keys), np.concatenate(places)
 
 
 def _contents(path: str) -> tuple[list[str], np.ndarray, list[str]]:
-    """Return a shard's keys, [offset, size of image, of caption, is JSON], and the other kinds in it."""
-    images, texts, beside, kinds = {}, {}, [], []
+    """Return a shard's keys, [offset, size of image, of caption, is JSON], and its other members."""
+    images, texts, beside, rest = {}, {}, [], []
     try:
         with files.reading(), files.open_file(path) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -126,7 +125,7 @@ def _contents(path: str) -> tuple[list[str], np.ndarray, list[str]]:
                     elif kind == "txt" or (kind == "json" and key not in texts):
                         texts[key] = place
                     elif kind != "json":
-                        kinds += kinds_left_out([member.name])
+                        rest.append(member.name)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} is not a tar file that can be read: {error}") from None
     by_name = {text[0]: text for text in texts.values()}
@@ -147,4 +146,4 @@ def _contents(path: str) -> tuple[list[str], np.ndarray, list[str]]:
     rows = [(*images[keys[name]][1:], *by_name[found[name]][1:]) for name in chosen]
     is_json = [[found[name].lower().endswith(".json")] for name in chosen]
     places = np.hstack([np.array(rows, np.int64).reshape(-1, 4), np.array(is_json).reshape(-1, 1)])
-    return [keys[name] for name in chosen], places, kinds
+    return [keys[name] for name in chosen], places, rest

@@ -137,7 +137,7 @@ def _shards(path: epath.Path) -> list[str]:
     names = sorted(set(places.values()))
     for name in names:
         if "/" in name or not name.endswith(KINDS) or not (path.parent / name).exists():
-            raise UserError(f"{path} names {name}, which is not a weights file beside it")
+            raise UserError(f"{path} names {name}, which is no weights file beside it")
     return names
 
 

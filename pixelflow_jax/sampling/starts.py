@@ -4,7 +4,6 @@ A start determines the sampler's noise and the first (stage, tau). It has two me
 the host returns what the images `index` start from, and `noise(sampler, inputs)` runs on the device.
 """
 
-import collections
 import dataclasses
 import hashlib
 import os
@@ -22,7 +21,7 @@ from pixelflow_jax.cascade.paths import stage_ends
 from pixelflow_jax.cascade.renoising import step_down
 from pixelflow_jax.common import files, numerics
 from pixelflow_jax.common.errors import UserError, blame
-from pixelflow_jax.data.pixels import decode, is_image, kinds_left_out, report_left_out
+from pixelflow_jax.data.pixels import decode, is_image, report_left_out
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 
@@ -111,7 +110,7 @@ def read_pictures(value: Any, flag: str) -> tuple[list[UInt8[np.ndarray, "h w 3"
         place = f"sha256:{hashlib.sha256(b''.join(x.tobytes() for x in found)).hexdigest()}"
     elif epath.Path(value).is_dir():
         names = files.list_files(value)
-        report_left_out(value, collections.Counter(kinds_left_out(names)))
+        report_left_out(value, names)
         paths = [str(epath.Path(value) / name) for name in names if is_image(name)]
         found, place = [_read_picture(path, flag) for path in paths], value
     else:

@@ -72,19 +72,18 @@ def sample_program(config: ConfigDict, devices: list) -> Program:
     size = config.batch_size
     if size % mesh.shape["images"]:
         raise UserError(f"{size} images do not split over {mesh.shape['images']} groups of chips")
-    placed, whole = (NamedSharding(mesh, spec) for spec in (P("images"), P()))
 
-    def shaped(x, where):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    def placed(tree, spec):
+        where = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-    shapes = abstract_params(sampler.model)
-    params = jax.tree.map(lambda x: shaped(x, whole), shapes)
-    index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=placed)
-    condition = jax.tree.map(lambda x: shaped(x, placed), abstract_condition(config, size))
+    params = placed(abstract_params(sampler.model), P())
+    inputs = placed({"index": jax.ShapeDtypeStruct((size,), jnp.int32)}, P("images"))
+    condition = placed(abstract_condition(config, size), P("images"))
     steps = np.array(sampler.grid.steps(sampler.cascade.num_stages))
     one = sampler.stage_flops(config.text.max_length)
     flops = float(steps * evaluations_per_step(sampler.solver) @ one) * size
-    arguments = params, {"index": index}, condition, condition
+    arguments = params, inputs, condition, condition
     return Program(make_generate(sampler, mesh=mesh), arguments, mesh, flops, "sample")
 
 

@@ -84,7 +84,7 @@ def test_the_average_is_preferred(tree, auto, other, monkeypatch, tmp_path):
     assert values == STATE
     assert auto in _sets(list(leaves_of(tree)), KNOWN)
     assert find(path, KNOWN, other).keys() == find(path, KNOWN, auto).keys() == STATE.keys()
-    with pytest.raises(UserError, match=f"(?s){auto}.*'best' tells no one.*--weights"):
+    with pytest.raises(UserError, match=f"(?s){auto}.*'best' names none or several.*--weights"):
         find(path, KNOWN, "best")
 
 

@@ -114,7 +114,7 @@ def test_length_groups():
 def test_bad_caches(tmp_path):
     """Catches a traceback for what is no cache."""
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(UserError, match="is not of a cache"):
+    with pytest.raises(UserError, match="is not the manifest of a cache"):
         EmbeddingCache(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"width": 4}')
     (tmp_path / "000000.safetensors").write_bytes(b"nothing")
