@@ -108,7 +108,7 @@ class Pipeline:
             padded = np.resize(chosen, job.batch_size)
             out = generate(job.params, job.start.inputs(padded), *job.conditions.of(padded))
             out = jax.tree.map(np.asarray, out)
-            _check_finite(out.finite, padded)
+            jobs.check_finite(out.finite, padded)
             parts.append((out.pixels[: len(chosen)], out.nfe[: len(chosen)]))
         pixels, nfe = map(np.concatenate, zip(*parts, strict=True))
         return Samples(pixels, nfe, [job.settings_of(i) for i in range(len(pixels))])
@@ -135,7 +135,7 @@ class Pipeline:
         index, nfe = np.resize(np.arange(count), job.batch_size), []
         described = [job.settings_of(i) for i in range(count)]
         for end in run(job.params, job.start.inputs(index), *job.conditions.of(index)):
-            _check_finite(end.finite, index)
+            jobs.check_finite(end.finite, index)
             nfe.append(np.asarray(end.nfe)[:count])
             yield Samples(np.asarray(end.pixels)[:count], np.concatenate(nfe, axis=1), described)
 
@@ -163,11 +163,3 @@ class Pipeline:
 def load(checkpoint: epath.PathLike, ema: float | None = None) -> Pipeline:
     """Return a `Pipeline`; arguments and errors are its own."""
     return Pipeline(checkpoint, ema)
-
-
-def _check_finite(finite: np.ndarray, index: np.ndarray) -> None:
-    if not finite.all():
-        raise UserError(
-            f"image {index[np.argmin(finite)]} is not finite: try dtype='float32', another solver or "
-            f"more steps; if nothing helps, the weights are broken"
-        )

@@ -31,6 +31,7 @@ from pixelflow_jax.common import cli
 from pixelflow_jax.config import default_config
 from pixelflow_jax.distributed.watchdog import joined
 from pixelflow_jax.requests import run
+from pixelflow_jax.requests.job import NotFinite
 from pixelflow_jax.requests.request import parse
 
 
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     with joined(default_config().hosts, patient=True, flags=dataclasses.asdict(request)) as watch:
         try:
             report = run.invert(request) if request.invert else run.sample(request, watch)[0]
-        except run.NotFinite as error:
-            sys.exit(f"error: {error}")
+        except NotFinite as error:
+            sys.exit(f"error: {error}. What was finished before is kept in --out={request.out}")
     if jax.process_index() == 0:
         print(report)
 

@@ -18,7 +18,7 @@ from pixelflow_jax.common.errors import UserError, optional, sentence
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
 from pixelflow_jax.requests import run as requests_run
-from pixelflow_jax.requests.job import params_hash
+from pixelflow_jax.requests.job import NotFinite, params_hash
 from pixelflow_jax.requests.request import IMAGES, Request
 from pixelflow_jax.training.checkpoints import load_params
 
@@ -79,7 +79,7 @@ def _run(out: epath.Path, requests: dict[str, Request], reference: Reference) ->
         print(f"{number} of {len(requests)}: {name}", flush=True)
         try:
             rows.append(_row(request, out / "cells" / name, reference))
-        except requests_run.NotFinite as error:  # of this combination alone
+        except NotFinite as error:  # of this combination alone
             print(f"left out: {error}", flush=True)
         files.write_json(out / "sweep.json", rows)
     if not rows:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from pixelflow_jax import __version__
@@ -136,6 +137,19 @@ def sampler_of(request: Request, config: ConfigDict) -> Sampler:
         if (value := getattr(request, name)) is not None:
             config.sample[name] = value
     return build_sampler(config, request.height, request.width, request.dtype)
+
+
+class NotFinite(UserError):
+    """An image is not finite; the message says which one, and what to try."""
+
+
+def check_finite(finite: Bool[np.ndarray, " b"], index: Int[np.ndarray, " b"]) -> None:
+    """Raise NotFinite unless all of the images `index` are finite."""
+    if not finite.all():
+        raise NotFinite(
+            f"image {index[np.argmin(finite)]} is not finite: try --dtype=float32, another --solver or "
+            f"more --num_steps; if nothing helps, the checkpoint's weights are broken"
+        )
 
 
 def check_memory(flag: str, count: int, sampler: Sampler, size: int) -> None:

@@ -27,10 +27,6 @@ from pixelflow_jax.sampling.generate import AXIS, fit_image, image_mesh, make_ge
 from pixelflow_jax.training.checkpoints import load_params
 
 
-class NotFinite(Exception):
-    """An image is not finite; the message says which one, and what to try."""
-
-
 def sample(request: Request, watch: Callable[[str], None]) -> tuple[str, float | None]:
     """Write the images of a request to its output folder, which is claimed for it.
 
@@ -43,7 +39,7 @@ def sample(request: Request, watch: Callable[[str], None]) -> tuple[str, float |
       first, which compiles; None if there was no other.
 
     Raises:
-      NotFinite: if an image is not; those before it are kept.
+      NotFinite: if an image is not finite; those before it are kept.
       UserError: if the request does not fit the checkpoint, or as `claim`.
     """
     job = jobs.prepare(request)
@@ -116,13 +112,7 @@ def _make(
             out = generate(params, job.start.inputs(padded), *job.conditions.of(padded))
             out = jax.tree.map(np.asarray, out)
             seconds.append((time.perf_counter() - begin) / size)
-            if not out.finite.all():
-                raise NotFinite(
-                    f"image {padded[np.argmin(out.finite)]} is not finite; what was finished "
-                    f"before is kept in {folder.path}. Try --dtype=float32, another --solver or more "
-                    f"--num_steps; if nothing helps, the weights of --checkpoint={request.checkpoint} "
-                    f"are broken"
-                )
+            jobs.check_finite(out.finite, padded)
             if request.save_stages:
                 for i, number in enumerate(chosen):
                     strip = [*(stage[i] for stage in out.stages), out.pixels[i]]

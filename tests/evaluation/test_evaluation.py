@@ -16,6 +16,7 @@ from pixelflow_jax.evaluation.features import PcaFeatures, _flat, collect
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import ImageSet, open_images
 from pixelflow_jax.requests import run
+from pixelflow_jax.requests.job import NotFinite
 from pixelflow_jax.training import loop
 
 import parity
@@ -264,7 +265,7 @@ def test_a_sweep_goes_past_what_is_not_finite(trained, tmp_path, monkeypatch, ca
 
     def breaks(request, watch):
         if request.solver == "heun":
-            raise run.NotFinite("image 0 is not finite")
+            raise NotFinite("image 0 is not finite")
         return sample(request, watch)
 
     monkeypatch.setattr(run, "sample", breaks)
