@@ -1,4 +1,4 @@
-"""The sweep of `evaluate`: samples and judges every combination of settings, and draws the results.
+"""The sweep of `evaluate`: sample and judge every combination of settings, and draw the results.
 
 Each combination has a folder of its own, so that a sweep that was stopped continues where it was.
 """
@@ -27,7 +27,7 @@ BATCH = 50  # images at a time
 
 
 def cells(args: argparse.Namespace) -> dict[str, Request]:
-    """Return the request of every combination, by the name of its folder, which each still lacks.
+    """Return the request of every combination, still without its folder, by the folder's name.
 
     A list that was not given stands for the checkpoint's own setting.
 
@@ -37,8 +37,8 @@ def cells(args: argparse.Namespace) -> dict[str, Request]:
     count = 1000 if args.num_images is None else args.num_images
     if not 2 <= count <= IMAGES[1]:
         raise UserError(f"--num_images must lie in 2..{IMAGES[1]}, got {count}")
-    lists = [(getattr(args, name) or "").split(",") if getattr(args, name) is not None else [None]
-             for name in AXES[:-1]]  # fmt: skip
+    given = [getattr(args, name) for name in AXES[:-1]]
+    lists = [[None] if text is None else text.split(",") for text in given]
     found = {}
     for values in itertools.product(*lists):
         request = Request(
@@ -112,7 +112,7 @@ def _row(request: Request, folder: epath.Path, reference: Reference) -> dict[str
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table, the numbers of each combination in a row."""
+    """Return a Markdown table with the numbers of each combination in a row."""
     names = ["solver", "num_steps", "guidance_scale", "ema", "nfe", "seconds_per_image"]
     names += [name for name in rows[0] if isinstance(rows[0][name], float) and name not in names]
 
@@ -127,7 +127,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _figure():
-    """An empty figure that is drawn to a file. Raises UserError if matplotlib is not there, or ill."""
+    """Return an empty figure to draw to a file. Raises UserError if matplotlib cannot be used."""
     shown = os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may not have
     try:
         optional("matplotlib", "plot", "sweep.png")
@@ -142,7 +142,7 @@ def _figure():
 
 
 def _can_plot() -> bool:
-    """Whether sweep.png will be drawn; says why not, before the work."""
+    """Return whether sweep.png will be drawn; print why not, before the work."""
     try:
         _figure().savefig(io.BytesIO(), format="png")
     except Exception as error:  # fonts, a matplotlibrc, libraries that do not fit
@@ -152,7 +152,7 @@ def _can_plot() -> bool:
 
 
 def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
-    """Draws what `_draw` does; a picture that fails costs nothing else."""
+    """Draw as `_draw` does; a picture that fails costs nothing else."""
     try:
         _draw(rows, measure, path)
     except Exception as error:
@@ -162,12 +162,12 @@ def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
 
 
 def _draw(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> None:
-    """Quality against evaluations and against seconds, a line a solver, guidance and EMA."""
+    """Draw quality by evaluations and by seconds, with a line per solver, guidance and EMA."""
     figure = _figure()
     for axes, key, label in zip(
         figure.subplots(1, 2),
         ("nfe", "seconds_per_image"),
-        ("network evaluations an image", "seconds an image"),
+        ("network evaluations per image", "seconds per image"),
         strict=True,
     ):
         lines: dict[str, list] = {}

@@ -66,7 +66,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory: parameters, its config, and what else it says of itself."""
+    """A checkpoint in memory: its parameters, config, metadata and a digest of the parameters."""
 
     params: dict
     config: ConfigDict
@@ -158,7 +158,7 @@ def check_memory(flag: str, count: int, sampler: Sampler, size: int) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UserError(
-            f"{flag}={count}: so many images of {sampler.height}x{sampler.width} at once take "
+            f"{flag}={count}: that many images of {sampler.height}x{sampler.width} at once need "
             f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
         )
 

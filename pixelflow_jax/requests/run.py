@@ -1,4 +1,4 @@
-"""Running a request: its images into an output folder, or the noise of images it asks to invert."""
+"""Run a request: write its images to an output folder, or the noise of images to invert."""
 
 import time
 from collections.abc import Callable
