@@ -90,12 +90,13 @@ def save(
     Raises:
       CheckpointFailed: if this save, or an earlier background save, fails.
     """
-    step, trees = int(state.step), _trees(state)
-    more = {"pending": list(pending), "grid_due": grid_due, "classes": classes or {}}
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    items["meta"] = ocp.args.JsonSave({**_meta(step, config, trees), **more})
+    step, more = (
+        int(state.step),
+        {"pending": list(pending), "grid_due": grid_due, "classes": classes or {}},
+    )
+    items = _items(step, config, _trees(state), more)
     with _failures(manager):
-        _in_daemon(lambda: manager.save(step, args=ocp.args.Composite(**items)))
+        _in_daemon(lambda: manager.save(step, args=items))
 
 
 def _in_daemon(work: Callable[[], Any]) -> Any:
@@ -148,9 +149,7 @@ def _failures(manager: ocp.CheckpointManager):
 def save_params(workdir: epath.PathLike, params: dict, config: ConfigDict) -> None:
     """Write parameters alone as a checkpoint at step 0, as `convert` does."""
     with open_manager(workdir) as manager:
-        meta = _meta(0, config, {"params": params})
-        items = dict(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
-        manager.save(0, args=ocp.args.Composite(**items))
+        manager.save(0, args=_items(0, config, {"params": params}))
     files.write_json(epath.Path(workdir) / "config.json", config.to_dict())
 
 
@@ -377,12 +376,16 @@ def _abstract(tree):
     return jax.tree.map(one, tree)
 
 
-def _meta(step: int, config: ConfigDict, trees: dict[str, Any]) -> dict[str, Any]:
-    return {
+def _items(step: int, config: ConfigDict, trees: dict, more: dict | None = None) -> ocp.args.Composite:
+    """Return what a checkpoint consists of; `more` is added to `meta`."""
+    meta = {
         "step": step,
         "seed": config.seed,
         "data_position": step,  # batches drawn
         "config": config.to_dict(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "fingerprints": {name: fingerprints(tree) for name, tree in trees.items()},
+        **(more or {}),
     }
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    return ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))

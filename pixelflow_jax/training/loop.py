@@ -31,7 +31,6 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.programs import workload
-from pixelflow_jax.training.saver import Saver
 from pixelflow_jax.training.start import (
     claimed_workdir,
     data_of,
@@ -40,7 +39,7 @@ from pixelflow_jax.training.start import (
     start_or_resume,
 )
 from pixelflow_jax.training.step import TrainState, abstract_state, make_train_step
-from pixelflow_jax.training.writes import retried
+from pixelflow_jax.training.writes import Saver, retried
 
 
 @numerics.pinned()
@@ -118,7 +117,7 @@ def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> 
         saver = Saver(manager)
         metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta["pending"])
         if first:
-            metrics.say(f"Going on from step {first} of {workdir}")
+            metrics.say(f"Resuming from step {first} of {workdir}")
         elif resuming:
             metrics.say(f"{workdir} holds this run but no checkpoint yet: starting at step 0")
         if config.model.num_classes:

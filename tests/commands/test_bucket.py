@@ -23,7 +23,7 @@ from pixelflow_jax.data.sources import open_source
 from pixelflow_jax.distributed.preemption import Preempted
 from pixelflow_jax.requests.layouts import read_prompts_file, write_layout
 from pixelflow_jax.requests.output import OutputFolder
-from pixelflow_jax.training import loop, saver, writes
+from pixelflow_jax.training import loop, writes
 from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
 from pixelflow_jax.training.start import initial_params
 
@@ -236,7 +236,6 @@ def test_train_stop_resume_load(bucket, trained, monkeypatch):
 def test_a_failed_checkpoint_is_saved_again(bucket, flags, monkeypatch, caplog):
     """Catches a run that ends at the first failure, or goes on for ever without a checkpoint."""
     monkeypatch.setattr(writes, "PAUSES", (0.01, 0.01))
-    monkeypatch.setattr(saver, "PAUSES", (0.01, 0.01))
     bucket.status = 400
     failing = [True] * 2  # as many as there are pauses, if each hits a save of its own
     bucket.refuse = lambda method, path: (

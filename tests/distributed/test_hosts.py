@@ -317,7 +317,7 @@ def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, tiny_flags):
     flags.append(f"--config.num_train_steps={max(checkpoints(tmp_path / 'run')) + 10}")
     end = local_hosts(2, tmp_path / "run", flags)
     output = end.communicate(timeout=300)[0]
-    assert end.returncode == 0 and "Going on from step" in output, output
+    assert end.returncode == 0 and "Resuming from step" in output, output
     whole = local_hosts(2, tmp_path / "whole", flags)
     output = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, output

@@ -235,7 +235,7 @@ def test_two_processes_equal_one_and_resume_as_one(tmp_path, tiny_flags):
     loop.train(config, tmp_path / "run")
     _flip_a_bit(tmp_path / "run" / "checkpoints" / "12" / "params")
     outputs = finish(start_cluster(tmp_path / "run", [*flags, "--config.num_train_steps=13"]))
-    assert "checkpoint 12 in" in outputs[0] and "Going on from step 10" in outputs[0]
+    assert "checkpoint 12 in" in outputs[0] and "Resuming from step 10" in outputs[0]
     losses = [
         [json.loads(row)["loss"] for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("run", "alone")

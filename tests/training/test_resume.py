@@ -93,7 +93,7 @@ def test_killed_twice_it_ends_where_the_unkilled_run_does(whole, tmp_path):
         child.communicate()
     child = start(workdir)
     output = child.communicate(timeout=600)[0]
-    assert child.returncode == 0 and "Going on from step" in output, output
+    assert child.returncode == 0 and "Resuming from step" in output, output
     assert losses(workdir) == whole[1]
     assert_same_params(workdir, whole)
 
@@ -174,7 +174,7 @@ def test_resumed_on_other_devices_it_goes_on_alike(copy, whole, devices):
     env = os.environ | with_devices(devices)
     child = start(copy, "mesh.fsdp=2", env=env)
     output = child.communicate(timeout=600)[0]
-    assert child.returncode == 0 and "Going on from step 24" in output, output
+    assert child.returncode == 0 and "Resuming from step 24" in output, output
     np.testing.assert_allclose(losses(copy), whole[1], rtol=1e-5)
 
 
