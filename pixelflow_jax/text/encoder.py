@@ -93,8 +93,10 @@ def trusted_encoder(name: str, checkpoint: epath.PathLike) -> str:
 
 def _real(path: str) -> str:
     """Resolve links and "..", so that prefixes tell what is inside what."""
-    scheme, mark, rest = path.rpartition("://")
-    return f"{scheme}{mark}{os.path.normpath(rest)}" if mark else os.path.realpath(path)
+    if not files.is_remote(path):
+        return os.path.realpath(path)
+    scheme, _, rest = path.partition("://")
+    return f"{scheme}://{os.path.normpath(rest)}"
 
 
 class TextEncoder:
