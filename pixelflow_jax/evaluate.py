@@ -123,21 +123,21 @@ def _check(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--samples", help="folder or npz file of the images to judge")
+    add("--samples", help="folder or npz file of the images to evaluate")
     add("--reference", required=True, help="folder, npz of images or statistics, or a config")
     add("--out", help="JSON file to write; with --sweep a folder")
     add("--features", choices=("inception", "pca"), default="inception", help="default: %(default)s")
     add("--inception", help="weights of FID's Inception-v3: .pth, .safetensors or .npz")
     add("--batch_size", type=int, default=50, help="images at a time (default: %(default)s)")
     add("--resolution", type=int, help="crop the images of a folder to this square, as ADM does")
-    add("--save_stats", help="npz file to write the reference's statistics to")
-    add("--sweep", action="store_true", help="sample and judge all combinations of the lists below")
-    add("--checkpoint", help="what the sweep samples from")
-    add("--guidance_scale", help="list, as for all below: 1,1.5,2")
-    add("--ema", help="decays; 0 = the raw parameters")
-    add("--solver", help="names")
+    add("--save_stats", help="npz file for the reference's statistics")
+    add("--sweep", action="store_true", help="sample and evaluate all combinations of the lists below")
+    add("--checkpoint", help="checkpoint for the sweep")
+    add("--guidance_scale", help="a list, as are all flags below: 1,1.5,2")
+    add("--ema", help="EMA decays; 0 = raw parameters")
+    add("--solver", help="solver names")
     add("--num_steps", help="steps per stage")
-    add("--num_images", type=int, help="samples of each combination (default: 1000)")
+    add("--num_images", type=int, help="samples per combination (default: 1000)")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Whose an output folder is: one process's at a time, and one request's for good.
+"""Claims of output folders: one process at a time, and one request only.
 
-Every command that fills a folder claims it first. The folder keeps a description of what was asked; the
-same request completes it, any other is refused.
+Every command that fills a folder claims it first. The folder keeps a description of the request; the
+same request can complete it, and any other is refused.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from pixelflow_jax.common.removed import drop_removed
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a folder says of the request that it is filled for.
+    """A folder's description of its request.
 
     Attributes:
-      values: written as JSON to the folder's file `name`.
-      other: what a folder of another request holds, for the error: "samples of another request".
-      name: of the file.
-      flag: that names the folder, for errors.
+      values: written as JSON to the file `name` in the folder.
+      other: contents of a folder of another request, for the error: "samples of another request".
+      name: name of the file.
+      flag: the flag that names the folder, for errors.
       missing: what a folder without that file lacks, for the error (default: the file).
-      beside: names of files that may lie in a folder that nobody has claimed.
-      changes: returns why the values that a folder keeps are of another request, in words; empty if
-        they are of this one (default: every key must be equal).
+      beside: names of files that an unclaimed folder may contain.
+      changes: returns how a folder's values differ from this request's, in words; empty if they agree
+        (default: every key must be equal).
     """
 
     values: dict[str, Any]
@@ -71,20 +71,20 @@ class Description:
 def claim(
     folder: epath.PathLike, description: Description, barrier: Callable[[str], None] | None = None
 ) -> Iterator[tuple[bool, Callable[[], None]]]:
-    """Hold a folder for one request to the block's end (see locks.py), and write its description there.
+    """Lock a folder for a request while the context is active (locks.py); write its description.
 
     Args:
-      folder: local or gs://; made if it is not there.
-      description: of the request.
-      barrier: waits for all processes of the run, where there may be several. They all look at the
-        folder before process 0 takes it.
+      folder: local or gs://; created if needed.
+      description: the description of the request.
+      barrier: waits for all processes of the run, if there may be several. All check the folder before
+        process 0 takes it.
 
     Yields:
-      Whether the folder was claimed for this request before, and a function that raises Lost if another
-      process has taken it since.
+      Whether the folder was already claimed for this request, and a function that raises Lost if another
+      process has taken it.
 
     Raises:
-      UserError: if the folder is of another request, holds other files, or a process is in it.
+      UserError: if the folder belongs to another request, holds other files, or is in use by a process.
     """
     there = description.is_kept_in(folder)
     if barrier is not None:
@@ -93,6 +93,6 @@ def claim(
             yield there, lambda: None
             return
     with locks.held(folder, description.flag) as check:
-        if not (there or description.is_kept_in(folder)):  # nobody has come in between
+        if not (there or description.is_kept_in(folder)):  # unless another process claimed it meanwhile
             files.write_json(epath.Path(folder) / description.name, description.values)
         yield there, check

@@ -69,12 +69,12 @@ class States:
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """The conditions of all images.
+    """The conditions of all images of a request.
 
     Attributes:
       table, null_table: what the two halves of the network see; several images may share a row.
-      rows, null_rows: of each image, in the two tables.
-      extra: for samples.npz: "labels", or "prompt", the prompt's number.
+      rows, null_rows: the row of each image in the two tables.
+      extra: for samples.npz: "labels", or "prompt", the prompt's index.
       described: for settings.json.
     """
 
@@ -109,16 +109,16 @@ class Conditions:
 
 
 def class_numbers(flag: str, asked: Sequence[int | str], names: dict[int, str], count: int) -> list[int]:
-    """Return the numbers of classes that are asked for by number or name.
+    """Return the numbers of classes that are given by number or name.
 
     Args:
-      flag: for errors.
+      flag: the flag, for errors.
       asked: numbers and names.
-      names: of the classes, as far as they are known.
-      count: how many classes the model has.
+      names: the known names of classes.
+      count: the model's number of classes.
 
     Raises:
-      UserError: for a number or a name that no class has, or a name that several have.
+      UserError: for an unknown number or name, or a name that several classes share.
     """
     return [_class_number(flag, label, names, count) for label in asked]
 
@@ -151,8 +151,8 @@ def _class_number(flag: str, label: int | str, names: dict[int, str], count: int
 
 
 def trained_classes(meta: dict[str, Any], count: int) -> dict[int, str]:
-    """Return the numbers and names of the classes in training, as far as a checkpoint says."""
-    kept = meta.get("classes")  # a checkpoint may come from anywhere
+    """Return the numbers and names of the trained classes, if the checkpoint stores them."""
+    kept = meta.get("classes")  # a checkpoint is not trusted
     known = kept.items() if isinstance(kept, dict) else ()
     numbers = {int(label): str(name) for label, name in known if re.fullmatch(r"[0-9]{1,9}", label)}
     return {label: name for label, name in sorted(numbers.items()) if label < count}
@@ -161,13 +161,13 @@ def trained_classes(meta: dict[str, Any], count: int) -> dict[int, str]:
 def read_conditions(
     request: Request, config: ConfigDict, start: Any, meta: dict[str, Any], count: int | None = None
 ) -> Conditions:
-    """Return the conditions of the images that are asked of a checkpoint.
+    """Return the conditions of the images of a request.
 
     Args:
-      request: what is asked.
-      config, meta: of the checkpoint.
-      start: of the images (see starts.py), if there is one.
-      count: how many images, where neither request nor start says so.
+      request: the request.
+      config, meta: from the checkpoint.
+      start: where the images start (see starts.py), if set.
+      count: the number of images, if neither request nor start determines it.
 
     Raises:
       UserError: if the request does not fit the model.
@@ -236,14 +236,14 @@ def _of_prompts(request: Request, config: ConfigDict, count: int | None) -> Cond
 
 
 def encode(request: Request, texts: list[str], config: ConfigDict) -> Condition | States:
-    """Return token ids for an encoder in the model, or a frozen encoder's states; warn of cut texts.
+    """Return token ids for a joint encoder, or the states of a frozen encoder; warn about cut texts.
 
     Raises:
       UserError: if the encoder is missing or does not fit the model.
     """
     if request.text_encoder is not None:
         if config.text.encoder == JOINT:
-            raise UserError("--text_encoder is for models without one; this one has its own")
+            raise UserError("--text_encoder is for frozen encoders; this model contains its own")
         config.text.encoder = request.text_encoder
     else:
         config.text.encoder = trusted_encoder(config.text.encoder, request.checkpoint)
@@ -259,7 +259,7 @@ def encode(request: Request, texts: list[str], config: ConfigDict) -> Condition 
     return States(encoder, tokens)
 
 
-@functools.lru_cache(maxsize=1)  # gigabytes, which a notebook's or the demo's next request reuses
+@functools.lru_cache(maxsize=1)  # gigabytes, reused by the next request of a notebook or the demo
 def _encoder(name: str, mesh: Mesh, dtype: str, width: int) -> TextEncoder:
     return TextEncoder(name, mesh, DTYPES[dtype], width)
 

@@ -1,4 +1,4 @@
-"""From a request and a checkpoint to a job: the sampler, start and conditions that it describes."""
+"""Turn a request and a checkpoint into a job: sampler, start and conditions."""
 
 import dataclasses
 import hashlib
@@ -38,11 +38,11 @@ class Job:
     """A request that is ready to run.
 
     Attributes:
-      params: of the network.
-      sampler, start: see sampler.py and starts.py.
-      conditions: what every image shows.
-      settings: what settings.json says.
-      batch_size: images at a time; the last batch is filled up to it, so that there is one program.
+      params: the network's parameters.
+      sampler, start: see sampling/sampler.py and sampling/starts.py.
+      conditions: the conditions of every image.
+      settings: the contents of settings.json.
+      batch_size: images at a time; the last batch is padded to it, so that there is only one program.
     """
 
     params: dict
@@ -55,10 +55,10 @@ class Job:
     def settings_of(self, index: int) -> dict[str, Any]:
         """Return the settings of one image, which its PNG file carries for --from_png.
 
-        They hold no paths: whoever shares a picture does not want to reveal them.
+        They contain no paths, which people who share an image do not want to reveal.
         """
         one = {"first_image": self.settings["first_image"] + index, "num_images": 1}
-        one["batch_size"] = self.batch_size  # another one may change a last bit
+        one["batch_size"] = self.batch_size  # another batch size may change a last bit
         one = {**self.settings, **self.conditions.described_of(index), **one}
         one["start"] = next(iter(one["start"])) if one["start"] else None
         return _plain({name: x for name, x in one.items() if name not in ("checkpoint", "text_encoder")})
@@ -81,11 +81,11 @@ def load(checkpoint: epath.PathLike, ema: float | None = None) -> Loaded:
 
 
 def prepare(request: Request, loaded: Loaded | None = None) -> Job:
-    """Build what a request asks for.
+    """Return the job of a request.
 
     Args:
-      request: what to make.
-      loaded: its checkpoint, where that is in memory already.
+      request: the request.
+      loaded: its checkpoint, if that is already in memory.
 
     Raises:
       UserError: if the request does not fit the checkpoint.

@@ -2,7 +2,7 @@
 
 GenEval (djghosh13/geneval, evaluate_images.py): 00000/metadata.jsonl, the prompt's line of
 evaluation_metadata.jsonl, and 00000/samples/0000.png ... . DPG-Bench (TencentQQGYLab/ELLA,
-compute_dpg_bench.py): NAME.png for the prompt file NAME.txt, with four samples as one 2x2 picture.
+compute_dpg_bench.py): NAME.png for the prompt file NAME.txt, with four samples as one 2x2 grid.
 """
 
 import json
@@ -20,9 +20,9 @@ DPG_IMAGES = 4
 
 
 def read_prompts_file(name: str) -> list[dict]:
-    """Return [{"prompt": ..., and what else is known}] of a text file, a .jsonl, or a folder of .txt.
+    """Return [{"prompt": ..., other keys}] from a text file, a .jsonl, or a folder of .txt files.
 
-    Blank lines at the end do not count.
+    Blank lines at the end are ignored.
 
     Raises:
       UserError: if there is no such file, it cannot be decoded, or a prompt is empty.
@@ -43,7 +43,7 @@ def read_prompts_file(name: str) -> list[dict]:
     except FileNotFoundError:
         raise UserError(f"{flag} is neither a file nor a folder") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag} is not UTF-8, nor UTF-16 with its mark: {error}") from None
+        raise UserError(f"{flag} is not UTF-8, nor UTF-16 with a byte-order mark: {error}") from None
     if not entries:
         raise UserError(f"{flag} holds no prompts")
     for number, entry in enumerate(entries, 1):
@@ -84,9 +84,9 @@ def write_layout(
     out: epath.Path,
     watch: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """Write the images of samples.npz as files of a layout; its `prompt` says what each image shows.
+    """Write the images of samples.npz as files of a layout, by the prompt index of each image.
 
-    Holds a few images at a time. `watch` is told how far this is.
+    Holds only a few images in memory. `watch` is called with the current position.
     """
     prompts = arrays.read_npz(samples, "prompt")
     write = _write_dpg if layout == "dpg" else _write_geneval
@@ -105,7 +105,7 @@ def _write_geneval(samples, prompts, entries, out, watch) -> None:
 
 
 def _write_dpg(samples, prompts, entries, out, watch) -> None:
-    # Images show the prompts in turn, so the four of a prompt are far apart: a stream for each.
+    # Prompts are used cyclically, so the four images of a prompt are far apart: one stream for each.
     streams = [arrays.Stream(samples, "arr_0") for _ in range(DPG_IMAGES)]
     table = np.argsort(prompts, kind="stable").reshape(-1, DPG_IMAGES)
     for entry, four in zip(entries, table.tolist(), strict=True):

@@ -1,8 +1,8 @@
-"""The output folder of a sampling run: shards as they come, then samples.npz, PNG files, the grid.
+"""The output folder of a sampling run: shards during the run, then samples.npz, PNG files and the grid.
 
-Images are made in chunks of a fixed size. Each chunk becomes a file in shards/ as soon as it is done, so
-that a run that was stopped continues without making an image twice. When all are there, they are joined
-into samples.npz, with equal bytes for equal requests, and the shards are removed.
+Images are generated in chunks of a fixed size. Each finished chunk becomes a file in shards/, so that an
+interrupted run continues without generating an image twice. When all chunks exist, they are joined into
+samples.npz, with equal bytes for equal requests, and the shards are removed.
 """
 
 import collections
@@ -21,7 +21,7 @@ from pixelflow_jax.sampling.generate import read_image, save_grid, save_png
 
 log = logging.getLogger(__name__)
 SHARD = re.compile(r"(\d{8})-(\d{8})\.npz")
-ALL_PNG, SOME_PNG = 1000, 100  # images of which all become PNG files, and how many of more than that
+ALL_PNG, SOME_PNG = 1000, 100  # up to ALL_PNG images, all become PNG files; of more, SOME_PNG
 
 
 class OutputFolder:
@@ -29,10 +29,10 @@ class OutputFolder:
 
     Attributes:
       path: the folder.
-      count: images of the request.
+      count: number of images in the request.
       size: (height, width, 3).
-      extra: what samples.npz holds beside the images: {name: array with a row per image}.
-      num_png: how many images become PNG files too, the first ones.
+      extra: additional contents of samples.npz: {name: array with a row per image}.
+      num_png: number of images, from the first on, that also become PNG files.
     """
 
     def __init__(
@@ -44,23 +44,23 @@ class OutputFolder:
         self._shards = self.path / "shards"
 
     def drop_torn_shards(self, watch: Callable[[str], None]) -> None:
-        """Remove shards that are not whole, so that their images are made again.
+        """Remove incomplete shards, so that their images are generated again.
 
-        `watch` is told how far this is.
+        `watch` is called with the current position.
         """
         for begin, end, path in self._found():
-            watch(f"looking at {path.name}")
+            watch(f"checking {path.name}")
             try:
                 shapes = arrays.array_shapes(path, "arr_0")
                 whole = shapes.get("arr_0") == ((end - begin, *self.size), np.uint8)
             except UserError as error:
-                log.warning("%s; its images are made again", error)
+                log.warning("%s; its images are generated again", error)
                 whole = False
             if not whole:
                 files.remove(path)
 
     def is_complete(self) -> bool:
-        """Return whether samples.npz is there and whole; a damaged one counts as missing."""
+        """Return whether samples.npz exists and is complete; a damaged file counts as missing."""
         try:
             shapes = arrays.array_shapes(self.path / "samples.npz", "arr_0")
         except UserError:
@@ -68,14 +68,14 @@ class OutputFolder:
         return shapes.get("arr_0") == ((self.count, *self.size), np.uint8)
 
     def missing(self) -> Int[np.ndarray, " n"]:
-        """Return the numbers of the images that no shard holds."""
+        """Return the indices of the images that are in no shard."""
         there = np.zeros(self.count, bool)
         for begin, end, _ in self._found():
             there[begin:end] = True
         return np.flatnonzero(~there)
 
     def write(self, index: Int[np.ndarray, " b"], parts: dict[str, np.ndarray]) -> None:
-        """Keep finished images (`arr_0`, and other arrays with a row per image) as shards."""
+        """Write finished images (`arr_0`, and other arrays with a row per image) as shards."""
         breaks = np.flatnonzero(np.diff(index) != 1) + 1
         for run in np.split(np.arange(len(index)), breaks):
             begin, end = int(index[run[0]]), int(index[run[-1]]) + 1
@@ -88,7 +88,8 @@ class OutputFolder:
     def finish(self, settings_of: Callable[[int], dict[str, Any]], watch: Callable[[str], None]) -> None:
         """Write samples.npz, the PNG files and the grid, and remove the shards.
 
-        `settings_of` gives what an image's PNG file carries; `watch` is told how far this is.
+        `settings_of` returns the settings for an image's PNG file; `watch` is called with the current
+        position.
         """
         if not self.is_complete():
             self._assemble(watch)
@@ -107,7 +108,7 @@ class OutputFolder:
     def _write_png(
         self, path: epath.Path, image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any]
     ) -> None:
-        """Write a PNG file unless it is there and right."""
+        """Write a PNG file unless it exists with these pixels."""
         try:
             if np.array_equal(read_image(path), image):
                 return
@@ -116,13 +117,13 @@ class OutputFolder:
         save_png(path, image, settings)
 
     def _found(self) -> list[tuple[int, int, epath.Path]]:
-        """Return (begin, end, file) of every shard, even of an earlier run with other chunks."""
+        """Return (begin, end, file) of every shard, also of earlier runs with other chunks."""
         names = [(SHARD.fullmatch(name), name) for name in files.list_files(self._shards)]
         found = [(int(m[1]), int(m[2]), self._shards / name) for m, name in names if m]
         return sorted(entry for entry in found if entry[0] < entry[1] <= self.count)
 
     def _assemble(self, watch: Callable[[str], None]) -> None:
-        """Join the shards, each read once: images go straight to samples.npz, small arrays wait."""
+        """Join the shards, reading each once: images are streamed to samples.npz, small arrays kept."""
         found, kept = self._found(), collections.defaultdict(list)
 
         def pixels() -> Iterator[np.ndarray]:

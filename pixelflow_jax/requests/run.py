@@ -28,15 +28,15 @@ from pixelflow_jax.training.checkpoints import load_params
 
 
 def sample(request: Request, watch: Callable[[str], None]) -> tuple[str, float | None]:
-    """Write the images of a request to its output folder, which is claimed for it.
+    """Write the images of a request to its output folder, and claim the folder for it.
 
     Args:
-      request: what to make, and where.
-      watch: is told how far this process is.
+      request: what to generate, and where.
+      watch: called with the current position.
 
     Returns:
-      The line to report, and this process's seconds per image: the median over its batches but the
-      first, which compiles; None if there was no other.
+      The line to report, and the seconds per image on this process: the median over all batches except
+      the first, which compiles; None if there was only one batch.
 
     Raises:
       NotFinite: if an image is not finite; those before it are kept.
@@ -52,7 +52,7 @@ def sample(request: Request, watch: Callable[[str], None]) -> tuple[str, float |
 def _fill(
     request: Request, job: jobs.Job, folder: OutputFolder, watch: Callable[[str], None]
 ) -> tuple[str, float | None]:
-    """Do what `sample` says in a folder that is claimed."""
+    """Do the work of `sample` in a claimed folder."""
     first = jax.process_index() == 0
     if first:
         folder.drop_torn_shards(lambda what: watch(f"{STARTING}: {what}"))
@@ -83,16 +83,17 @@ def _fill(
 
 
 def evaluations(folder: epath.PathLike) -> Int[np.ndarray, "n stages"]:
-    """Return the evaluations of each image in each stage, of a finished output folder."""
+    """Return the evaluations per image and stage from a finished output folder."""
     return arrays.read_npz(epath.Path(folder) / "samples.npz", "nfe")
 
 
 def _make(
     request: Request, job: jobs.Job, folder: OutputFolder, watch: Callable[[str], None]
 ) -> tuple[int, list[float]]:
-    """Make this process's share of the images that are missing.
+    """Generate this process's share of the missing images.
 
-    Returns how many, and the seconds per image of each batch but the first.
+    Returns:
+      Their number, and the seconds per image of every batch except the first.
     """
     mesh = image_mesh(jax.local_devices(), request.context or 1)
     groups = mesh.shape[AXIS]
@@ -106,7 +107,7 @@ def _make(
     quiet = jax.process_index() != 0
     with tqdm(total=sum(map(len, parts)), unit="image", dynamic_ncols=True, disable=quiet) as bar:
         for chosen in parts:
-            watch(f"{'' if made else f'{STARTING}: '}image {chosen[0]}")  # the first compiles
+            watch(f"{'' if made else f'{STARTING}: '}image {chosen[0]}")  # the first batch compiles
             begin = time.perf_counter()
             padded = np.resize(chosen, size)  # one shape, so one compilation
             out = generate(params, job.start.inputs(padded), *job.conditions.of(padded))
@@ -124,13 +125,13 @@ def _make(
 
 
 def invert(request: Request) -> str:
-    """Write the noise from which the sampler makes the images of `request.invert`; return the report.
+    """Write the noise from which the sampler generates the images of `invert`; return the report.
 
     Raises:
       UserError: if the request does not fit the checkpoint, or the output folder holds files.
     """
     if files.list_files(request.out):
-        raise UserError(f"--out={request.out} holds files already; name a new folder")
+        raise UserError(f"--out={request.out} already holds files; use a new folder")
     if jax.process_count() > 1:
         raise UserError("--invert runs in one process")
     found, _ = starts.read_pictures(request.invert, "invert")

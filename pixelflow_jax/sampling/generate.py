@@ -93,11 +93,11 @@ def make_generate(
     those of models/conditioning.py, including token ids, such as `class_conditions(labels, 10)`.
 
     Args:
-      sampler: the sampler. start: where images start (starts.py); default: noise from seed 0. mesh:
-      devices that each generate a part of the batch; those along an axis `context` share the tokens
-        of the same images.
-      param_specs: how the parameters are sharded, from `sharding.specs`; by default each device holds
-      all.
+      sampler: the sampler.
+      start: where images start (starts.py); default: noise from seed 0.
+      mesh: devices that each generate a part of the batch; those along an axis `context` share the
+        tokens of the same images.
+      param_specs: how the parameters are sharded, from `sharding.specs`; default: each device holds all.
     """
     start, model = start or FromSeed(0), sampler.model
     if mesh is not None:

@@ -43,8 +43,7 @@ class Trajectory(NamedTuple):
 
     Attributes:
       ends: the image at the end of every stage that was run, approximately in [-1, 1]; the last one is
-      the
-        sample.
+        the sample.
       nfe: network evaluations per image and stage; a conditional and unconditional pair counts as one.
     """
 
@@ -57,10 +56,11 @@ class Sampler:
     """The settings of a sampling run; call `run` or `sample` under jit.
 
     Attributes:
-      model, cascade: the network and its stages. height, width: size of the final image, in pixels.
-      grid, guidance, solver: see grids.py, guidance.py, solvers.py. step_control: "fixed" uses the
-      grid's steps; "per_image" and "per_batch" choose steps by the solver's
-        error estimate for each image or for the whole batch; "auto": see `resolve_control`.
+      model, cascade: the network and its stages.
+      height, width: size of the final image, in pixels.
+      grid, guidance, solver: see grids.py, guidance.py, solvers.py.
+      step_control: "fixed" uses the grid's steps; "per_image" and "per_batch" choose steps by the
+        solver's error estimate for each image or the whole batch; "auto": see `resolve_control`.
       rtol, atol: tolerances of the error control.
       shards: devices along the mesh axis `context` that share each image's tokens; all hold the image.
 

@@ -65,8 +65,7 @@ class FromImages(FromSeed):
 
     Attributes:
       images: float [N, h, w, 3] in [-1, 1], used cyclically; at full size, or, for upscaling, at the
-      size
-        of the stage before `stage`.
+        size of the stage before `stage`.
       tau: the point in the stage; 0 keeps the least of the image. Always 0 for upscaling.
     """
 
@@ -143,9 +142,8 @@ def from_images(
       strength: share of that stage to run, from LEAST_STRENGTH to 1.
 
     Raises:
-      UserError: for an invalid stage or strength, images of the wrong size, or a start at which nothing
-      of
-        the images is left.
+      UserError: for an invalid stage or strength, images of the wrong size, or a start that keeps
+        nothing of the images.
     """
     stages = sampler.cascade.num_stages
     if not 0 <= stage < stages:
