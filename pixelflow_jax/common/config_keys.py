@@ -82,11 +82,8 @@ def fit(
 ) -> dict[str, Any]:
     """Return `values`, a tree like `default`, by full key, as plain Python values of its types.
 
-    Args:
-      values: keys and values.
-      default: every known key with its default.
-      where: prefix of keys in error messages.
-      stored: for the JSON of a run: missing keys take their default, removed keys are dropped.
+    With `stored`, for the JSON of a run, missing keys take their default and removed keys are dropped.
+    `where` is the prefix of keys in error messages.
 
     Raises:
       UserError: for an unknown or missing key, or a value of the wrong type or out of bounds.

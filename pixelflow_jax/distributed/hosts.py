@@ -41,9 +41,7 @@ def find_place(timeout: float = 300) -> Place | None:
     """Return the place of this process according to its launcher or machine; None if it is alone.
 
     Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID to start processes by hand.
-
-    Args:
-      timeout: seconds to wait for the cluster's metadata.
+    `timeout` limits the wait for the cluster's metadata, in seconds.
 
     Raises:
       UserError: if only some of these variables are set, or a value is invalid.

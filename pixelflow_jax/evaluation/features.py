@@ -117,14 +117,7 @@ def collect(
     """Stream an image set through `extract`; collect moments in float64 and the vectors named in `keep`.
 
     Each of several processes takes a part, and all get the same result. Kept vectors are in the order of
-    the images.
-
-    Args:
-      extract: a function (pixels, batch size) -> features.
-      images: the image set.
-      batch_size: images per batch.
-      keep: features whose vectors are kept.
-      watch: called with the current position.
+    the images. `watch` is called with the current position.
 
     Raises:
       UserError: if there are fewer images than processes.

@@ -42,7 +42,6 @@ def open_images(path: str, flag: str, resolution: int | None = None) -> ImageSet
     """Open the images at `path`: an npz (arr_0), a folder, or a config's held-out images.
 
     Args:
-      path: where the images are.
       flag: name of the flag in error messages.
       resolution: crop images in a folder to this square as in training; None: they must have one size.
 

@@ -93,7 +93,6 @@ def make_generate(
     those of models/conditioning.py, including token ids, such as `class_conditions(labels, 10)`.
 
     Args:
-      sampler: the sampler.
       start: where images start (starts.py); default: noise from seed 0.
       mesh: devices that each generate a part of the batch; those along an axis `context` share the
         tokens of the same images.

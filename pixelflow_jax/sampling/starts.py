@@ -135,8 +135,6 @@ def from_images(
     """Return a start from images at full size (variations) or at the size of `stage - 1` (upscaling).
 
     Args:
-      sampler: the sampler, which determines the sizes.
-      seed: for the noise.
       images: in [-1, 1].
       stage: first stage to run: an earlier one changes more of the image.
       strength: share of that stage to run, from LEAST_STRENGTH to 1.
