@@ -26,10 +26,7 @@ def write_npz(
 
     The file appears whole or not at all, and equal arrays give equal bytes. numpy.load reads it.
     """
-    with (
-        files.create(path) as raw,
-        zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive,
-    ):
+    with files.create(path) as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
         for name, (shape, dtype, parts) in arrays.items():
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
             rows = 0

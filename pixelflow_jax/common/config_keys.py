@@ -56,19 +56,10 @@ CHOICES = {
     # Names of what other rooms implement; tests compare them.
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "einsum", "blockwise", "splash", "cudnn"),
-    "data.source": ("digits", "captioned_digits", "idx", "caption_folder", "webdataset", "folder")
-    + ("tfds", "array_record"),
-    "sample.solver": (
-        "euler",
-        "heun",
-        "midpoint",
-        "ralston",
-        "ab2",
-        "bosh3",
-        "dopri5",
-        "tsit5",
-        "dopri8",
+    "data.source": tuple(
+        "digits captioned_digits idx caption_folder webdataset folder tfds array_record".split()
     ),
+    "sample.solver": tuple("euler heun midpoint ralston ab2 bosh3 dopri5 tsit5 dopri8".split()),
     "sample.step_control": ("auto", "fixed", "per_image", "per_batch"),
     "sample.grid": ("uniform", "reference"),
     "sample.guidance_schedule": ("stagewise", "constant", "reference"),

@@ -158,8 +158,4 @@ def fill(x: Shaped[Array, "b n ..."], multiple: int, value: int = 0) -> Shaped[A
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
-BACKENDS = {
-    "einsum": einsum_attention,
-    "blockwise": blockwise_attention,
-    "cudnn": cudnn_attention,
-}
+BACKENDS = {"einsum": einsum_attention, "blockwise": blockwise_attention, "cudnn": cudnn_attention}

@@ -23,13 +23,7 @@ from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.requests.layouts import check_layout, read_prompts_file
 from pixelflow_jax.requests.request import Request, as_flag
 from pixelflow_jax.sampling import starts
-from pixelflow_jax.text.encoder import (
-    JOINT,
-    TextEncoder,
-    make_tokenizer,
-    trusted_encoder,
-    warn_of_cuts,
-)
+from pixelflow_jax.text.encoder import JOINT, TextEncoder, make_tokenizer, trusted_encoder, warn_of_cuts
 from pixelflow_jax.text.tokenizer import Tokens
 
 LABEL_FLAGS, PROMPT_FLAGS = (

@@ -19,17 +19,7 @@ from pixelflow_jax.common.errors import UserError
 Field = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
 
 # Order of convergence with fixed steps, by name
-ORDERS = {
-    "euler": 1,
-    "heun": 2,
-    "midpoint": 2,
-    "ralston": 2,
-    "ab2": 2,
-    "bosh3": 3,
-    "dopri5": 5,
-    "tsit5": 5,
-    "dopri8": 8,
-}
+ORDERS = dict(euler=1, heun=2, midpoint=2, ralston=2, ab2=2, bosh3=3, dopri5=5, tsit5=5, dopri8=8)
 SOLVERS = tuple(ORDERS)
 WITHOUT_ERROR = ("euler", "ab2")  # without an error estimate: fixed steps only
 CONTROLS = ("auto", "fixed", "per_image", "per_batch")
@@ -107,10 +97,7 @@ def runge_kutta_step(table: Tableau, field: Field, x, tau, size):
 
 
 def solve_fixed(
-    name: str,
-    field: Field,
-    x: Float[Array, "..."],
-    taus: Float[np.ndarray, " n"],
+    name: str, field: Field, x: Float[Array, "..."], taus: Float[np.ndarray, " n"]
 ) -> Float[Array, "..."]:
     """Integrate over the steps from taus[i] to taus[i + 1]; return x at the last.
 

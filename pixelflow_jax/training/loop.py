@@ -31,13 +31,7 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.programs import workload
-from pixelflow_jax.training.start import (
-    claimed_workdir,
-    data_of,
-    holds_run,
-    new_state,
-    start_or_resume,
-)
+from pixelflow_jax.training.start import claimed_workdir, data_of, holds_run, new_state, start_or_resume
 from pixelflow_jax.training.step import TrainState, abstract_state, make_train_step
 from pixelflow_jax.training.writes import Saver, retried
 
