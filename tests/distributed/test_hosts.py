@@ -1,4 +1,4 @@
-"""Several processes: what is said when one is missing or lost, restarts."""
+"""Several processes: messages when one is missing or lost, and restarts."""
 
 import concurrent.futures
 import contextlib
@@ -53,7 +53,7 @@ def test_the_place_by_hand(monkeypatch):
 
 @contextlib.contextmanager
 def watched(count, step_timeout=60.0, heartbeat_timeout=60.0):
-    """Watchdogs of `count` processes, and what ended them: [(exit code, message)]."""
+    """Run watchdogs of `count` processes; return what ended them: [(exit code, message)]."""
     clusters = gather([record(f"h{i}") for i in range(count)])
     dogs = [Watchdog(cluster, step_timeout, heartbeat_timeout) for cluster in clusters]
     yield dogs
@@ -62,7 +62,7 @@ def watched(count, step_timeout=60.0, heartbeat_timeout=60.0):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Short beats, and no process that really ends; the verdict lands in the list."""
+    """Use short beats, and collect verdicts in a list instead of ending the process."""
     monkeypatch.setattr(watchdog, "BEAT", 0.05)
     monkeypatch.setattr(watchdog, "GRACE", 0.2)
     ended = []
@@ -71,7 +71,7 @@ def fast(monkeypatch):
 
 
 def work(dog, seconds, every=0.05, fail=None):
-    """Steps for a while, then an error or a good end."""
+    """Run steps for a while, then end with or without an error."""
     with dog:
         end, step = time.monotonic() + seconds, 0
         while time.monotonic() < end:
@@ -89,7 +89,7 @@ def together(*calls):
 
 
 def test_a_good_end_is_quiet(fast, capfd):
-    """Catches a watchdog that takes the first to finish for lost."""
+    """Catches a watchdog that treats the first process to finish as lost."""
     with watched(3) as dogs:
         assert together(*[(work, dog, 0.2 + i * 0.4) for i, dog in enumerate(dogs)]) == [None] * 3
     assert fast == [] and "error" not in capfd.readouterr().err
@@ -112,7 +112,7 @@ def test_one_that_is_gone_is_named(fast, capfd, victim):
 
 
 def test_silence_counts_as_gone(fast, capfd):
-    """Catches a machine that lost its power or network: no connection is closed then."""
+    """Catches a machine that lost its power or network without closing its connections."""
     with watched(3, heartbeat_timeout=1.5) as dogs:
         dogs[1]._tell({"at": [1, "step 1"]})
         together((work, dogs[0], 4.0), (work, dogs[2], 4.0))
@@ -120,7 +120,7 @@ def test_silence_counts_as_gone(fast, capfd):
 
 
 def test_a_hanging_host_is_named(fast, capfd):
-    """Catches a step that never ends, and blame for those that wait for the late one."""
+    """Catches a step that never ends, and blaming the processes that wait for the late one."""
     with watched(3, step_timeout=1.2) as dogs:
 
         def slow(dog, steps):
@@ -140,7 +140,7 @@ def test_a_hanging_host_is_named(fast, capfd):
 
 
 def test_waiting_is_not_hanging(fast, capfd):
-    """Catches a sampling run that ends because process 0 was done first, or blame for who waits."""
+    """Catches a sampling run that ends because process 0 finished first, or blames a waiting one."""
     with watched(2, step_timeout=1.5) as dogs:
 
         def waits(dog, seconds):
@@ -164,7 +164,7 @@ def test_waiting_is_not_hanging(fast, capfd):
 
 
 def test_a_start_may_take_its_time(fast, capfd):
-    """Catches a download, restore or compilation that is taken for a hang, or a hang after."""
+    """Catches a download, restore or compilation mistaken for a hang, and a missed later hang."""
 
     def starts(dog, hangs):
         with dog:
@@ -184,7 +184,7 @@ def test_a_start_may_take_its_time(fast, capfd):
 
 
 def test_who_is_lost_at_the_start_is_heard_of(fast, capfd):
-    """Catches patience with a start that waits for a process that is gone."""
+    """Catches a start that waits too long for a process that is gone."""
     with watched(2, step_timeout=60.0) as dogs:
 
         def waits(dog):
@@ -203,7 +203,7 @@ def test_who_is_lost_at_the_start_is_heard_of(fast, capfd):
 
 @pytest.mark.slow
 def test_a_real_start_may_take_its_time(tmp_path, tiny_flags):
-    """Catches a part of the start that does not say that it is one."""
+    """Catches a phase of start-up that is not marked as one."""
     places = ["load_source", "start_or_resume", "frozen_encoder"]
     code = f"""if True:
         import time
@@ -225,7 +225,7 @@ def test_a_real_start_may_take_its_time(tmp_path, tiny_flags):
 
 
 def test_an_error_of_one_reaches_the_others(fast, capfd):
-    """Catches hosts that wait minutes for one that has stopped with a good reason of its own."""
+    """Catches hosts that wait minutes for one that has stopped with its own error."""
     own = UserError("its disk is full")
     with watched(2) as dogs:
         errors = together((work, dogs[0], 3.0), (work, dogs[1], 0.3, 0.05, own))
@@ -234,7 +234,7 @@ def test_an_error_of_one_reaches_the_others(fast, capfd):
 
 
 def test_a_failing_collective_is_explained(fast):
-    """Catches a traceback of the network's in place of the reason for it."""
+    """Catches a network traceback that hides the reason."""
     broken = ValueError("Gloo AllGather failed")
     with watched(2) as dogs:
 
@@ -264,7 +264,7 @@ def local_hosts(count, workdir, flags, env=()):
 
 
 def process_of(index, workdir) -> int:
-    """The pid of a process of a run."""
+    """Return the pid of a process of a run."""
     for folder in pathlib.Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and f"--workdir={workdir}".encode() in (
@@ -285,13 +285,13 @@ def numbers(workdir):
 
 
 def checkpoints(workdir) -> list[int]:
-    """Steps of the checkpoints that are whole (those on their way have other names)."""
+    """Return the steps of complete checkpoints (incomplete ones have other names)."""
     folder = workdir / "checkpoints"
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
 
 
 def wait_for_checkpoint(child, workdir, after):
-    """Until a checkpoint later than step `after` is whole; saving is asynchronous, rows come earlier."""
+    """Wait for a complete checkpoint later than step `after`; saving is asynchronous."""
     end = time.monotonic() + 150
     while max(checkpoints(workdir), default=0) <= after:
         assert child.poll() is None, child.communicate()[0]
@@ -301,7 +301,7 @@ def wait_for_checkpoint(child, workdir, after):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, tiny_flags):
-    """Catches a pod that hangs after a crash of one host, or loses steps by it."""
+    """Catches a pod that hangs after a crash of one host, or loses steps."""
     flags = [*tiny_flags, "--config.batch_size=16", "--config.checkpoint_every=5"]
     flags += ["--config.log_every=1", "--config.optimizer.schedule=constant"]
     for victim in (1, 0):
@@ -325,7 +325,7 @@ def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, tiny_flags):
 
 
 def test_one_never_started_and_two_versions(tmp_path, tiny_flags):
-    """Catches silence for a missing process, and a run of two configs, through the real command."""
+    """Catches an unreported missing process, and a run with two configs, in the real command."""
     port = free_port()
     flags = [*tiny_flags, "--config.hosts.start_timeout=6"]
 
@@ -351,7 +351,7 @@ def test_one_never_started_and_two_versions(tmp_path, tiny_flags):
 
 
 def test_hosts_of_unlike_devices_are_refused(tmp_path, tiny_flags):
-    """Catches a traceback of JAX's, or a run in which one host's devices are not used."""
+    """Catches a JAX traceback, or a run that ignores one host's devices."""
     command = ["pixelflow_jax.train", *tiny_flags, f"--workdir={tmp_path / 'run'}"]
     children = start_hosts(2, command, lambda index: {"JAX_NUM_CPU_DEVICES": str(2 - index)})
     for child in children:
@@ -363,7 +363,7 @@ def test_hosts_of_unlike_devices_are_refused(tmp_path, tiny_flags):
 
 @pytest.mark.slow
 def test_four_processes_train_the_default_config(tmp_path):
-    """Catches what small test configs hide, and a number of processes other than two."""
+    """Catches failures with a real config, and with a number of processes other than two."""
     flags = ["--config=configs/digits.py", "--config.num_train_steps=10", "--config.log_every=5"]
     child = local_hosts(4, tmp_path / "run", flags)
     output = child.communicate(timeout=500)[0]
@@ -373,5 +373,5 @@ def test_four_processes_train_the_default_config(tmp_path):
 
 
 def test_threads_are_gone():
-    """Catches a watchdog that outlives its run; last, on purpose."""
+    """Catches a watchdog that outlives its run; must be the last test."""
     assert not any(thread.name == "watchdog" and thread.is_alive() for thread in threading.enumerate())

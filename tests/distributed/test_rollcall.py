@@ -1,4 +1,4 @@
-"""The roll call: who comes, who is missing, who disagrees, and strangers."""
+"""The roll call: arrivals, missing processes, disagreements, and strangers."""
 
 import concurrent.futures
 import contextlib
@@ -18,7 +18,7 @@ from conftest import free_port
 
 
 def gather(records, timeout=10.0, count=None, indices=None):
-    """The roll call of several processes, as threads: a Cluster or an error of each."""
+    """Hold the roll call of several processes, as threads; return a Cluster or an error of each."""
     address, count = f"127.0.0.1:{free_port()}", count or len(records)
     indices = indices or range(len(records))
 
@@ -43,7 +43,7 @@ def close(clusters):
 
 
 def test_all_come_and_all_know_of_all():
-    """Catches records mixed up, and a start that depends on who is first."""
+    """Catches mixed-up records, and a start that depends on the order of arrival."""
     clusters = gather([record(f"h{i}", config={"a": 1}) for i in range(5)])
     assert all(c.records == clusters[0].records for c in clusters)
     assert [clusters[0].name(i) for i in range(5)] == [f"process {i} (h{i})" for i in range(5)]
@@ -66,7 +66,7 @@ def test_all_come_and_all_know_of_all():
     ],
 )
 def test_hosts_that_disagree_are_refused_alike(changes, said):
-    """Catches a pod of two configs, versions or checkouts that trains something else together."""
+    """Catches a pod that trains with two configs, versions or checkouts."""
     same = {"config": {"model": {"depth": 4}, "seed": 1}, "workdir": "x"}
     errors = gather([record("a", **same), record("b", **same) | changes, record("c", **same)])
     assert all(isinstance(error, UserError) for error in errors)
@@ -76,7 +76,7 @@ def test_hosts_that_disagree_are_refused_alike(changes, said):
 
 
 def test_who_is_missing_is_said_to_all():
-    """Catches the pod that waits in silence for a worker that nobody started (jax-ml/jax#22436)."""
+    """Catches a pod that waits silently for a worker that was not started (jax-ml/jax#22436)."""
     begin = time.monotonic()
     errors = gather([record("a"), record("b"), record("d")], timeout=1.5, count=4, indices=[0, 1, 3])
     assert time.monotonic() - begin < 10
@@ -87,7 +87,7 @@ def test_who_is_missing_is_said_to_all():
 
 
 def test_process_0_missing():
-    """Catches the same where the one that did not come is the one that all wait for."""
+    """Catches the same if process 0 is the missing one."""
     (error,) = gather([record("b")], timeout=1, count=2, indices=[1])
     assert (
         isinstance(error, Lost)
@@ -97,7 +97,7 @@ def test_process_0_missing():
 
 
 def test_two_with_the_same_index_and_another_number():
-    """Catches a launcher that numbers badly."""
+    """Catches a launcher that numbers processes incorrectly."""
     errors = gather([record("a"), record("b"), record("c")], count=3, indices=[0, 1, 1])
     assert all("two processes say that they are process 1" in str(error) for error in errors)
     address = f"127.0.0.1:{free_port()}"
@@ -110,7 +110,7 @@ def test_two_with_the_same_index_and_another_number():
 
 
 def test_strangers_and_stale_runs():
-    """Catches a port scanner that stops a run, and a port that an earlier run still holds."""
+    """Catches a run stopped by a port scanner, and a port held by an earlier run."""
     port = free_port()
     place = [Place(f"127.0.0.1:{port}", 2, index) for index in range(2)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -127,7 +127,7 @@ def test_strangers_and_stale_runs():
 
 
 def strange(port, stop, kind):
-    """Connects again and again as a neighbour who means no good, or a scanner, may."""
+    """Connect repeatedly, like a scanner or an attacker on the network."""
     deep = (
         b'{"index": 1, "count": 2, "time": 0, "record": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}\n"
     )
@@ -157,7 +157,7 @@ def strange(port, stop, kind):
 
 @pytest.mark.parametrize("kind", ["huge", "slow", "deep", "other kinds", "noise", "many"])
 def test_neighbours_do_not_stop_a_roll_call(kind, monkeypatch):
-    """Catches memory, time or a traceback that a stranger can ask of process 0 before the run begins."""
+    """Catches a stranger who costs process 0 memory, time or a traceback before the run."""
     port, stop = free_port(), threading.Event()
     monkeypatch.setattr(rollcall, "HELLO_SECONDS", 1.0)
     place = [Place(f"127.0.0.1:{port}", 2, index) for index in range(2)]
@@ -175,7 +175,7 @@ def test_neighbours_do_not_stop_a_roll_call(kind, monkeypatch):
 
 
 def test_the_roll_call_listens_at_its_own_address(monkeypatch, caplog):
-    """Catches a port that is open to a network which no process of the run is in."""
+    """Catches a port that is open to a network without processes of the run."""
     for host, own in (("127.0.0.1", True), ("localhost", True), ("127.0.0.2", True), ("h1", False)):
         found = socket.getaddrinfo if own else lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 0))]
         monkeypatch.setattr(rollcall.socket, "getaddrinfo", found)

@@ -1,4 +1,4 @@
-"""Sampling and judging by several real processes on this machine, some of which are killed."""
+"""Sampling and evaluation with several real processes on this machine, some of which are killed."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
 
 
 def start(count, command, *flags, env=()):
-    """The command as `count` processes."""
+    """Start the command as `count` processes."""
     return subprocess.Popen(
         [ROOT / "launch" / "local_hosts.sh", str(count), command, *map(str, flags)],
         cwd=ROOT,
@@ -49,7 +49,7 @@ def finish(child):
 
 
 def kill(out, index=None) -> None:
-    """kill -9 of one process that writes `out`, or of all."""
+    """Kill (-9) one process that writes `out`, or all."""
     for folder in pathlib.Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if not folder.name.isdigit():
@@ -63,7 +63,7 @@ def kill(out, index=None) -> None:
 
 
 def test_killed_in_the_middle_of_2000_images(checkpoint, tmp_path):
-    """Catches images that are lost, made twice or changed by a kill: the npz must be the same bytes."""
+    """Catches images lost, repeated or changed by a kill: the npz must have the same bytes."""
     flags = [f"--checkpoint={checkpoint}", "--num_images=2000", "--batch_size=20", "--num_png=0"]
     flags += ["--num_steps=300"]  # slow enough to be hit in the middle
     whole = tmp_path / "whole" / "samples.npz"
@@ -90,7 +90,7 @@ def test_killed_in_the_middle_of_2000_images(checkpoint, tmp_path):
 
 
 def test_processes_and_devices_make_the_same_images(checkpoint, tmp_path):
-    """Catches an image that depends on who makes it; and the same of a judgement."""
+    """Catches an image or a metric that depends on the process that computes it."""
     found = {}
     for name, count, devices in (("one", 1, 1), ("eight", 1, 8), ("two", 2, 1)):
         out = tmp_path / name

@@ -1,4 +1,4 @@
-"""Many devices and processes: the same numbers as one, and every large array really split."""
+"""Many devices and processes: the same results as with one, and every large array is sharded."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ CONFIGS = sorted((HERE.parent / "configs").glob("[!_]*.py"))
 
 @pytest.fixture(scope="module")
 def results():
-    """What eight_devices.py prints."""
+    """Return the output of eight_devices.py."""
     child = subprocess.run(
         [sys.executable, HERE / "eight_devices.py"], capture_output=True, text=True, cwd=HERE.parent
     )
@@ -41,7 +41,7 @@ def results():
     "name", ["data", "fsdp", "mixed", "context", "all", "accumulated", "mixed_accumulated"]
 )
 def test_every_mesh_gives_the_losses_of_one_device(results, name):
-    """Catches gradients summed twice or not at all, noise or stages that depend on the device."""
+    """Catches gradients summed twice or never, and noise or stages that depend on the device."""
     np.testing.assert_allclose(results[name]["losses"], results["one"]["losses"], rtol=1e-5)
     assert results[name]["traces"] == 1
 
@@ -49,7 +49,7 @@ def test_every_mesh_gives_the_losses_of_one_device(results, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "ab2", "dopri5"])
 def test_eight_devices_make_the_images_of_one(results, solver):
-    """Catches noise or steps that depend on which device an image is made by."""
+    """Catches noise or steps that depend on an image's device."""
     assert results["sampling"][solver] < 1e-5
 
 
@@ -71,7 +71,7 @@ def test_bfloat16_and_remat_under_fsdp(results):
 
 @pytest.mark.slow
 def test_fsdp_holds_an_eighth_of_every_large_array(results):
-    """Catches a parameter, moment or average that stays whole on every device."""
+    """Catches a parameter, moment or average that is replicated."""
     shares = results["fsdp"]["shares"]
     assert set(shares.values()) == {1 / 8}
     for part in ("params/", "opt_state/adamw", "opt_state/ema"):
@@ -98,7 +98,7 @@ def test_collectives_of_a_step_are_those_written_down(results):
 
 
 def test_param_specs():
-    """Catches a split of the layer axis, of a vector, or of a dimension that does not divide."""
+    """Catches sharding of the layer axis, of a vector, or of an indivisible dimension."""
     assert param_spec("params/blocks/q/kernel", (28, 1152, 1152), 16) == P(None, "fsdp")
     assert param_spec("params/class_embed/embedding", (1001, 1152), 16) == P(None, "fsdp")
     assert param_spec("opt_state/adamw/mu/blocks/q/bias", (32, 1152), 16) == P()
@@ -107,7 +107,7 @@ def test_param_specs():
 
 
 def test_meshes_that_do_not_fit():
-    """Catches a run that leaves devices idle without a word."""
+    """Catches a run that silently leaves devices idle."""
     devices = jax.devices()[:1]
     assert dict(make_mesh(-1, 1, devices).shape) == {"data": 1, "fsdp": 1, "context": 1}
     for sizes in ((2, 1), (1, 2), (-1, 2), (3, -1)):
@@ -117,7 +117,7 @@ def test_meshes_that_do_not_fit():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a mesh asks of a device."""
+    """The attributes that a mesh needs of a device."""
 
     id: int
     platform: str
@@ -129,7 +129,7 @@ class Chip:
 
 
 def tpu(kind: str, dims: tuple[int, int, int], slices: int) -> list[Chip]:
-    """The devices of some slices, in JAX's order; v3 has two cores a chip, a host has four chips."""
+    """Return the devices of slices in JAX's order; v3 has two cores per chip, a host has four chips."""
     cores = range(2 if kind == "TPU v3" else 1)
     places = list(itertools.product(range(slices), *map(range, dims[::-1]), cores))
     return [
@@ -139,7 +139,7 @@ def tpu(kind: str, dims: tuple[int, int, int], slices: int) -> list[Chip]:
 
 
 def gpus(nodes: int, per_process: int = 8) -> list[Chip]:
-    """Nodes of eight GPUs, each a slice to JAX, in an order that is nobody's."""
+    """Return nodes of eight GPUs, each a slice to JAX, in shuffled order."""
     found = [Chip(i, "gpu", "NVIDIA H100", i // 8, i // per_process) for i in range(8 * nodes)]
     return found[::-1]
 
@@ -155,7 +155,7 @@ SLICES = [
 
 
 def mesh_or_advice(sizes: tuple[int, int, int], devices: list[Chip]):
-    """The mesh; or, where the sizes do not fit, that of the sizes which the error names."""
+    """Return the mesh; if the sizes do not fit, that of the sizes suggested by the error."""
     data, fsdp, context = sizes
     try:
         return make_mesh(data, fsdp, devices, context)
@@ -174,7 +174,7 @@ MESHES = sorted(
 @pytest.mark.parametrize("slices", [1, 2, 4])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_fits_tpu_slices_or_says_what_does(sizes, slices):
-    """Catches a traceback for an axis that takes a part of the torus, and fsdp between slices."""
+    """Catches a traceback for an axis over a part of the torus, and fsdp between slices."""
     for kind, dims in SLICES:
         devices = tpu(kind, dims, slices)
         mesh = mesh_or_advice(sizes, devices)
@@ -186,7 +186,7 @@ def test_every_mesh_fits_tpu_slices_or_says_what_does(sizes, slices):
 @pytest.mark.parametrize("nodes", [1, 2, 16])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_fits_gpu_nodes_or_says_what_does(sizes, nodes):
-    """Catches nodes taken for slices, and a group that lies in several nodes where one would hold it."""
+    """Catches nodes taken for slices, and a group spread over several nodes although one suffices."""
     for devices in (gpus(nodes), gpus(nodes, per_process=1)):
         mesh = mesh_or_advice(sizes, devices)
         assert set(mesh.devices.flat) == set(devices)
@@ -198,13 +198,13 @@ def test_every_mesh_fits_gpu_nodes_or_says_what_does(sizes, nodes):
 
 
 def test_local_rows_are_all_rows_of_one_process():
-    """Catches rows loaded twice where a batch is on several devices of one process."""
+    """Catches rows loaded twice when a batch is on several devices of one process."""
     where = jax.sharding.NamedSharding(make_mesh(-1, 1), sharding.BATCH)
     np.testing.assert_array_equal(sharding.local_rows(where, 8), np.arange(8))
 
 
 def start_cluster(workdir, flags, processes=2, devices=2):
-    """Starts `train` as several processes with several devices each."""
+    """Start `train` as several processes with several devices each."""
     command = ["pixelflow_jax.train", f"--workdir={workdir}", *flags]
     return start_hosts(processes, command, lambda index: with_devices(devices))
 
@@ -218,8 +218,8 @@ def finish(children) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume_as_one(tmp_path, tiny_flags):
-    """Catches data loaded twice or in another order by a second host, and a checkpoint that only
-    as many processes as wrote it can read."""
+    """Catches data loaded twice or in another order by a second host, and a checkpoint that only the
+    same number of processes can read."""
     flags = [*tiny_flags, "--config.batch_size=32", "--config.log_every=1", "--config.mesh.fsdp=2"]
     flags += ["--config.num_train_steps=10", "--config.checkpoint_every=6"]
     flags += ["--config.optimizer.schedule=constant", "--config.sample.num_images=6"]
@@ -246,7 +246,7 @@ def test_two_processes_equal_one_and_resume_as_one(tmp_path, tiny_flags):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_read_once_for_all_copies(tmp_path):
-    """Catches copies that each read the checkpoint, and bits that change on the way, as -0.0 may."""
+    """Catches replicas that each read the checkpoint, and bits that change in transfer, such as -0.0."""
     env = with_devices(2) | {"PYTHONPATH": str(HERE)}
     children = start_hosts(2, ["replicas", str(tmp_path / "run")], lambda index: env)
     found = [json.loads(output.splitlines()[-1]) for output in finish(children)]
@@ -266,7 +266,7 @@ def _flip_a_bit(folder):
 
 @pytest.mark.slow
 def test_a_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path, tiny_flags):
-    """Catches hosts that save different steps, or one that waits for another for ever."""
+    """Catches hosts that save different steps, or one that waits forever for another."""
     workdir = tmp_path / "run"
     flags = [*tiny_flags, "--config.num_train_steps=100000", "--config.checkpoint_every=50000"]
     children = start_cluster(workdir, flags)
