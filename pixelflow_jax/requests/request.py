@@ -57,7 +57,7 @@ def labels(text: str) -> tuple[int | str, ...]:
     else:
         if not more:
             return tuple(found)
-    raise ValueError(f"expected {KINDS[Labels][0]}, got {text!r}")
+    raise ValueError(f"expected {CLASSES}, got {text!r}")
 
 
 def as_flag(asked: Sequence[int | str]) -> str:
@@ -74,54 +74,41 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _one(*types: type) -> Callable[[Any], Any]:
-    """Return a reader of one value of these types, or of text, as the first of them."""
+def _read(value: Any, convert: Callable[[Any], Any], types: Any, split: Any = None) -> Any:
+    """Return a value as Python's own: a tuple of any number where `split` takes a text apart.
 
-    def read(value):
-        value = _plain(value)
-        if type(value) in types or isinstance(value, str) and bool not in types:
-            return types[0](value)
-        raise TypeError
-
-    return read
-
-
-def _several(one: Callable[[Any], Any], split=lambda text: text.split(",")) -> Callable[[Any], tuple]:
-    """Return a reader of one value or more; `split` takes text apart."""
-
-    def read(value):
+    Raises:
+      TypeError, ValueError, OverflowError: if it is not of these types, or there is none.
+    """
+    if split is not None:
         value = split(value) if isinstance(value, str) else _plain(value)
-        found = tuple(map(one, value if isinstance(value, (list, tuple, range)) else [value]))
-        if not found:
+        several = value if isinstance(value, (list, tuple, range)) else [value]
+        if not several:
             raise ValueError
-        return found
-
-    return read
-
-
-def _label(value: Any) -> int | str:
-    value = _plain(value)
-    return value if type(value) is int else _one(str)(value)
+        return tuple(_read(one, convert, types) for one in several)
+    value = value if types is object else _plain(value)
+    if not isinstance(value, types) or isinstance(value, bool) and types is not bool:
+        raise TypeError
+    return convert(value)
 
 
+CLASSES = "numbers or names of classes separated by commas (a name with a comma in quotes)"
+COMMAS, SAME = (lambda text: text.split(",")), (lambda value: value)
 Text, Whole, Number, Images = str | None, int | None, float | None, Any
 Texts, Wholes, Numbers = tuple[str, ...] | None, tuple[int, ...] | None, tuple[float, ...] | None
 Labels = tuple[int | str, ...] | None
-# Of each type: what to give, and a reader that raises TypeError, ValueError or OverflowError
-KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
-    str: ("a text", _one(str)),
-    Text: ("a text", _one(str)),
-    bool: ("true or false", _one(bool)),
-    Whole: ("a whole number", _one(int)),
-    Number: ("a number", _one(float, int)),
-    Texts: ("a text, or several", _several(_one(str), lambda text: [text])),
-    Wholes: ("whole numbers separated by commas", _several(_one(int))),
-    Numbers: ("numbers separated by commas", _several(_one(float, int))),
-    Labels: (
-        "numbers or names of classes separated by commas (a name with a comma in quotes)",
-        _several(_label, labels),
-    ),
-    Images: ("a path or images", lambda value: value),  # starts.read_pictures checks pixels
+# Of each type: what to give, for errors, and the arguments of _read
+KINDS: dict[Any, tuple[str, tuple]] = {
+    str: ("a text", (str, str)),
+    Text: ("a text", (str, str)),
+    bool: ("true or false", (bool, bool)),
+    Whole: ("a whole number", (int, (int, str))),
+    Number: ("a number", (float, (float, int, str))),
+    Texts: ("a text, or several", (str, str, lambda text: [text])),
+    Wholes: ("whole numbers separated by commas", (int, (int, str), COMMAS)),
+    Numbers: ("numbers separated by commas", (float, (float, int, str), COMMAS)),
+    Labels: (CLASSES, (SAME, (int, str), labels)),
+    Images: ("a path or images", (SAME, object)),  # starts.read_pictures checks pixels
 }
 
 
@@ -222,9 +209,9 @@ FROM_PYTHON, FROM_PNG = (
 
 def _fit(field: dataclasses.Field, value: Any) -> Any:
     """Return a value as its field's type. Raises UserError, with the flag, if it cannot be."""
-    flag, (expected, read), known = f"--{field.name}", KINDS[field.type], field.metadata
+    flag, (expected, how), known = f"--{field.name}", KINDS[field.type], field.metadata
     try:
-        found = read(value)
+        found = _read(value, *how)
     except (TypeError, ValueError, OverflowError):
         got = sentence(ValueError(repr(value)), 200)
         raise UserError(f"{flag}: expected {expected}, got {got}") from None
