@@ -47,12 +47,9 @@ class Reference:
                     )
         else:
             self.extract = PcaFeatures(self.images)
-        self.vectors = None
-        if self.images is not None and self.images.count <= MOST_FOR_RECALL:
-            keep = (self.extract.pooled,)
-        else:
-            keep = ()
-        found = Collected()
+        few = self.images is not None and self.images.count <= MOST_FOR_RECALL
+        keep = (self.extract.pooled,) if few else ()
+        self.vectors, found = None, Collected()
         if self.images is not None and (keep or not known):
             found = collect(self.extract, self.images, batch_size, keep, watch)
             self.vectors = found.vectors.get(self.extract.pooled)

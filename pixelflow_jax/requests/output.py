@@ -40,7 +40,8 @@ class OutputFolder:
     ):
         self.path, self.size, self.extra = epath.Path(path), size, extra
         self.count = len(next(iter(extra.values())))
-        self.num_png = min(self.count, _default_png(self.count) if num_png is None else num_png)
+        default_png = self.count if self.count <= ALL_PNG else SOME_PNG
+        self.num_png = min(self.count, default_png if num_png is None else num_png)
         self._shards = self.path / "shards"
 
     def drop_torn_shards(self, watch: Callable[[str], None]) -> None:
@@ -145,10 +146,6 @@ class OutputFolder:
         for name, array in self.extra.items():
             parts[name] = (array.shape, array.dtype, [array])
         arrays.write_npz(self.path / "samples.npz", parts)
-
-
-def _default_png(count: int) -> int:
-    return count if count <= ALL_PNG else SOME_PNG
 
 
 def chunks(count: int, size: int, process: int, processes: int) -> list[Int[np.ndarray, " b"]]:
