@@ -71,7 +71,10 @@ def _plain(value: Any) -> Any:
         return float(str(value))  # the decimal that a float32 was typed as
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return value.tolist() if hasattr(value, "tolist") else value
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if type(value) is int and abs(value) >= 2**63:
+        raise OverflowError("a number that is too large")  # some are too long to be shown
+    return value
 
 
 def _read(value: Any, convert: Callable[[Any], Any], types: Any, split: Any = None) -> Any:
@@ -212,7 +215,9 @@ def _fit(field: dataclasses.Field, value: Any) -> Any:
     flag, (expected, how), known = f"--{field.name}", KINDS[field.type], field.metadata
     try:
         found = _read(value, *how)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError as error:
+        raise UserError(f"{flag}: expected {expected}, got {error}") from None
+    except (TypeError, ValueError):
         got = sentence(ValueError(repr(value)), 200)
         raise UserError(f"{flag}: expected {expected}, got {got}") from None
     each = found if isinstance(found, tuple) else (found,)
