@@ -108,10 +108,8 @@ def test_a_request_cannot_change():
     assert Request("run", init_image=pixels, strength=0.5).init_image is pixels
 
 
-@pytest.mark.parametrize(
-    ("name", "huge"), [("seed", 10**5000), ("rtol", 10**400), ("labels", [10**5000])]
-)
-def test_numbers_too_long_to_show(name, huge):
+@pytest.mark.parametrize("name", ["seed", "rtol", "labels"])
+def test_numbers_too_long_to_show(name):
     """Catches Python's own error for a whole number of thousands of digits."""
     with pytest.raises(UserError, match=f"--{name}: expected .*too large"):
-        Request("run", **{name: huge})
+        Request("run", **{name: 10**5000})
