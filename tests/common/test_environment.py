@@ -102,7 +102,9 @@ def test_extras_that_are_there_but_ill(tmp_path, monkeypatch):
     (tmp_path / "ill_one.py").write_text("raise ImportError('a SOCKS proxy needs socksio')")
     (tmp_path / "ill_two.py").write_text("1 / 0")
     for module, why in (("ill_one", "a SOCKS proxy needs socksio"), ("ill_two", "division by zero")):
-        with pytest.raises(UserError, match=f"{module}, which is there but cannot start: {why}"):
+        with pytest.raises(
+            UserError, match=f"{module}, which is installed but cannot be imported: {why}"
+        ):
             optional(module, "demo", "the page")
     with pytest.raises(UserError, match="the page needs the extra `demo`"):
         optional("not_there_at_all", "demo", "the page")
