@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 LONGEST = 3000  # characters of a message
 
@@ -44,6 +44,12 @@ def sentence(error: BaseException, limit: int = UserError.printed) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return _cut(text, limit)
+
+
+def listed(names: Sequence[str], limit: int, separator: str = ", ") -> str:
+    """Join the first `limit` names and say how many more there are."""
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return separator.join([*names[:limit], *more])
 
 
 def _cut(text: str, limit: int) -> str:

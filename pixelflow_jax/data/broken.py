@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.errors import UserError, listed
 from pixelflow_jax.data.loader import why_broken
 from pixelflow_jax.data.sources import Source
 
@@ -44,9 +44,8 @@ class BrokenImages:
         share = self._data.max_broken_share
         several = len(self._found) > share * min(len(self._source), 1000)
         if self._count > share * self._seen and several:
-            names = list(self._found.values())
-            more = f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            names = listed(list(self._found.values()), LISTED, "\n  ")
             raise UserError(
                 f"{self._count} of {self._seen} images could not be read, more than "
-                f"config.data.max_broken_share={share}:\n  " + "\n  ".join(names[:LISTED]) + more
+                f"config.data.max_broken_share={share}:\n  {names}"
             )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.errors import UserError, listed
 from pixelflow_jax.data import tars
 from pixelflow_jax.data.base import NamedSource, split_root
 from pixelflow_jax.data.names import LISTED, Finder, Strings, pair, say_beside
@@ -50,7 +50,7 @@ class CaptionFolder(NamedSource):
         if bare:
             raise UserError(
                 f"{root}: {len(bare)} of {len(names)} images have no caption (a line in "
-                f"{' or '.join(METADATA)}, or NAME.txt): {', '.join(bare[:LISTED])}"
+                f"{' or '.join(METADATA)}, or NAME.txt): {listed(bare, LISTED)}"
             )
         report_left_out(root, others)
         say_beside(root, sorted(beside))

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from pixelflow_jax.common.errors import listed
+
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "valid", "validation", "test")
 LISTED = 5  # names that a message lists
@@ -138,5 +140,5 @@ def say_beside(where: str, images: list[str]) -> None:
     if images:
         log.warning(
             "%s: %d images are left out, as their captions belong to others beside them: %s",
-            *(where, len(images), ", ".join(images[:LISTED])),
+            *(where, len(images), listed(images, LISTED)),
         )

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.errors import UserError, listed
 from pixelflow_jax.data.names import LISTED, Strings, pair, say_beside
 from pixelflow_jax.data.pixels import is_image, is_left_behind, report_left_out
 from pixelflow_jax.distributed import hosts
@@ -134,13 +134,13 @@ def _contents(path: str) -> tuple[list[str], np.ndarray, list[str]]:
     if bare:
         raise UserError(
             f"{path}: {len(bare)} of {len(images)} images have no caption (.txt or .json): "
-            f"{', '.join(bare[:LISTED])}"
+            f"{listed(bare, LISTED)}"
         )
     say_beside(path, beside + others)
     if alone := sorted(by_name.keys() - found.values()):
         log.warning(
             "%s: %d captions have no image that is read: %s",
-            *(path, len(alone), ", ".join(alone[:LISTED])),
+            *(path, len(alone), listed(alone, LISTED)),
         )
     chosen = [name for name in keys if name in found]
     rows = [(*images[keys[name]][1:], *by_name[found[name]][1:]) for name in chosen]

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.common.errors import UserError, blame, listed
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.foreign.weights import INDEX, KINDS, State, read_state
 from pixelflow_jax.models.conditioning import TEXT, abstract_params
@@ -112,14 +112,10 @@ def from_official(state: State, config: ConfigDict) -> Params:
         layers = [take(name, rule, shapes[path].shape[1:]) for name in names]
         params[path] = None if any(x is None for x in layers) else np.stack(layers)
     found = ("left over: ", list(left)), ("", shapeless), ("missing: ", missing)
-    problems = [what + _some(names) for what, names in found if names]
+    problems = [what + listed(names, 4) for what, names in found if names]
     if problems:
         raise UserError(f"the weights do not fit the config: {'; '.join(problems)}")
     return unflatten_dict(params)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 def to_official(params: Params, config: ConfigDict) -> State:

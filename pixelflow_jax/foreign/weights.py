@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from pixelflow_jax.common import files, hardware
-from pixelflow_jax.common.errors import UserError, blame, optional
+from pixelflow_jax.common.errors import UserError, blame, listed, optional
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 KINDS = (*TORCH, ".safetensors", ".npz")
@@ -66,8 +66,7 @@ def find(
     leaves = list(_open(path))
     sets = _sets(leaves, known)
     if not sets:
-        names = [".".join((*leaf.level, *leaf.name)) for leaf in leaves]
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+        shown = listed([".".join((*leaf.level, *leaf.name)) for leaf in leaves], 4)
         raise UserError(f"{path} holds no array of this network; it holds {shown or 'no arrays at all'}")
     fitting = [name for name in sets if weights in ("auto", name)]
     if len(fitting) != 1:

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
 from pixelflow_jax.common import numerics
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.errors import UserError, listed
 
 SIZE = 299
 NUM_LOGITS = 1008
@@ -238,10 +238,7 @@ def inception_params(state: dict[str, np.ndarray]) -> dict:
             params[path] = np.asarray(array, np.float32).transpose(axes)
     problems += [f"missing: {name}" for name in expected]
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"these are not the weights of FID's Inception-v3: {'; '.join(problems[:5])}{more}"
-        )
+        raise UserError(f"these are not the weights of FID's Inception-v3: {listed(problems, 5, '; ')}")
     return unflatten_dict(params)
 
 

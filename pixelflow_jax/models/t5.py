@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.common import numerics
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common.errors import UserError, listed
 from pixelflow_jax.models.transformer import Dtype, RMSNorm, wide
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # the first entries of every vocabulary
@@ -220,6 +220,5 @@ def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np
             continue
         leaf[...] = theirs.T if kernel else theirs
     if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise UserError(f"{where} does not fit its config.json: {'; '.join(problems[:6])}{more}")
+        raise UserError(f"{where} does not fit its config.json: {listed(problems, 6, '; ')}")
     return unflatten_dict(flat)
