@@ -146,29 +146,23 @@ def encode_texts(
     Raises:
       UserError: as `claim`, and if `out` is not on a disk.
     """
-    _check_local(out)
-    with claim(out, Description(manifest, "states of another encoder or length", MANIFEST)):
-        return _encode_missing(texts, encode, out, shard_size, progress)
-
-
-def _encode_missing(texts, encode, out: str, shard_size: int, progress: Callable) -> tuple[int, int]:
-    """Do what `encode_texts` says in a folder that is claimed."""
-    folder, cache = epath.Path(out), EmbeddingCache(out)
-    missing = [text for text in dict.fromkeys(texts) if text not in cache]
-    taken = _shards(out)
-    number = int(taken[-1].split(".")[0]) + 1 if taken else 0
     from safetensors.numpy import save
 
-    for begin in progress(range(0, len(missing), shard_size)):
-        chosen = missing[begin : begin + shard_size]
-        states = encode(chosen)
-        shard = {
-            "keys": np.array([text_key(text) for text in chosen], np.uint64),
-            "ends": np.cumsum([len(x) for x in states], dtype=np.int64),
-            "states": np.concatenate(states).astype(ml_dtypes.bfloat16).view(np.uint16),
-        }
-        files.write_bytes(folder / f"{number:06d}.safetensors", save(shard))
-        number += 1
+    _check_local(out)
+    with claim(out, Description(manifest, "states of another encoder or length", MANIFEST)):
+        cache, taken = EmbeddingCache(out), _shards(out)
+        missing = [text for text in dict.fromkeys(texts) if text not in cache]
+        first = int(taken[-1].split(".")[0]) + 1 if taken else 0
+        for begin in progress(range(0, len(missing), shard_size)):
+            chosen = missing[begin : begin + shard_size]
+            states = encode(chosen)
+            shard = {
+                "keys": np.array([text_key(text) for text in chosen], np.uint64),
+                "ends": np.cumsum([len(x) for x in states], dtype=np.int64),
+                "states": np.concatenate(states).astype(ml_dtypes.bfloat16).view(np.uint16),
+            }
+            name = f"{first + begin // shard_size:06d}.safetensors"
+            files.write_bytes(epath.Path(out) / name, save(shard))
     return len(cache) + len(missing), len(missing)
 
 
