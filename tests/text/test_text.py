@@ -197,7 +197,7 @@ def test_bad_prompts(tmp_path):
         ([f"--prompts_file={tmp_path / 'none.txt'}"], "is neither a file nor a folder"),
         ([f"--prompts_file={tmp_path / 'latin.txt'}"], "is not UTF-8"),
         ([f"--prompts_file={tmp_path / 'gap.txt'}"], "line 2 is empty"),
-        (["--prompt=six", "--text_encoder=x"], "this one has its own"),
+        (["--prompt=six", "--text_encoder=x"], "this model contains its own"),
     ):
         with pytest.raises(UserError, match=match):
             sample.main([f"--checkpoint={run}", f"--out={tmp_path / 'out'}", *flags])
