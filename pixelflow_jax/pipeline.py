@@ -114,7 +114,7 @@ class Pipeline:
         return Samples(pixels, nfe, [job.settings_of(i) for i in range(len(pixels))])
 
     def stream(self, **settings: Any) -> Iterator[Samples]:
-        """Yield the images at the end of each stage, as soon as they are there; the last are `run`'s.
+        """Yield the images at the end of each stage as soon as it ends; the last equal those of `run`.
 
         All images are one batch.
         """

@@ -37,7 +37,7 @@ class Group:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class PackLayout:
-    """Where each sequence stands in a packed row. Hashable, so it can be a static argument.
+    """The position of each sequence in a packed row. Hashable, so it can be a static argument.
 
     With `shards` above 1, that many devices along the mesh axis CONTEXT share a row: each holds an equal
     part of every sequence, and `pack`, `unpack` and `to_tokens` operate on that part.

@@ -88,7 +88,7 @@ def claim(
     """
     there = description.is_kept_in(folder)
     if barrier is not None:
-        barrier("every process has looked at the folder")
+        barrier("every process has checked the folder")
         if jax.process_index() != 0:
             yield there, lambda: None
             return

@@ -49,7 +49,7 @@ class Source:
         return self[index][1]
 
     def digest(self) -> str:
-        """Return a text that differs for other examples, wherever they lie; "" where it is not known."""
+        """Return a digest of the examples, independent of their location; "" if it is not known."""
         return ""
 
 

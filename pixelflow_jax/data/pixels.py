@@ -133,7 +133,7 @@ def read_size(data: bytes | IO[bytes] | np.ndarray) -> Size:
 
 
 def _exif_chunk(file: IO[bytes]) -> bytes | None:
-    """Return the EXIF chunk of a PNG file, which may stand after the pixels."""
+    """Return the EXIF chunk of a PNG file, which may follow the pixels."""
     file.seek(8)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)

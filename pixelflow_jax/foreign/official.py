@@ -125,7 +125,7 @@ def to_official(params: Params, config: ConfigDict) -> State:
       UserError: if the model has a text encoder, for which official weights have no place.
     """
     if TEXT in params:
-        raise UserError("this model has a text encoder of its own, which official weights cannot hold")
+        raise UserError("this model contains a text encoder, which official weights cannot hold")
     model, state = config.model, {}
     ours = {path: np.asarray(x) for path, x in flatten_dict(params).items()}
     if model.context_dim and model.cross_gate:

@@ -128,7 +128,7 @@ def _read(path: epath.Path, name: str, read: Callable) -> np.ndarray:
 
 
 def _shards(path: epath.Path) -> list[str]:
-    """Return the files that an index names, which must stand beside it."""
+    """Return the files that an index names, which must be beside it."""
     index = files.read_json(path)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):

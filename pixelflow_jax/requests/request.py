@@ -1,4 +1,4 @@
-"""What a person asks of `sample`: one frozen `Request`, whichever way it comes in.
+"""What a user asks `sample` for: one frozen `Request` for every kind of input.
 
 The command line, the Python face, the demo and the settings in a PNG file all fill a `Request`, and one
 set of checks reads their values: text, Python's own values, numpy's, or JSON of unknown origin.
@@ -24,8 +24,8 @@ from pixelflow_jax.sampling.solvers import CONTROLS, SOLVERS
 
 BATCH, MAX_BATCH = 25, 256  # images at a time: by default, and the most that a PNG file may ask for
 LABEL = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)')  # an entry of a list of classes
-# Who may give a setting: the command line alone, as it is about files, hosts and devices; Python too;
-# or a PNG file's settings as well, which may come from anywhere: no paths.
+# Sources of a setting: the command line only, if it concerns files, hosts and devices; also Python; or
+# also a PNG file's settings, which are not trusted: no paths.
 COMMAND, PYTHON, PNG = range(3)
 IMAGES, AT_ONCE, STEPS = (1, 10_000_000), (1, 65_536), (1, 10_000)  # bounds
 SEEDS, NUMBERS = (0, 2**32 - 1), (0, 2**31 - 1)
@@ -116,19 +116,19 @@ KINDS: dict[Any, tuple[str, tuple]] = {
 
 
 def _flag(source: int, help: str, within=None, choices=(), default: Any = None) -> Any:
-    """Declare who may give a setting, what --help says, bounds of its numbers, and its choices."""
+    """Declare a setting: its source, help text, bounds of its numbers, and choices."""
     known = dict(source=source, help=help, within=within, choices=choices)
     return dataclasses.field(default=default, metadata=known)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a person asks for; None leaves a setting to its default or to the checkpoint's config.
+    """A user's settings; None stands for the default or the value in the checkpoint's config.
 
-    Values of any source are read as their type says: a list becomes a tuple, text a number.
+    Values from any source are converted to their type: a list becomes a tuple, text a number.
 
     Raises:
-      UserError: for values that cannot be, and for settings that do not go together.
+      UserError: for invalid values, and for settings that exclude each other.
     """
 
     checkpoint: str = _flag(
@@ -136,7 +136,7 @@ class Request:
     )
     out: Text = _flag(COMMAND, "folder to write")
     from_png: Text = _flag(PYTHON, "picture of `sample` or the demo to repeat; other flags change it")
-    labels: Labels = _flag(PNG, "classes in turn, such as 0,1 or cat,dog (default: all trained ones)")
+    labels: Labels = _flag(PNG, "classes, used cyclically: 0,1 or cat,dog (default: all trained ones)")
     negative_labels: Labels = _flag(PNG, "classes to steer away from (default: the null class)")
     prompt: Texts = _flag(PNG, "what to show (text models); may be given several times")
     prompts_file: Text = _flag(
@@ -198,7 +198,7 @@ class Request:
             raise UserError(f"--interpolate needs two seeds, got {len(self.interpolate)}")
 
     def given(self) -> dict[str, Any]:
-        """Return the settings that somebody gave, by name."""
+        """Return the settings that were given, by name."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: x for name, x in found.items() if x is not None and x is not False}
 

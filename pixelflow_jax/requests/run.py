@@ -138,7 +138,7 @@ def invert(request: Request) -> str:
     params, config, meta = load_params(request.checkpoint, request.ema)
     sampler = jobs.sampler_of(request, config)
     if config.model.num_classes and not request.labels:
-        raise UserError("--invert needs the class of each image: --labels=3, or --labels=3,7 in turn")
+        raise UserError("--invert needs the class of each image: --labels=3, or --labels=3,7 cyclically")
     conditions = read_conditions(request, config, None, meta, len(found))
     clean = np.stack([fit_image(x, sampler.height, sampler.width) for x in found])
 

@@ -86,7 +86,7 @@ def trusted_encoder(name: str, checkpoint: epath.PathLike) -> str:
         if _real(place).startswith(_real(folder) + "/") and epath.Path(place).is_dir():
             return place
     raise UserError(
-        f"--checkpoint={checkpoint} names {name} as its text encoder: no folder of its own, nor one of "
+        f"--checkpoint={checkpoint} names {name} as its text encoder: neither a folder in it nor one of "
         f"{', '.join(KNOWN)}. To allow it, add --text_encoder={name}"
     )
 

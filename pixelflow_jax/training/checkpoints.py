@@ -62,7 +62,7 @@ def open_manager(
 
 
 def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    """Raises UserError if Orbax's metadata in the folder are damaged: it reads those of every step."""
+    """Open a manager. Raises UserError if the metadata of any step in the folder are damaged."""
     try:
         return ocp.CheckpointManager(folder, options=options)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

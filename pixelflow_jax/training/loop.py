@@ -275,7 +275,7 @@ def list_classes(names: dict[int, str], most: int = 20) -> str:
 
 
 def grid_conditions(config: ConfigDict, source: Source, index: np.ndarray):
-    """Return (condition, null condition) of a grid: the classes in turn, or the first captions."""
+    """Return (condition, null condition) of a grid: the classes cyclically, or the first captions."""
     if not config.model.context_dim:
         # Only classes with examples
         classes = [*class_names(source)] if config.model.num_classes else [0]

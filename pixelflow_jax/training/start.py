@@ -200,8 +200,8 @@ def claimed_workdir(
         if config.init_from and jax.process_index() == 0:
             other = f" (it began from {kept or 'random parameters'})" if kept != config.init_from else ""
             print(
-                f"config.init_from={config.init_from} is not read: the run in {workdir} goes on "
-                f"from its own checkpoint{other}",
+                f"config.init_from={config.init_from} is not read: the run in {workdir} "
+                f"resumes from its own checkpoint{other}",
                 file=sys.stderr,
             )
         config.init_from = kept
