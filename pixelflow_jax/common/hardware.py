@@ -34,15 +34,8 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 448e9, 12.5e9),
 }
 # JAX's names for them
-DEVICE_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
+DEVICE_KINDS = {f"TPU {name}": name for name in CHIPS}
+DEVICE_KINDS |= {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 # Peak bfloat16 FLOP/s by JAX's name for a device (NVIDIA: data sheets)
 PEAK_FLOPS = {kind: CHIPS[name].flops for kind, name in DEVICE_KINDS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,

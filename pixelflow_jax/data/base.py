@@ -26,9 +26,6 @@ class Source:
     classes: list[str] = []
     present: list[int] | None = None
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def __getitem__(self, index: int) -> tuple[bytes | np.ndarray, int | tuple[str, ...]]:
         raise NotImplementedError
 
