@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Fixtures and helpers that several tests share."""
 
 import os
 import pathlib
@@ -17,15 +17,13 @@ from pixelflow_jax.models.transformer import PixelFlow
 
 # Most of the tests' time is compilation, which XLA's simplest code generation cuts to a third. Set
 # PIXELFLOW_TESTS_OPTIMIZED=1 to test what users run; CI does so on its second Python.
-FAST = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+FAST = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # XLA aborts at flags that it does not know: look again then
+    FAST += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 if not os.environ.get("PIXELFLOW_TESTS_OPTIMIZED"):
-    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FAST)).strip()
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST]).strip()
 
-# Programs are compiled once a session, also those of child processes and of the workers of `-n`.
+# Programs are compiled once per session, including those of child processes and of xdist's workers.
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
 if CACHE is None or "PYTEST_XDIST_WORKER" not in os.environ:
     FOLDER = tempfile.TemporaryDirectory(prefix="pixelflow-tests-")
@@ -60,7 +58,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A workdir of the default config with a tiny network, to be read alone."""
+    """A workdir of the default config with a tiny network; tests only read it."""
     from pixelflow_jax.training.loop import train
 
     workdir = tmp_path_factory.mktemp("trained") / "run"
@@ -70,7 +68,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def tiny_flags():
-    """The same as command-line flags."""
+    """The overrides of `tiny_config` as command-line flags."""
     return [f"--config.{override}" for override in TINY]
 
 
@@ -84,7 +82,7 @@ def t5_folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def noisy_params():
-    """A function model -> parameters without the zeros of the init, which would hide everything."""
+    """A function model -> random parameters; the zeros of the init would hide everything."""
 
     def make(model: PixelFlow, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -95,19 +93,19 @@ def noisy_params():
 
 
 def with_devices(count: int) -> dict[str, str]:
-    """The environment of a child process that is to see `count` CPU devices."""
+    """Return the environment of a child process that sees `count` CPU devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}".strip()}
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens at."""
+    """Return a TCP port on which nothing listens."""
     with socket.create_server(("", 0)) as sock:
         return sock.getsockname()[1]
 
 
 def start_hosts(count: int, command: list, env_of=lambda index: {}) -> list[subprocess.Popen]:
-    """`python -m command` as `count` processes of one run; `env_of` adds to the environment of each."""
+    """Start `python -m command` as `count` processes of one run; `env_of` gives more of the environment."""
     port, children = free_port(), []
     for index in range(count):
         env = os.environ | {
@@ -123,7 +121,7 @@ def start_hosts(count: int, command: list, env_of=lambda index: {}) -> list[subp
 
 
 def calm(model: PixelFlow) -> dict:
-    """Parameters of a velocity field as smooth as a trained one's, but of no zeros."""
+    """Return parameters without zeros, of a velocity field as smooth as a trained one's."""
     rng = np.random.default_rng(0)
     shapes = abstract_params(model)
     return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)

@@ -1,4 +1,4 @@
-"""Prints, as JSON, a digest of what `sample` and the first train steps give here; for test_switches.py.
+"""Print, as JSON, digests of the results of `sample` and of the first train steps, for test_switches.py.
 
 python tests/fingerprint.py CHECKPOINT
 """
@@ -19,7 +19,7 @@ from conftest import TINY
 
 
 def digest(tree) -> str:
-    """Of all bytes of a tree of arrays, with dtypes and shapes."""
+    """Return a digest of all bytes, dtypes and shapes of a tree of arrays."""
     found = hashlib.sha256()
     for leaf in map(np.asarray, jax.tree.leaves(tree)):
         found.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
@@ -27,7 +27,7 @@ def digest(tree) -> str:
 
 
 def fingerprints(checkpoint: str, steps: int = 1) -> dict[str, str]:
-    """Digests of the images of `sample` and `Pipeline`, and of parameters after some steps."""
+    """Return digests of the images of `sample` and `Pipeline`, and of the parameters after `steps`."""
     found = {"pipeline": digest(pf.load(checkpoint).sample(labels=[3, 7, 1], seed=5, solver="heun"))}
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--labels=3,7,1", "--seed=5", "--solver=heun", "--num_png=0"]

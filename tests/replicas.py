@@ -1,6 +1,6 @@
-"""Saves a state of odd bits, restores it on several meshes, and prints what each process read of it.
+"""Save a state of odd bits, restore it on several meshes, and print what each process read.
 
-A module of its own, as several processes run it (test_sharding.py): one JSON object a process.
+test_sharding.py runs this module in several processes. Each prints one JSON object.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ MESHES = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 1, 2)]  # d
 
 
 def read_bytes() -> int:
-    """Bytes that this process has read so far."""
+    """Return how many bytes this process has read so far."""
     return int(pathlib.Path("/proc/self/io").read_text().split()[1])
 
 
 def odd(path, like) -> jax.Array:
-    """An array like a state's, with -0.0, infinity and the smallest numbers."""
+    """Return an array like a state's, with -0.0, infinities and denormal numbers."""
     seed = sum(jax.tree_util.keystr(path).encode())
     values = np.random.default_rng(seed).normal(size=like.shape).astype(like.dtype)
     if like.dtype == np.float32 and values.size > 3:
@@ -38,13 +38,13 @@ def odd(path, like) -> jax.Array:
 
 
 def same_bits(x: jax.Array, y: jax.Array) -> bool:
-    """Whether this process holds the same of both; counters, which the folder's name says, aside."""
+    """Return whether this process holds the same bits of both. Scalars are not compared."""
     parts = zip(x.addressable_shards, y.addressable_shards, strict=True)
     return x.ndim == 0 or all(bytes(np.asarray(a.data)) == bytes(np.asarray(b.data)) for a, b in parts)
 
 
 def main(workdir: str) -> None:
-    """The whole run."""
+    """Run everything."""
     config = load_config("configs/digits.py", [*TINY, "model.head_dim=64"])
     model, optimizer = build_model(config), build_optimizer(config)
     found = {}

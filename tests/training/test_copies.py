@@ -58,7 +58,7 @@ def test_the_ways_to_name_a_run(trained, tmp_path):
 
 
 def test_the_commands_take_it(trained, tmp_path):
-    """Catches a command with a way of its own to find a checkpoint."""
+    """Catches a command that finds checkpoints in its own way."""
     best = shutil.copytree(trained / STEP, tmp_path / "best")
     convert.main([f"--source={best}", "--to=official", f"--out={tmp_path / 'official'}"])
     images = pf.load(best).sample(num_images=1, num_steps=1)
@@ -66,7 +66,7 @@ def test_the_commands_take_it(trained, tmp_path):
 
 
 def test_without_the_average(run):
-    """Catches raw parameters that pass for the average which a copy has lost."""
+    """Catches raw parameters that are used in place of an average that a copy has lost."""
     raw = values(load_params(run, 0)[0])
     shutil.rmtree(run / STEP / "ema")
     for ema in (None, 0.998):
@@ -81,7 +81,7 @@ def test_without_the_average(run):
 @pytest.mark.parametrize("part", ["meta", "params", "ema"])
 @pytest.mark.parametrize("all_of_it", [True, False])
 def test_parts_that_are_missing(run, part, all_of_it):
-    """Catches a part that is lost without a word, or an older step in place of a damaged one."""
+    """Catches a missing part that is not reported, or an older step in place of a damaged one."""
     if all_of_it:
         shutil.rmtree(run / STEP / part)
     else:
@@ -95,7 +95,7 @@ def test_parts_that_are_missing(run, part, all_of_it):
     "part", ["ema", *(pytest.param(x, marks=pytest.mark.slow) for x in ("params", "optimizer"))]
 )
 def test_resume_says_what_is_missing(run, part, caplog):
-    """Catches a resume without a part of the state, or from an older step without a word."""
+    """Catches a resume without a part of the state, or from an older step without a report."""
     shutil.rmtree(run / STEP / part)
     pf.fit(pf.load_config("digits", TINY), run)
     assert part in caplog.text and "checkpoint 4" in caplog.text

@@ -1,4 +1,4 @@
-"""Resume, proved: kills, signals, damage, full disks. Each run here is a process of its own."""
+"""Resuming after kills, signals, damage and full disks. Most runs are separate processes."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def copy(whole, tmp_path):
-    """A copy of it, to damage at will."""
+    """A copy of that run, to damage."""
     return pathlib.Path(shutil.copytree(whole[0], tmp_path / "run"))
 
 
@@ -66,7 +66,7 @@ def start(workdir, *more, **kwargs) -> subprocess.Popen:
 
 
 def wait_for(child, condition, seconds=120):
-    """Waits until something is seen on disk; fails if the run ends before."""
+    """Wait until something is seen on disk; fail if the run ends before."""
     end = time.monotonic() + seconds
     while not condition():
         assert child.poll() is None, child.communicate()[0]
@@ -84,7 +84,7 @@ def is_saving(workdir) -> bool:
 
 
 def test_killed_twice_it_ends_where_the_unkilled_run_does(whole, tmp_path):
-    """Catches all that a checkpoint might leave out, and a save that a kill can break."""
+    """Catches anything that a checkpoint leaves out, and a save that a kill can break."""
     workdir = tmp_path / "run"
     for condition in (lambda: is_saving(workdir), lambda: rows(workdir) >= 4):
         child = start(workdir)
@@ -138,7 +138,7 @@ def _flip(path):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(copy, whole, kind, caplog):
-    """Catches a run that dies of, or goes on from, a newest checkpoint that is not whole."""
+    """Catches a run that fails on a damaged newest checkpoint, or resumes from it."""
     DAMAGE[kind](copy / "checkpoints" / "30")
     template, manager = template_and_manager(copy)
     with manager:
@@ -197,7 +197,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(tmp_path
 
 
 def test_a_failed_background_save_surfaces_at_the_next_step(tmp_path, tiny_config, monkeypatch):
-    """Catches an asynchronous error that nobody asks for."""
+    """Catches an asynchronous error that is never checked."""
     with checkpoints.open_manager(tmp_path) as manager:
         checkpoints.check_background_save(manager)
         monkeypatch.setattr(
@@ -239,7 +239,7 @@ def test_resume_does_not_need_init_from(whole, tmp_path):
 
 
 def test_a_stop_at_a_sampling_step_loses_no_grid(tmp_path, tiny_config, monkeypatch):
-    """Catches samples that neither the run that was stopped nor the one that goes on draws."""
+    """Catches samples that neither the stopped nor the resumed run draws."""
     tiny_config.update(num_train_steps=4, checkpoint_every=4, sample_every=2)
     loop.train(tiny_config, tmp_path / "whole")
     monkeypatch.setattr(loop.PreemptionWatch, "requested", lambda self, step: step == 2)
@@ -254,7 +254,7 @@ def test_a_stop_at_a_sampling_step_loses_no_grid(tmp_path, tiny_config, monkeypa
 
 
 def test_what_sample_takes_for_the_newest(tmp_path, tiny_config, monkeypatch):
-    """Catches a step of which a bucket holds a part only, and hosts that read different steps."""
+    """Catches an incomplete step in a bucket that is read, and hosts that read different steps."""
     tiny_config.update(num_train_steps=3, checkpoint_every=1, keep_checkpoints=3)
     loop.train(tiny_config, tmp_path)
     finalized = checkpoints.ocp.utils.is_checkpoint_finalized

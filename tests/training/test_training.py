@@ -24,7 +24,7 @@ from pixelflow_jax.training.step import init_state, make_train_step
 
 
 def run_steps(config, count):
-    """(state, losses, times the step was traced) after `count` steps."""
+    """Return (state, losses, number of traces of the step) after `count` steps."""
     model, optimizer = build_model(config), build_optimizer(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     state = init_state(init_params(model, config.seed), optimizer)
@@ -116,7 +116,7 @@ def test_held_out_digits_are_not_trained_on(tiny_config):
 
 
 def test_clip_norm(tiny_config):
-    """Catches 0 that clips everything away, where people mean no clipping."""
+    """Catches a clip_norm of 0 that clips everything away, where it means no clipping."""
     tiny_config.optimizer.learning_rate = 1.0
     for clip_norm, factor in ((0.0, 1.0), (1.0, 0.1)):
         tiny_config.optimizer.clip_norm = clip_norm
