@@ -105,7 +105,7 @@ def free_port() -> int:
 
 
 def start_hosts(count: int, command: list, env_of=lambda index: {}) -> list[subprocess.Popen]:
-    """Start `python -m command` as `count` processes of one run; `env_of` gives more of the environment."""
+    """Start `python -m command` as `count` processes of one run; `env_of` adds to the environment."""
     port, children = free_port(), []
     for index in range(count):
         env = os.environ | {
