@@ -11,8 +11,7 @@ bounds on the step time at the chip's published peaks. Fails, with advice, if th
 from typing import Any
 
 from pixelflow_jax.aot.compiler import measure, too_large, tpu_devices
-from pixelflow_jax.common import cli, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, cli, files
 from pixelflow_jax.common.hardware import GIB
 from pixelflow_jax.config import parse_flags
 from pixelflow_jax.training.programs import PROGRAMS

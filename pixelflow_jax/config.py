@@ -11,9 +11,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, FieldReference
 
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common import files
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.common.config_keys import DTYPES, as_dict, fit, parse
-from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.common.removed import drop_removed
 from pixelflow_jax.models.t5 import SPECIAL, T5Config
 from pixelflow_jax.models.transformer import PixelFlow

@@ -14,8 +14,7 @@ import numpy as np
 import yaml
 from etils import epath
 
-from pixelflow_jax.common import cli, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, cli, files
 from pixelflow_jax.foreign.official import official_yaml, read_official, to_official
 from pixelflow_jax.foreign.weights import load_torch, read_state
 from pixelflow_jax.models.inception import inception_names, inception_params

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from pixelflow_jax.common import cli
-from pixelflow_jax.common.errors import UserError, optional
+from pixelflow_jax.common import UserError, cli, optional
 from pixelflow_jax.pipeline import Pipeline, Samples
 from pixelflow_jax.sampling.generate import save_png
 from pixelflow_jax.sampling.guidance import SCHEDULES

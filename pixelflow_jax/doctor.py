@@ -29,8 +29,7 @@ from jax.experimental import multihost_utils
 from packaging.requirements import Requirement
 
 from pixelflow_jax.aot.compiler import advice, compile_program, memory_per_device
-from pixelflow_jax.common import cli, files, hardware, locks
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, cli, files, hardware, locks
 from pixelflow_jax.common.hardware import GIB
 from pixelflow_jax.config import check_batch_size, parse_flags
 from pixelflow_jax.data.buckets import Shuffled, bucket_sizes

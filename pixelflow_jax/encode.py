@@ -11,7 +11,6 @@ captions. After an interruption, the same command continues; texts in the cache 
 import argparse
 import functools
 import hashlib
-import logging
 import sys
 from collections.abc import Iterator
 
@@ -20,16 +19,13 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from pixelflow_jax.common import cli, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, cli, files, log
 from pixelflow_jax.config import default_config, parse_flags
 from pixelflow_jax.data.sources import open_source
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.text.cache import encode_texts, length_groups
 from pixelflow_jax.text.encoder import TextEncoder, encoder_folder, warn_of_cuts
 from pixelflow_jax.text.tokenizer import read_tokenizer
-
-log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:

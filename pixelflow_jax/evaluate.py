@@ -21,8 +21,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from pixelflow_jax.common import arrays, cli, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays, cli, files
 from pixelflow_jax.config import default_config
 from pixelflow_jax.distributed.watchdog import joined
 from pixelflow_jax.evaluation import sweep

@@ -11,8 +11,7 @@ import sys
 
 from tqdm import tqdm
 
-from pixelflow_jax.common import cli
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, cli
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data import records
 from pixelflow_jax.data.sources import open_source

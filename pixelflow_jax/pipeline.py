@@ -18,8 +18,7 @@ from etils import epath
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import numerics
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, numerics
 from pixelflow_jax.requests import job as jobs
 from pixelflow_jax.requests.conditions import trained_classes
 from pixelflow_jax.requests.output import chunks

@@ -12,9 +12,8 @@ import sys
 import jax
 
 from pixelflow_jax.common import cli
-from pixelflow_jax.common.errors import EXIT_PREEMPTED
 from pixelflow_jax.config import parse_flags
-from pixelflow_jax.distributed.preemption import Preempted
+from pixelflow_jax.distributed.preemption import EXIT_PREEMPTED, Preempted
 from pixelflow_jax.distributed.watchdog import joined
 from pixelflow_jax.training.checkpoints import CheckpointFailed
 from pixelflow_jax.training.loop import train

@@ -35,8 +35,7 @@ from pixelflow_jax import compile_check as compile_check_room
 from pixelflow_jax import convert, doctor, encode, evaluate, pack, sample
 from pixelflow_jax import demo as demo_room
 from pixelflow_jax import train as train_room
-from pixelflow_jax.common import arrays
-from pixelflow_jax.common.errors import UserError, sentence
+from pixelflow_jax.common import UserError, arrays, sentence
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.requests import job, request
 from pixelflow_jax.requests import run as run_room

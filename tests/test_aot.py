@@ -8,7 +8,7 @@ import pytest
 
 from pixelflow_jax import compile_check
 from pixelflow_jax.aot.compiler import tpu_devices
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[aot]'"

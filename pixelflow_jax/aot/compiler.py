@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pixelflow_jax.aot import hlo, projection
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.common.hardware import CHIPS, DEVICE_KINDS, GIB
 from pixelflow_jax.config import DTYPES
 from pixelflow_jax.models.flops import program_flops

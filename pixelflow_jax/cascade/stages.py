@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 
 NUM_TRAIN_TIMES = 1000  # training draws tau from {0, 1, ..., 999} / 1000
 

@@ -11,8 +11,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.common import UserError, blame, files
 
 BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
           lzma.LZMAError)  # fmt: skip

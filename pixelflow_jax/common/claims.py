@@ -12,8 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from pixelflow_jax.common import files, locks
-from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.common import UserError, blame, files, locks
 from pixelflow_jax.common.removed import drop_removed
 
 

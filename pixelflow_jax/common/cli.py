@@ -18,8 +18,7 @@ from collections.abc import Callable
 
 import jax
 
-from pixelflow_jax.common import ends, files, hardware, numerics
-from pixelflow_jax.common.errors import Explained, UserError, sentence
+from pixelflow_jax.common import Explained, UserError, ends, files, hardware, numerics, sentence
 
 # Flags that take free text
 WORDS = ("prompt", "negative_prompt", "labels", "negative_labels")

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame, sentence
+from pixelflow_jax.common import UserError, blame, files, sentence
 from pixelflow_jax.common.removed import REMOVED
 
 MOST = 2**32  # largest absolute value of any number

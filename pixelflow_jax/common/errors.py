@@ -83,6 +83,3 @@ def optional(module: str, extra: str, what: str) -> types.ModuleType:
         raise UserError(
             f"{what} needs {module}, which is installed but cannot be imported: {sentence(error)}"
         ) from None
-
-
-EXIT_PREEMPTED = 75  # stopped by a preemption signal after saving: start the same command again

@@ -21,7 +21,7 @@ import fsspec
 from etils import epath
 from etils.epath import backend
 
-from pixelflow_jax.common.errors import UserError, optional
+from pixelflow_jax.common import UserError, optional
 
 # gcsfs caches listings forever: a step or shard of another process would never be seen.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from pixelflow_jax.common.errors import UserError, sentence
+from pixelflow_jax.common import UserError, sentence
 
 GIB = 2**30
 

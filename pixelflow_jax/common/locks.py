@@ -11,7 +11,6 @@ import datetime
 import errno
 import fcntl
 import json
-import logging
 import os
 import socket
 import threading
@@ -22,10 +21,8 @@ from typing import Any
 
 from etils import epath
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.common import Lost, UserError, files, log
 
-log = logging.getLogger(__name__)
 RENEW_SECONDS = 60.0  # between renewals of a lease
 STALE_SECONDS = 150.0  # after which a lease that was not renewed has expired
 LOOK_SECONDS = 5.0  # between checks of a lease

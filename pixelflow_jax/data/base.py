@@ -3,8 +3,7 @@
 import numpy as np
 from etils import epath
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.data.names import SPLITS, Strings
 
 

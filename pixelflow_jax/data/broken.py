@@ -1,16 +1,13 @@
 """Count images that could not be read, and stop a run that has too many."""
 
-import logging
-
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common.errors import UserError, listed
+from pixelflow_jax.common import UserError, listed, log
 from pixelflow_jax.data.loader import why_broken
 from pixelflow_jax.data.sources import Source
 
-log = logging.getLogger(__name__)
 LISTED = 20  # broken images that the error lists
 
 

@@ -18,8 +18,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.data.pixels import Size, read_size
 from pixelflow_jax.data.transforms import nearest_size
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, listed
+from pixelflow_jax.common import UserError, files, listed
 from pixelflow_jax.data import tars
 from pixelflow_jax.data.base import NamedSource, split_root
 from pixelflow_jax.data.names import LISTED, Finder, Strings, pair, say_beside

@@ -7,8 +7,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.data.base import check_split
 
 PREFIXES = {"train": "train", "test": "t10k"}

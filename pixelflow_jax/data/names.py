@@ -4,7 +4,6 @@ import array
 import collections
 import hashlib
 import io
-import logging
 import os
 import posixpath
 import re
@@ -14,9 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from pixelflow_jax.common.errors import listed
+from pixelflow_jax.common import listed, log
 
-log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "valid", "validation", "test")
 LISTED = 5  # names that a message lists
 PART = re.compile(r"[A-Za-z][\w-]*")  # part of an extension: "seg" in "1.seg.png", not 4 in "img.4.png"

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import io
-import logging
 import os
 import struct
 import warnings
@@ -14,9 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from pixelflow_jax.common import files
+from pixelflow_jax.common import files, log
 
-log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks and palettes do no harm
 
 Size = tuple[int, int]  # (height, width) in pixels

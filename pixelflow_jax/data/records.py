@@ -8,7 +8,6 @@ many records each must hold.
 import hashlib
 import io
 import json
-import logging
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +16,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from pixelflow_jax.common import files
+from pixelflow_jax.common import UserError, blame, files, log, optional
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.common.errors import UserError, blame, optional
 from pixelflow_jax.data.base import Source
 from pixelflow_jax.data.texts import some
 
-log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LABEL = struct.Struct("<i")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # random access; images are compressed already

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import itertools
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -12,8 +11,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame, optional
+from pixelflow_jax.common import UserError, blame, files, log, optional
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.base import NamedSource, Source, split_root
 from pixelflow_jax.data.captioned_digits import captioned_digits, load_scans
@@ -22,7 +20,6 @@ from pixelflow_jax.data.names import SPLITS, Strings
 from pixelflow_jax.data.pixels import is_image, is_left_behind, report_left_out
 from pixelflow_jax.data.texts import some
 
-log = logging.getLogger(__name__)
 HELD_OUT = tuple(name for name in SPLITS if name != "train")
 
 

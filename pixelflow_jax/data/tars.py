@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import io
 import json
-import logging
 import tarfile
 from collections.abc import Callable
 
@@ -15,13 +14,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, listed
+from pixelflow_jax.common import UserError, files, listed, log
 from pixelflow_jax.data.names import LISTED, Strings, pair, say_beside
 from pixelflow_jax.data.pixels import is_image, is_left_behind, report_left_out
 from pixelflow_jax.distributed import hosts
 
-log = logging.getLogger(__name__)
 INDEX = "tar_index.npz"  # in the workdir, or beside the shards
 THREADS = 8  # that read shards; for a bucket, each holds files.BLOCK bytes
 

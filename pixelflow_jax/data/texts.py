@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.common import UserError, blame, files
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 KEYS = ("text", "caption", "captions", "prompt")  # in a line of metadata, or a .json in a tar

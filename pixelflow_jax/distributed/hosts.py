@@ -17,8 +17,7 @@ from typing import Any
 
 import jax
 
-from pixelflow_jax.common import ends
-from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.common import Lost, UserError, ends
 from pixelflow_jax.distributed.rollcall import Cluster, Place, make_record, roll_call
 
 WORKER_NUMBER = (

@@ -7,8 +7,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from pixelflow_jax.common import ends
-from pixelflow_jax.common.errors import EXIT_PREEMPTED
 
+EXIT_PREEMPTED = 75  # stopped by a preemption signal after saving: start the same command again
 NOTHING = "Stopped before the first step was done: start it again"
 
 

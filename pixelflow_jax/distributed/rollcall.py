@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import ipaddress
 import json
-import logging
 import os
 import pathlib
 import platform
@@ -25,9 +24,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.common import Lost, UserError, log
 
-log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 HELLO_SECONDS = 5.0  # for a new connection to identify itself
 MAX_HELLO = 1 << 20  # bytes per message before the sender is known; records have thousands

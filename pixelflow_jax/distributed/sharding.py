@@ -18,8 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pixelflow_jax.cascade.packing import CONTEXT
-from pixelflow_jax.common import hardware
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, hardware
 
 AXES = ("data", "fsdp")
 BATCH = P(AXES)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common.errors import Explained, Lost
+from pixelflow_jax.common import Explained, Lost
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.distributed.hosts import START_SILENCE
 from pixelflow_jax.distributed.preemption import Preempted

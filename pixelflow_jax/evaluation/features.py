@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.evaluation.metrics import Moments, gather
 from pixelflow_jax.evaluation.sets import ImageSet
 from pixelflow_jax.foreign.weights import read_state

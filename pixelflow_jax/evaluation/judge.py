@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.evaluation import metrics
 from pixelflow_jax.evaluation.features import Collected, InceptionFeatures, PcaFeatures, collect
 from pixelflow_jax.evaluation.sets import ImageSet, has_images, open_images, statistics_in

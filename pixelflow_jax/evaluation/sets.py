@@ -7,8 +7,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from pixelflow_jax.common import arrays, files
-from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.common import UserError, arrays, blame, files
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.pixels import BrokenImage, decode, image_files
 from pixelflow_jax.data.sources import held_out

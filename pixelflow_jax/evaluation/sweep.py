@@ -12,9 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from pixelflow_jax.common import files
+from pixelflow_jax.common import UserError, files, optional, sentence
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.common.errors import UserError, optional, sentence
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
 from pixelflow_jax.requests import run as requests_run

@@ -9,8 +9,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame, listed
+from pixelflow_jax.common import UserError, blame, files, listed
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.foreign.weights import INDEX, KINDS, State, read_state
 from pixelflow_jax.models.conditioning import TEXT, abstract_params

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from pixelflow_jax.common import files, hardware
-from pixelflow_jax.common.errors import UserError, blame, listed, optional
+from pixelflow_jax.common import UserError, blame, files, hardware, listed, optional
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 KINDS = (*TORCH, ".safetensors", ".npz")

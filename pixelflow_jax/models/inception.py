@@ -14,8 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
-from pixelflow_jax.common import numerics
-from pixelflow_jax.common.errors import UserError, listed
+from pixelflow_jax.common import UserError, listed, numerics
 
 SIZE = 299
 NUM_LOGITS = 1008

@@ -18,8 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from pixelflow_jax.common import numerics
-from pixelflow_jax.common.errors import UserError, listed
+from pixelflow_jax.common import UserError, listed, numerics
 from pixelflow_jax.models.transformer import Dtype, RMSNorm, wide
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # the first entries of every vocabulary

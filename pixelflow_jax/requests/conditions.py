@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import arrays
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays
 from pixelflow_jax.config import DTYPES
 from pixelflow_jax.data.names import loose
 from pixelflow_jax.distributed import sharding

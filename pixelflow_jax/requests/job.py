@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax import __version__
 from pixelflow_jax.cascade.images import UINT8_RULE
-from pixelflow_jax.common import arrays, files, numerics
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays, files, numerics
 from pixelflow_jax.requests.conditions import Conditions, forget_encoder, read_conditions
 from pixelflow_jax.requests.request import BATCH, Request
 from pixelflow_jax.sampling import starts

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from etils import epath
 
-from pixelflow_jax.common import arrays, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays, files
 from pixelflow_jax.sampling.generate import save_png
 
 LAYOUTS = ("geneval", "dpg")

@@ -6,7 +6,6 @@ samples.npz, with equal bytes for equal requests, and the shards are removed.
 """
 
 import collections
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,11 +14,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from pixelflow_jax.common import arrays, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays, files, log
 from pixelflow_jax.sampling.generate import read_image, save_grid, save_png
 
-log = logging.getLogger(__name__)
 SHARD = re.compile(r"(\d{8})-(\d{8})\.npz")
 ALL_PNG, SOME_PNG = 1000, 100  # up to ALL_PNG images, all become PNG files; of more, SOME_PNG
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pixelflow_jax.common import cli, files
-from pixelflow_jax.common.errors import UserError, sentence
+from pixelflow_jax.common import UserError, cli, files, sentence
 from pixelflow_jax.config import DTYPES
 from pixelflow_jax.requests.layouts import LAYOUTS
 from pixelflow_jax.sampling.generate import png_settings

@@ -11,9 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 from tqdm import tqdm
 
-from pixelflow_jax.common import arrays, files
+from pixelflow_jax.common import UserError, arrays, files
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.common.errors import UserError
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.distributed.watchdog import STARTING, WAITING
 from pixelflow_jax.models.conditioning import encode_text

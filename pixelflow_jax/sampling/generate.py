@@ -21,8 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.packing import CONTEXT
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.data.pixels import decode

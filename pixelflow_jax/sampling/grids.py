@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 
 KINDS = ("uniform", "reference")
 SHORTEST_STEP = 1e-6  # a shorter remainder of a step is skipped

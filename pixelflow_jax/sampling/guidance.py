@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 
 # Share of (scale - 1) in each of the four stages of the released class model.
 REFERENCE_SHARES = (0.0, 1 / 6, 2 / 3, 1.0)

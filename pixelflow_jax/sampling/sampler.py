@@ -19,8 +19,7 @@ from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.packing import PackLayout, cascade_layout
 from pixelflow_jax.cascade.renoising import correlate_blocks, step_up
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common import numerics
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, numerics
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.models.transformer import PixelFlow

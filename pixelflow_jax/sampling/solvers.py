@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 
 # (x, tau, a number) -> dx/dtau, of x's shape
 Field = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]

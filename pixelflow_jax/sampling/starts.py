@@ -19,8 +19,7 @@ from PIL import Image
 from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.paths import stage_ends
 from pixelflow_jax.cascade.renoising import step_down
-from pixelflow_jax.common import files, numerics
-from pixelflow_jax.common.errors import UserError, blame
+from pixelflow_jax.common import UserError, blame, files, numerics
 from pixelflow_jax.data.pixels import decode, is_image, report_left_out
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.sampling.sampler import Noise, Sampler

@@ -16,9 +16,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from pixelflow_jax.common import files
+from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.common.errors import UserError, blame
 
 MANIFEST = "manifest.json"
 SHORTEST = 16  # least number of tokens that a text is padded to for encoding

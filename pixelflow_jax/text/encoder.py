@@ -17,8 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.foreign.weights import find
 from pixelflow_jax.models.conditioning import Condition

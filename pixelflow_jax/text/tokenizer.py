@@ -8,8 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, blame, optional
+from pixelflow_jax.common import UserError, blame, files, optional
 from pixelflow_jax.models.t5 import SPECIAL
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # as in T5

@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
-import logging
 import os
 import queue
 import re
@@ -24,8 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files, hardware
-from pixelflow_jax.common.errors import UserError, sentence
+from pixelflow_jax.common import UserError, files, hardware, log, sentence
 from pixelflow_jax.config import build_model, config_from_dict
 from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.training import replicas
@@ -33,7 +31,6 @@ from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
 from pixelflow_jax.training.optimizer import ParamsEmaState
 from pixelflow_jax.training.step import TrainState
 
-log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 STEP = re.compile(r"[0-9]{1,18}")  # the name of a step's folder
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

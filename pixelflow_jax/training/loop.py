@@ -13,8 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files, numerics
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files, numerics
 from pixelflow_jax.config import DTYPES, build_model, check_batch_size, check_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order

@@ -15,8 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import Explained
+from pixelflow_jax.common import Explained, files
 from pixelflow_jax.common.hardware import PEAK_FLOPS
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.training.programs import Workload

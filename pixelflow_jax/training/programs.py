@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.aot.compiler import Program
 from pixelflow_jax.cascade.packing import cascade_layout
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import build_cascade, build_model, check_batch_size
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import abstract_params

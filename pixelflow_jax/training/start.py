@@ -18,9 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import files
+from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.common.errors import UserError, blame
 from pixelflow_jax.config import differences
 from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.sources import Source, class_names

@@ -1,6 +1,5 @@
 """Writes that survive failures: retries, growing files and checkpoints in the background."""
 
-import logging
 import math
 import re
 import threading
@@ -12,11 +11,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import sentence
+from pixelflow_jax.common import files, log, sentence
 from pixelflow_jax.training import checkpoints
 
-log = logging.getLogger(__name__)
 PAUSES = (2, 4, 8, 16, 32)  # seconds before each retry
 LASTING = re.compile(
     "no space left|file too large|quota|read-only|permission denied|not permitted|forbidden|inodes", re.I

@@ -8,7 +8,7 @@ import pytest
 from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.renoising import correlate_blocks
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.sampling.grids import TimeGrid
 
 

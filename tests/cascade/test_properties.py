@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.packing import Group, PackLayout
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.sampling.generate import fit_image
 from pixelflow_jax.sampling.grids import KINDS, TimeGrid
 from pixelflow_jax.sampling.guidance import SCHEDULES, Guidance

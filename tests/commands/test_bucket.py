@@ -16,8 +16,7 @@ from etils import epath
 from PIL import Image
 
 from pixelflow_jax import convert, doctor, encode, evaluate, pack, sample
-from pixelflow_jax.common import arrays, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays, files
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.sources import open_source
 from pixelflow_jax.distributed.preemption import Preempted

@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pixelflow_jax import convert, sample, train
-from pixelflow_jax.common import cli, files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, cli, files
 from pixelflow_jax.config import load_config
 from pixelflow_jax.distributed import watchdog
 from pixelflow_jax.requests import job

@@ -10,8 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import pixelflow_jax as pf
 from pixelflow_jax import train
-from pixelflow_jax.common import config_keys
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, config_keys
 from pixelflow_jax.common.removed import Removed
 from pixelflow_jax.config import check_config, config_from_dict, default_config, differences, load_config
 from pixelflow_jax.data.sources import SOURCES

@@ -16,7 +16,7 @@ import pytest
 
 import pixelflow_jax as pf
 from pixelflow_jax import demo, sample
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.sampling.generate import read_image
 
 BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]

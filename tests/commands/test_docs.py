@@ -14,7 +14,7 @@ import pytest
 from fuzz import COMMANDS, WORK, Reached, reached
 from PIL import Image
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import check_batch_size, load_config
 
 from bucket import Bucket

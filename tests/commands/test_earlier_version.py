@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pixelflow_jax import sample, train
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.common.files import read_json
 from pixelflow_jax.requests.job import PACKAGES
 from pixelflow_jax.sampling.generate import png_settings, read_image

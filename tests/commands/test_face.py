@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 import pixelflow_jax as pf
 from pixelflow_jax import pipeline as pipeline_room
 from pixelflow_jax import sample
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.sampling import sampler as sampler_room
 from pixelflow_jax.sampling.generate import SETTINGS, png_settings
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from fuzz import COMMANDS, SURFACES, fuzz
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError, sentence
+from pixelflow_jax.common import UserError, files, sentence
 from pixelflow_jax.config import load_config
 from pixelflow_jax.foreign.official import official_config, official_yaml, read_official
 from pixelflow_jax.requests.layouts import read_prompts_file

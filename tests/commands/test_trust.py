@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pixelflow_jax import demo, sample
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.requests.conditions import encode

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from pixelflow_jax.common import claims, files, locks
+from pixelflow_jax.common import UserError, claims, files, locks
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.common.errors import UserError
 
 ASKED = Description({"seed": 1, "labels": [3]}, "samples of another request")
 

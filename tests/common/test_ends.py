@@ -18,7 +18,7 @@ FORKS = """
 import hashlib, os, signal, sys, threading, time
 from pixelflow_jax.common import cli
 from pixelflow_jax.distributed import hosts
-from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.common import Lost, UserError
 from pixelflow_jax.distributed.preemption import Preempted, PreemptionWatch
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it

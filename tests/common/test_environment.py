@@ -8,8 +8,7 @@ import sys
 import pytest
 
 import pixelflow_jax as pf
-from pixelflow_jax.common import cli
-from pixelflow_jax.common.errors import UserError, optional
+from pixelflow_jax.common import UserError, cli, optional
 from pixelflow_jax.evaluation import sweep
 from pixelflow_jax.requests import request
 from pixelflow_jax.training.checkpoints import find_step

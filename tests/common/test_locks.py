@@ -15,8 +15,7 @@ import pytest
 
 import pixelflow_jax as pf
 from pixelflow_jax import doctor, encode, evaluate, pack, sample
-from pixelflow_jax.common import files, locks
-from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.common import Lost, UserError, files, locks
 from pixelflow_jax.training.start import claimed_workdir
 
 from conftest import TINY

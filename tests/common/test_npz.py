@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixelflow_jax.common import arrays
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays
 
 DTYPES = ("u1", ">u2", "<i8", ">f4", "f8", "f2", "?", "c8", "S3", "U2", "i2,f4", "V0")
 NAMES = st.text(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.buckets import BucketOrder, bucket_sizes, read_sizes
 from pixelflow_jax.data.loader import make_batches

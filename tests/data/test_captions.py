@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pixelflow_jax import encode, pack
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.loader import make_batches

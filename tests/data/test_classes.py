@@ -15,7 +15,7 @@ from PIL import Image
 
 import pixelflow_jax as pf
 from pixelflow_jax import pack
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import default_config, load_config
 from pixelflow_jax.data.sources import class_names, load_source
 from pixelflow_jax.demo import Demo

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pixelflow_jax import pack
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import default_config, load_config
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.loader import make_batches, make_examples

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixelflow_jax import encode
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.names import Finder, Strings, pair, plain
 from pixelflow_jax.data.texts import decode_captions

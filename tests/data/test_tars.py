@@ -11,8 +11,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from pixelflow_jax.common import files
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, files
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.captions import TarSource
 from pixelflow_jax.data.loader import make_examples

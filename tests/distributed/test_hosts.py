@@ -16,7 +16,7 @@ import time
 import pytest
 from test_rollcall import close, gather, record
 
-from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.common import Lost, UserError
 from pixelflow_jax.distributed import hosts, watchdog
 from pixelflow_jax.distributed.rollcall import Place
 from pixelflow_jax.distributed.watchdog import Watchdog

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pixelflow_jax.common.errors import Lost, UserError
+from pixelflow_jax.common import Lost, UserError
 from pixelflow_jax.distributed import rollcall
 from pixelflow_jax.distributed.rollcall import Place, make_record, roll_call
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.distributed.sharding import P, make_mesh, param_spec

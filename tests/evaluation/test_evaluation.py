@@ -9,8 +9,7 @@ import scipy.linalg
 from PIL import Image
 
 from pixelflow_jax import convert, evaluate
-from pixelflow_jax.common import arrays
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays
 from pixelflow_jax.evaluation import features, metrics
 from pixelflow_jax.evaluation.features import PcaFeatures, _flat, collect
 from pixelflow_jax.evaluation.judge import Reference

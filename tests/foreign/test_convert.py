@@ -10,7 +10,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from pixelflow_jax import convert
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import load_config
 from pixelflow_jax.foreign import official as official_room
 from pixelflow_jax.models.conditioning import abstract_params

@@ -14,7 +14,7 @@ from safetensors.flax import save_file as save_bfloat16
 from safetensors.numpy import save_file
 
 from pixelflow_jax import convert
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.foreign.official import from_official, official_names, official_yaml, read_official
 from pixelflow_jax.foreign.weights import Leaf, _sets, find, read_state
 from pixelflow_jax.models.inception import inception_names

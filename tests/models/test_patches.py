@@ -8,7 +8,7 @@ import pytest
 
 from pixelflow_jax.cascade.packing import Group, PackLayout
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import build_model, config_from_dict, load_config
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops, traced_flops

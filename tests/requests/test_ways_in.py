@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.requests.request import FROM_PNG, SETTINGS, Request, fill, parse
 from pixelflow_jax.sampling.generate import save_png
 

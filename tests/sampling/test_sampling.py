@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling import sampler as sampler_room

@@ -12,8 +12,7 @@ from PIL import Image
 from pixelflow_jax import sample
 from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common import arrays
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError, arrays
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.requests.output import OutputFolder

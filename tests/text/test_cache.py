@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pixelflow_jax import encode, train
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.data import captioned_digits as digits
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.text.cache import EmbeddingCache, length_groups

@@ -9,7 +9,7 @@ import pytest
 
 from pixelflow_jax import sample, train
 from pixelflow_jax.cascade.packing import Group, PackLayout
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data import captioned_digits as digits
 from pixelflow_jax.distributed import sharding

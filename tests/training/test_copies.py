@@ -9,7 +9,7 @@ import pytest
 
 import pixelflow_jax as pf
 from pixelflow_jax import convert
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.training.checkpoints import find_step, load_params
 from pixelflow_jax.training.start import initial_params
 

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.distributed.preemption import Preempted

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from pixelflow_jax.cascade.stages import Cascade
-from pixelflow_jax.common.errors import UserError
+from pixelflow_jax.common import UserError
 from pixelflow_jax.config import build_model
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.distributed import sharding
