@@ -61,7 +61,9 @@ class Metrics:
         self._since, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
         if self._writes:
             self._rows = Journal(self._path, self._rows_up_to(first_step))
-            self._tensorboard = TensorBoard(workdir / "tensorboard", first_step + 1)
+            self._events = EventsWriter(f"{JOURNAL}:{workdir / 'tensorboard' / 'events'}")
+            # TensorBoard discards what earlier files hold from here on
+            self._event(first_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._bar = tqdm(
             initial=first_step,
             total=last_step,
@@ -128,11 +130,17 @@ class Metrics:
             return
         self._rows.write((json.dumps({"step": step, **means}) + "\n").encode())
         self._rows.flush()
-        self._tensorboard.add(step, means)
+        for name, value in means.items():
+            for index, entry in enumerate(value) if isinstance(value, list) else [("", value)]:
+                self._event(step, summary=summary.scalar(f"{name}/{index}".rstrip("/"), entry))
+        self._events.flush()
         self._bar.set_postfix_str(
             f"loss {means['loss']:.4f}, {means['images_per_s']:.0f} images/s", refresh=False
         )
         self._bar.update(step - self._bar.n)
+
+    def _event(self, step: int, **what: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def _speeds(self, steps: int, seconds: float) -> dict[str, float]:
         """Return rates over `steps` in `seconds`, without pauses; MFU where the chip's peak is known."""
@@ -177,32 +185,8 @@ class Metrics:
         """Close the bar and the files. Raises OSError if a file could not be written."""
         self._bar.close()
         if self._writes:
-            self._tensorboard.close()
+            self._events.close()
             self._rows.close()
-
-
-class TensorBoard:
-    """An events file of scalars. TensorBoard discards what earlier files hold from step `first` on."""
-
-    def __init__(self, folder: epath.Path, first: int):
-        self._file = EventsWriter(f"{JOURNAL}:{folder / 'events'}")
-        self._write(first, session_log=SessionLog(status=SessionLog.START))
-
-    def add(self, step: int, values: dict[str, float | list[float]]) -> None:
-        """Add scalars; those of lists get the names NAME/0, NAME/1, ..."""
-        for name, value in values.items():
-            entries = enumerate(value) if isinstance(value, list) else [("", value)]
-            for index, entry in entries:
-                scalar = summary.scalar(f"{name}/{index}".rstrip("/"), entry)
-                self._write(step, summary=scalar)
-        self._file.flush()
-
-    def _write(self, step: int, **what: Any) -> None:
-        self._file.write_event(Event(wall_time=time.time(), step=step, **what))
-
-    def close(self) -> None:
-        """Close the file. Raises OSError if it could not be written."""
-        self._file.close()
 
 
 class _Journals:
