@@ -181,10 +181,9 @@ def weight_names(config: T5Config) -> list[tuple[tuple[str, ...], int | None, st
     return outer + layers
 
 
-def unknown_names(names: Iterable[str], config: T5Config) -> list[str]:
-    """Return the names in a checkpoint that belong neither to the encoder nor to the unused decoder."""
-    known = {name for _, _, name in weight_names(config)} | set(EMBED_NAMES)
-    return sorted(n for n in names if n not in known and not n.startswith(("decoder.", "lm_head.")))
+def known_names(config: T5Config) -> set[str]:
+    """Return the public names that arrays of the encoder may have."""
+    return {name for _, _, name in weight_names(config)} | {*EMBED_NAMES}
 
 
 def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np.float32) -> dict:
@@ -204,7 +203,8 @@ def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     shapes = jax.eval_shape(lambda: T5Encoder(config).init(numerics.key(0), ids, mask))["params"]
     flat = {path: np.empty(x.shape, dtype) for path, x in flatten_dict(shapes).items()}
-    problems = [f"unknown: {name}" for name in unknown_names(names, config)]
+    left = sorted(names - known_names(config))
+    problems = [f"unknown: {x}" for x in left if not x.startswith(("decoder.", "lm_head."))]
     for path, layer, name in weight_names(config):
         if name not in names and name == EMBED_NAMES[0]:
             name = EMBED_NAMES[1]

@@ -21,7 +21,7 @@ from pixelflow_jax.common import UserError, files
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.foreign.weights import find
 from pixelflow_jax.models.conditioning import Condition
-from pixelflow_jax.models.t5 import EMBED_NAMES, T5Config, T5Encoder, t5_params, weight_names
+from pixelflow_jax.models.t5 import T5Config, T5Encoder, known_names, t5_params
 from pixelflow_jax.text.cache import EmbeddingCache
 from pixelflow_jax.text.tokenizer import Tokenizer, read_tokenizer, word_tokenizer
 
@@ -138,8 +138,7 @@ def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
     names = [name for name in (INDEX, WEIGHTS) if (folder / name).exists()]
     if not names:
         raise UserError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
-    known = {name for _, _, name in weight_names(config)} | set(EMBED_NAMES)
-    found = find(folder / names[0], known.__contains__)
+    found = find(folder / names[0], known_names(config).__contains__)
     return t5_params(lambda name: found[name](), found, config, str(folder), dtype)
 
 
