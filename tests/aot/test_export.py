@@ -29,6 +29,9 @@ def test_the_train_step_exports_for_cuda(config):
     assert exported.platforms == ("cuda",) and "dot_general" in exported.mlir_module()
 
 
+@pytest.mark.parametrize(
+    "config", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)], indirect=True
+)
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_the_sample_step_exports_for_cuda(config, solver):
     """Catches the same in the whole cascade of a sampler."""
