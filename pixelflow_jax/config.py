@@ -135,10 +135,8 @@ def _training_and_sampling() -> dict[str, Any]:
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Run `get_config()` of a config file, and apply overrides such as `model.depth=12`.
 
-    If `path` does not exist, its file name is looked up among the installed configs.
-
-    Raises:
-      UserError: for a missing or broken file, an unknown key, or a value of the wrong type or range.
+    If `path` does not exist, its file name is looked up among the installed configs. Raises UserError
+    for a missing or broken file, an unknown key, or a value of the wrong type or range.
     """
     file = pathlib.Path(files.clean_text("--config", str(path)))
     if not file.is_file():
@@ -191,8 +189,7 @@ def parse_flags(
 def config_from_dict(values: dict[str, Any]) -> ConfigDict:
     """Return a config from JSON (where tuples have become lists), with defaults for missing keys.
 
-    Raises:
-      UserError: for an unknown key, or a value of the wrong type or out of bounds.
+    Raises UserError for an unknown key, or a value of the wrong type or out of bounds.
     """
     config = default_config()
     config.update_from_flattened_dict(fit(values, config.to_dict(), stored=True))
@@ -202,10 +199,8 @@ def config_from_dict(values: dict[str, Any]) -> ConfigDict:
 def differences(config: ConfigDict, values: dict[str, Any]) -> list[str]:
     """Return why `config` cannot continue a run whose config.json holds `values`; empty if it can.
 
-    Each entry names a key: "KEY: NEW, was OLD", or "KEY=VALUE, which was removed".
-
-    Raises:
-      UserError: as `config_from_dict`.
+    Each entry names a key: "KEY: NEW, was OLD", or "KEY=VALUE, which was removed". Raises UserError as
+    `config_from_dict`.
     """
     new, old = _flat(config), _flat(config_from_dict(values))
     _, effects = drop_removed(flatten_dict(values, sep="."))
@@ -219,8 +214,7 @@ def differences(config: ConfigDict, values: dict[str, Any]) -> list[str]:
 def check_config(config: ConfigDict) -> ConfigDict:
     """Return a copy of a config whose values are plain Python values of the defaults' types.
 
-    Raises:
-      UserError: for keys and values that cannot work; names the key and a right value.
+    Raises UserError for keys and values that cannot work; names the key and a right value.
     """
     values, config = as_dict(config, "the config"), default_config()
     config.update_from_flattened_dict(fit(values, config.to_dict()))

@@ -42,8 +42,7 @@ class Description:
     def is_kept_in(self, folder: epath.PathLike) -> bool:
         """Return whether `folder` is claimed for this request; if not, it is new or empty.
 
-        Raises:
-          UserError: if the folder is claimed for another request, or holds other files.
+        Raises UserError if the folder is claimed for another request, or holds other files.
         """
         names, where = files.list_files(folder), f"{self.flag}={folder}"
         if self.name not in names:

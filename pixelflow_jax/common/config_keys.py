@@ -73,10 +73,8 @@ def fit(
     """Return `values`, a tree like `default`, by full key, as plain Python values of its types.
 
     With `stored`, for the JSON of a run, missing keys take their default and removed keys are dropped.
-    `where` is the prefix of keys in error messages.
-
-    Raises:
-      UserError: for an unknown or missing key, or a value of the wrong type or out of bounds.
+    `where` is the prefix of keys in error messages. Raises UserError for an unknown or missing key, or a
+    value of the wrong type or out of bounds.
     """
     known = dict(_leaves(default, default, where))
     fitted = {}

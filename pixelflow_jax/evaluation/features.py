@@ -117,10 +117,8 @@ def collect(
     """Stream an image set through `extract`; collect moments in float64 and the vectors named in `keep`.
 
     Each of several processes takes a part, and all get the same result. Kept vectors are in the order of
-    the images. `watch` is called with the current position.
-
-    Raises:
-      UserError: if there are fewer images than processes.
+    the images. `watch` is called with the current position. Raises UserError if there are fewer images
+    than processes.
     """
     process, processes = jax.process_index(), jax.process_count()
     if images.count < processes:

@@ -19,8 +19,7 @@ USUAL = 50_000  # number of samples in published FIDs
 class Reference:
     """What samples are compared with: images, statistics of Inception features, or both.
 
-    Raises:
-      UserError: if it holds neither, or does not fit the features.
+    Raises UserError if it holds neither, or does not fit the features.
     """
 
     def __init__(

@@ -112,10 +112,8 @@ def precision_recall(
     A manifold is the union of balls around all points, each with the distance to its k-th neighbour as
     radius (Kynkaanniemi et al., arXiv 1904.06991). All processes hold all vectors and call this
     together; each of n processes computes every n-th block of distances on its CPU in float64. `watch`
-    is called with the current position, because 50,000 images on both sides take many minutes.
-
-    Raises:
-      TooFewImages: if a set has no more than k images.
+    is called with the current position, because 50,000 images on both sides take many minutes. Raises
+    TooFewImages if a set has no more than k images.
     """
     if min(len(reference), len(samples)) <= k:
         raise TooFewImages(f"precision and recall need more than {k} images on both sides")

@@ -28,10 +28,8 @@ BATCH = 50  # images at a time
 def cells(args: argparse.Namespace) -> dict[str, Request]:
     """Return the request of every combination, still without its folder, by the folder's name.
 
-    A list that was not given stands for the checkpoint's own setting.
-
-    Raises:
-      UserError: for values that cannot be.
+    A list that was not given stands for the checkpoint's own setting. Raises UserError for values that
+    cannot be.
     """
     count = 1000 if args.num_images is None else args.num_images
     if not 2 <= count <= IMAGES[1]:
@@ -57,8 +55,7 @@ def cells(args: argparse.Namespace) -> dict[str, Request]:
 def run(args: argparse.Namespace, requests: dict[str, Request], reference: Reference) -> str:
     """Sample and judge all; write sweep.json, sweep.md and sweep.png. Return the line to report.
 
-    Raises:
-      UserError: as `claim`, and if no combination gives finite images.
+    Raises UserError as `claim`, and if no combination gives finite images.
     """
     described = {
         "checkpoint": str(files.absolute(args.checkpoint)),

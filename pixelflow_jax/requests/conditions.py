@@ -231,8 +231,7 @@ def _of_prompts(request: Request, config: ConfigDict, count: int | None) -> Cond
 def encode(request: Request, texts: list[str], config: ConfigDict) -> Condition | States:
     """Return token ids for a joint encoder, or the states of a frozen encoder; warn about cut texts.
 
-    Raises:
-      UserError: if the encoder is missing or does not fit the model.
+    Raises UserError if the encoder is missing or does not fit the model.
     """
     if request.text_encoder is not None:
         if config.text.encoder == JOINT:

@@ -129,8 +129,7 @@ def prepare(request: Request, loaded: Loaded | None = None) -> Job:
 def sampler_of(request: Request, config: ConfigDict) -> Sampler:
     """Return the sampler of a checkpoint's config and a request, which changes `config.sample`.
 
-    Raises:
-      UserError: if they do not fit.
+    Raises UserError if they do not fit.
     """
     for name in FROM_CONFIG:
         if (value := getattr(request, name)) is not None:

@@ -21,10 +21,8 @@ DPG_IMAGES = 4
 def read_prompts_file(name: str) -> list[dict]:
     """Return [{"prompt": ..., other keys}] from a text file, a .jsonl, or a folder of .txt files.
 
-    Blank lines at the end are ignored.
-
-    Raises:
-      UserError: if there is no such file, it cannot be decoded, or a prompt is empty.
+    Blank lines at the end are ignored. Raises UserError if there is no such file, it cannot be decoded,
+    or a prompt is empty.
     """
     path, flag = epath.Path(name), f"--prompts_file={name}"
     try:

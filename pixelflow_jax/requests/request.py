@@ -41,8 +41,7 @@ STARTS = tuple(WITHOUT_EFFECT)
 def labels(text: str) -> tuple[int | str, ...]:
     """Read numbers and names of classes separated by commas; quotes make a name of anything.
 
-    Raises:
-      ValueError: if an entry is empty, or a quote is not closed.
+    Raises ValueError if an entry is empty, or a quote is not closed.
     """
     found, place, more = [], 0, ","
     while more and (match := LABEL.match(text, place)):
@@ -79,8 +78,7 @@ def _plain(value: Any) -> Any:
 def _read(value: Any, convert: Callable[[Any], Any], types: Any, split: Any = None) -> Any:
     """Return a value as Python's own: a tuple of any number where `split` takes a text apart.
 
-    Raises:
-      TypeError, ValueError, OverflowError: if it is not of these types, or there is none.
+    Raises TypeError, ValueError, OverflowError if it is not of these types, or there is none.
     """
     if split is not None:
         value = split(value) if isinstance(value, str) else _plain(value)
@@ -124,10 +122,8 @@ def _flag(source: int, help: str, within=None, choices=(), default: Any = None) 
 class Request:
     """A user's settings; None stands for the default or the value in the checkpoint's config.
 
-    Values from any source are converted to their type: a list becomes a tuple, text a number.
-
-    Raises:
-      UserError: for invalid values, and for settings that exclude each other.
+    Values from any source are converted to their type: a list becomes a tuple, text a number. Raises
+    UserError for invalid values, and for settings that exclude each other.
     """
 
     checkpoint: str = _flag(
@@ -237,10 +233,8 @@ def _fit(field: dataclasses.Field, value: Any) -> Any:
 def fill(**given: Any) -> Request:
     """Return the request of these settings; None stands for one that is not given.
 
-    A picture named by `from_png` brings its own settings, which those given replace.
-
-    Raises:
-      UserError: as `Request`, and for a picture without settings that fit.
+    A picture named by `from_png` brings its own settings, which those given replace. Raises UserError as
+    `Request`, and for a picture without settings that fit.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "from_png" in given:

@@ -126,8 +126,7 @@ def _make(
 def invert(request: Request) -> str:
     """Write the noise from which the sampler generates the images of `invert`; return the report.
 
-    Raises:
-      UserError: if the request does not fit the checkpoint, or the output folder holds files.
+    Raises UserError if the request does not fit the checkpoint, or the output folder holds files.
     """
     if files.list_files(request.out):
         raise UserError(f"--out={request.out} already holds files; use a new folder")

@@ -59,8 +59,7 @@ def build_sampler(
 def image_mesh(devices: list, context: int = 1) -> Mesh:
     """Return a mesh that distributes images; `context` devices share each image.
 
-    Raises:
-      UserError: if `context` does not divide the devices.
+    Raises UserError if `context` does not divide the devices.
     """
     if context < 1 or len(devices) % context:
         raise UserError(f"context={context} does not divide {len(devices)} devices")

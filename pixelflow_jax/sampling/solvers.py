@@ -34,10 +34,8 @@ def check_solver(name: str) -> None:
 def resolve_control(name: str, control: str = "auto") -> str:
     """Return what determines the steps: "fixed" (the grid), or the error "per_image" or "per_batch".
 
-    "auto" means per_image for orders above 2, where error control pays off, and fixed otherwise.
-
-    Raises:
-      UserError: for an unknown control, or error control for a solver without an error estimate.
+    "auto" means per_image for orders above 2, where error control pays off, and fixed otherwise. Raises
+    UserError for an unknown control, or error control for a solver without an error estimate.
     """
     check_solver(name)
     if control not in CONTROLS:
