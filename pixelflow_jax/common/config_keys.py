@@ -5,7 +5,7 @@ A value may come from a config file, a flag, the JSON of a checkpoint, or a user
 
 import ast
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -136,13 +136,28 @@ def fit_value(key: str, value: Any, default: Any, where: str = "config.") -> Any
         raise UserError(
             f"{where}{key}={_short(value)}: expected a value like {default!r} ({type(default).__name__})"
         )
-    for one in fitted if isinstance(fitted, tuple) else (fitted,):
-        _check_bounds(where + key, one, BOUNDS.get(key))
-    if key in CHOICES and fitted not in CHOICES[key]:
-        raise UserError(f"{where}{key} must be one of {', '.join(CHOICES[key])}, got {fitted!r}")
-    if isinstance(fitted, str):
-        return files.clean_text(f"{where}{key}", fitted, key in PATHS)
-    return fitted
+    return check(where + key, fitted, BOUNDS.get(key), CHOICES.get(key), key in PATHS)
+
+
+def check(
+    name: str,
+    value: Any,
+    interval: str | None = None,
+    choices: Sequence[str] | None = None,
+    is_path=True,
+) -> Any:
+    """Return a plain value, or a tuple of them, of the key or flag `name`; "~" in a path is expanded.
+
+    Raises UserError for a number outside `interval` (such as "(0, 1]"), a value that is not one of
+    `choices`, and a text that cannot be text or a path.
+    """
+    if choices and value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if isinstance(value, tuple):
+        return tuple(check(name, one, interval, None, is_path) for one in value)
+    if interval and not isinstance(value, (bool, str)):
+        _check_bounds(name, value, interval)
+    return files.clean_text(name, value, is_path) if isinstance(value, str) else value
 
 
 def _plain(key: str, value: Any, default: Any) -> Any:
@@ -157,9 +172,7 @@ def _plain(key: str, value: Any, default: Any) -> Any:
     return str(value) if kind is str and isinstance(value, str) else None
 
 
-def _check_bounds(name: str, value: Any, interval: str | None) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
+def _check_bounds(name: str, value: float, interval: str) -> None:
     if value != value or abs(value) == float("inf"):
         raise UserError(f"{name}={value} is not a finite number")
     low, high = map(_number, interval[1:-1].split(","))

@@ -14,11 +14,12 @@ from etils import epath
 
 from pixelflow_jax.common import UserError, files, optional, sentence
 from pixelflow_jax.common.claims import Description, claim
+from pixelflow_jax.common.config_keys import check
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
 from pixelflow_jax.requests import run as requests_run
 from pixelflow_jax.requests.job import NotFinite, params_hash
-from pixelflow_jax.requests.request import IMAGES, Request
+from pixelflow_jax.requests.request import Request
 from pixelflow_jax.training.checkpoints import load_params
 
 AXES = ("guidance_scale", "ema", "solver", "num_steps", "num_images")
@@ -32,8 +33,7 @@ def cells(args: argparse.Namespace) -> dict[str, Request]:
     cannot be.
     """
     count = 1000 if args.num_images is None else args.num_images
-    if not 2 <= count <= IMAGES[1]:
-        raise UserError(f"--num_images must lie in 2..{IMAGES[1]}, got {count}")
+    check("--num_images", count, "[2, 10000000]")
     given = [getattr(args, name) for name in AXES[:-1]]
     lists = [[None] if text is None else text.split(",") for text in given]
     found = {}

@@ -18,17 +18,12 @@ from pixelflow_jax import __version__
 from pixelflow_jax.cascade.images import UINT8_RULE
 from pixelflow_jax.common import UserError, arrays, files, numerics
 from pixelflow_jax.requests.conditions import Conditions, forget_encoder, read_conditions
-from pixelflow_jax.requests.request import BATCH, Request
+from pixelflow_jax.requests.request import BATCH, FROM_CONFIG, Request
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 from pixelflow_jax.training.checkpoints import load_params
 
-# Settings that replace a key of config.sample
-FROM_CONFIG = (
-    *("solver", "step_control", "rtol", "atol", "num_steps", "grid", "shift"),
-    *("guidance_scale", "guidance_schedule", "guidance_interval"),
-)
 PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "numpy")
 
 

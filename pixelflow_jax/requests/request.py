@@ -13,21 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from pixelflow_jax.common import UserError, cli, files, sentence
-from pixelflow_jax.config import DTYPES
+from pixelflow_jax.common import UserError, cli, sentence
+from pixelflow_jax.common.config_keys import BOUNDS, CHOICES, check
 from pixelflow_jax.requests.layouts import LAYOUTS
 from pixelflow_jax.sampling.generate import png_settings
-from pixelflow_jax.sampling.grids import KINDS as GRIDS
-from pixelflow_jax.sampling.guidance import SCHEDULES
-from pixelflow_jax.sampling.solvers import CONTROLS, SOLVERS
 
 BATCH, MAX_BATCH = 25, 256  # images at a time: by default, and the most that a PNG file may ask for
 LABEL = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)')  # an entry of a list of classes
 # Sources of a setting: the command line only, if it concerns files, hosts and devices; also Python; or
 # also a PNG file's settings, which are not trusted: no paths.
 COMMAND, PYTHON, PNG = range(3)
-IMAGES, AT_ONCE, STEPS = (1, 10_000_000), (1, 65_536), (1, 10_000)  # bounds
-SEEDS, NUMBERS = (0, 2**32 - 1), (0, 2**31 - 1)
+AT_ONCE, NUMBERS, NUM_PNG = "[1, 65536]", "[0, 2147483647]", "[0, 10000000]"
 # Starts other than the noise of a seed, and the settings that do nothing beside each
 WITHOUT_EFFECT = {
     "init_image": ("first_image",),
@@ -112,9 +108,9 @@ KINDS: dict[Any, tuple[str, tuple]] = {
 }
 
 
-def _flag(source: int, help: str, within=None, choices=(), default: Any = None) -> Any:
-    """Declare a setting: its source, help text, bounds of its numbers, and choices."""
-    known = dict(source=source, help=help, within=within, choices=choices)
+def _flag(source: int, help: str, interval=None, choices=(), default: Any = None) -> Any:
+    """Declare a setting. Keys of config.sample bring their interval or choices."""
+    known = dict(source=source, help=help, interval=interval, choices=choices)
     return dataclasses.field(default=default, metadata=known)
 
 
@@ -142,37 +138,35 @@ class Request:
     )
     text_encoder: Text = _flag(PYTHON, "T5 folder or hub id (default: Flan-T5, or the model's own)")
     negative_prompt: Text = _flag(PNG, "a text to steer away from (default: the empty text)")
-    num_images: Whole = _flag(
-        PNG, "how many (default: one per label or prompt, or the config's)", IMAGES
-    )
+    num_images: Whole = _flag(PNG, "how many (default: one per label or prompt, or the config's)")
     first_image: Whole = _flag(PNG, "number of the first image (default: 0); continues a set", NUMBERS)
     batch_size: Whole = _flag(PNG, f"images at a time per process (default: up to {BATCH})", AT_ONCE)
     context: Whole = _flag(COMMAND, "devices that share each image, if large (default: 1)", AT_ONCE)
-    seed: Whole = _flag(PNG, "default: 0", SEEDS)
+    seed: Whole = _flag(PNG, "default: 0", BOUNDS["seed"])
     ema: Number = _flag(PNG, "decay of the average to use; 0 = the raw parameters")
     height: Whole = _flag(PNG, "in pixels (default: as trained)")
     width: Whole = _flag(PNG, "in pixels (default: as trained)")
-    dtype: Text = _flag(PNG, "of the computation (default: as trained)", None, tuple(DTYPES))
-    solver: Text = _flag(PNG, "default: the config's, as for all below", None, SOLVERS)
-    step_control: Text = _flag(PNG, "what sets the steps (auto: by solver)", None, CONTROLS)
+    dtype: Text = _flag(PNG, "of the computation (default: as trained)", None, CHOICES["dtype"])
+    solver: Text = _flag(PNG, "default: the config's, as for all below")
+    step_control: Text = _flag(PNG, "what sets the steps (auto: by solver)")
     rtol: Number = _flag(PNG, "relative tolerance, where the error sets the steps")
     atol: Number = _flag(PNG, "absolute tolerance")
-    num_steps: Wholes = _flag(PNG, "steps per stage: 10, or 10,10,10,10 with one each", STEPS)
-    grid: Text = _flag(PNG, "spacing of the steps; reference: the official grid", None, GRIDS)
+    num_steps: Wholes = _flag(PNG, "steps per stage: 10, or 10,10,10,10 with one each")
+    grid: Text = _flag(PNG, "spacing of the steps; reference: the official grid")
     shift: Number = _flag(PNG, "above 1: more steps near the noise")
     guidance_scale: Number = _flag(PNG, "weight of the last stage; 0 or less: no guidance")
-    guidance_schedule: Text = _flag(PNG, "weight over the stages", None, SCHEDULES)
+    guidance_schedule: Text = _flag(PNG, "weight over the stages")
     guidance_interval: Numbers = _flag(PNG, "such as 0.2,0.8, on the way from noise to data")
     init_image: Images = _flag(PYTHON, "an image, or a folder of images, to start from")
     from_stage: Whole = _flag(PYTHON, "with --init_image: the stage to start at (default: the last)")
     strength: Number = _flag(PYTHON, "share of that stage to run (default: 1)")
     invert: Text = _flag(COMMAND, "an image, or a folder of images: writes the noise they come from")
     from_noise: Text = _flag(PYTHON, "noise.npz that --invert wrote")
-    interpolate: Wholes = _flag(PYTHON, "two seeds, such as 3,4", SEEDS)
+    interpolate: Wholes = _flag(PYTHON, "two seeds, such as 3,4", BOUNDS["seed"])
     save_stages: bool = _flag(
         COMMAND, "also write stages/000000.png ...: stages side by side", default=False
     )
-    num_png: Whole = _flag(COMMAND, "images to write as PNG files (default: see above)", (0, IMAGES[1]))
+    num_png: Whole = _flag(COMMAND, "images to write as PNG files (default: see above)", NUM_PNG)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -199,6 +193,10 @@ class Request:
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Request)}
+# Settings that replace a key of config.sample
+FROM_CONFIG = [
+    name for name in SETTINGS if f"sample.{name}" in BOUNDS | CHOICES and name != "num_images"
+]
 FROM_PYTHON, FROM_PNG = (
     {name for name, field in SETTINGS.items() if field.metadata["source"] >= least}
     for least in (PYTHON, PNG)
@@ -215,19 +213,12 @@ def _fit(field: dataclasses.Field, value: Any) -> Any:
     except (TypeError, ValueError):
         got = sentence(ValueError(repr(value)), 200)
         raise UserError(f"{flag}: expected {expected}, got {got}") from None
-    each = found if isinstance(found, tuple) else (found,)
-    for number in each if known["within"] else ():
-        least, most = known["within"]
-        if not least <= number <= most:
-            bounds = f"be at least {least} and at most {most:,}"
-            bounds = bounds if most < 2**31 - 1 else f"lie in {least}..2^{most.bit_length()}-1"
-            raise UserError(f"{flag} must {bounds}, got {number}")
-    if known["choices"] and found not in known["choices"]:
-        choices = ", ".join(known["choices"])
-        raise UserError(f"invalid choice: {flag} must be one of {choices}, got {found!r}")
-    is_path = field.name not in cli.WORDS
-    each = tuple(files.clean_text(flag, x, is_path) if isinstance(x, str) else x for x in each)
-    return each if isinstance(found, tuple) else each[0]
+    interval = known["interval"] or BOUNDS.get(f"sample.{field.name}")
+    return check(flag, found, interval, _choices(field), field.name not in cli.WORDS)
+
+
+def _choices(field: dataclasses.Field) -> Sequence[str]:
+    return field.metadata["choices"] or CHOICES.get(f"sample.{field.name}", ())
 
 
 def fill(**given: Any) -> Request:
@@ -269,7 +260,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """Return the parser of the flags of `sample`, one per setting; values stay text."""
     result = cli.parser(doc)
     for name, field in SETTINGS.items():
-        help, choices = field.metadata["help"], field.metadata["choices"]
+        help, choices = field.metadata["help"], _choices(field)
         if field.type is bool:
             result.add_argument(f"--{name}", action="store_true", help=help)
             continue
