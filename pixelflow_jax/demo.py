@@ -10,7 +10,9 @@ Visitors can use the processor and nothing else: there are no uploads, and no pa
 """
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import shutil
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from pixelflow_jax.common import UserError, cli, optional
+from pixelflow_jax.config import build_cascade
 from pixelflow_jax.pipeline import Pipeline, Samples
 from pixelflow_jax.sampling.generate import save_png
 from pixelflow_jax.sampling.guidance import SCHEDULES
@@ -108,9 +111,8 @@ class Demo:
         self.pipeline, self.limits = pipeline, limits
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="pixelflow-demo-"))
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "served")
-        config = pipeline.config
-        self.text, self.classes = config.model.context_dim > 0, config.model.num_classes
-        self.num_stages = config.cascade.num_stages
+        self.text = pipeline.config.model.context_dim > 0
+        self.num_stages = pipeline.config.cascade.num_stages
 
     def settings(self, what, negative, solver, schedule, guidance, seed, size, count, *steps) -> dict:
         """Return a visitor's settings for `Pipeline.stream`. Raises UserError if out of bounds.
@@ -127,9 +129,8 @@ class Demo:
         if size not in self.sizes() or solver not in SOLVERS or schedule not in SCHEDULES:
             raise UserError("choose the size, the solver and the schedule from their lists")
         width, height = map(int, size.split("x"))
-        asked = dict(solver=solver, guidance_schedule=schedule, guidance_scale=float(guidance))
-        asked |= dict(seed=int(seed), height=height, width=width, num_images=int(count))
-        asked |= dict(num_steps=[int(n) for n in steps])
+        asked = dict(solver=solver, guidance_schedule=schedule, guidance_scale=guidance, seed=int(seed))
+        asked |= dict(height=height, width=width, num_images=int(count), num_steps=list(map(int, steps)))
         if self.text:
             prompts = {"prompt": what, "negative_prompt": negative}
             for text in prompts.values():
@@ -138,37 +139,30 @@ class Demo:
             if not (what or "").strip():  # not later: that message names the checkpoint's path
                 raise UserError("say what the image should show")
             return asked | prompts | {"text_encoder": self.limits.text_encoder}
-        labels = self._labels()
-        if what not in labels.values() or negative not in ["none", *labels.values()]:
+        labels = list(self._labels().values())
+        if what not in labels or negative not in ["none", *labels]:
             raise UserError("choose the classes from their lists")
-        return asked | dict(
-            labels=[int(what)], negative_labels=None if negative == "none" else [int(negative)]
-        )
+        negative = None if negative == "none" else int(negative)
+        return asked | dict(labels=int(what), negative_labels=negative)
 
     def _labels(self) -> dict[str, str]:
         """Return the classes to choose from: displayed text -> number, as a string."""
-        names = self.pipeline.classes
-        numbers = list(names) or range(max(self.classes, 1))
-        texts = {number: names.get(number, str(number)) for number in numbers}
-        return {t if t == str(n) else f"{n}: {t}": str(n) for n, t in texts.items()}
+        count = max(self.pipeline.config.model.num_classes, 1)
+        names = self.pipeline.classes or {number: str(number) for number in range(count)}
+        return {t if t == str(n) else f"{n}: {t}": str(n) for n, t in names.items()}
 
     def sizes(self) -> list[str]:
         """Return the selectable sizes as WIDTHxHEIGHT, trained size first, up to twice its pixels."""
-        from pixelflow_jax.config import build_cascade
-
         cascade, config = build_cascade(self.pipeline.config), self.pipeline.config
         side = config.data.resolution
-        found = [(side, side)]
-        for width in (side // 2, 3 * side // 4, side, 3 * side // 2, 2 * side):
-            for height in (side // 2, 3 * side // 4, side, 3 * side // 2, 2 * side):
-                fits = side**2 // 2 <= width * height <= 2 * side**2
-                try:
-                    cascade.check_size(height, width, config.model.patch_size)
-                except UserError:
-                    fits = False
-                if fits and (width, height) not in found:
-                    found.append((width, height))
-        return [f"{width}x{height}" for width, height in found]
+        sides = (side // 2, 3 * side // 4, side, 3 * side // 2, 2 * side)
+        found = [f"{side}x{side}"]
+        for width, height in itertools.product(sides, sides):
+            with contextlib.suppress(UserError):
+                cascade.check_size(height, width, config.model.patch_size)
+                if side**2 // 2 <= width * height <= 2 * side**2:
+                    found.append(f"{width}x{height}")
+        return list(dict.fromkeys(found))
 
     def stages(self, asked: dict[str, Any]) -> Iterator[tuple[list, str, Samples]]:
         """Yield (images with captions, a status line, the samples) at the end of every stage."""
@@ -187,10 +181,9 @@ class Demo:
             shutil.rmtree(old, ignore_errors=True)
         visit = self.folder / f"visit-{time.time_ns()}-{uuid.uuid4().hex}"
         visit.mkdir()
-        paths = []
-        for image, settings in zip(made.pixels, made.settings, strict=True):
-            paths.append(str(visit / f"seed{settings['seed']}_{settings['first_image']}.png"))
-            save_png(paths[-1], image, settings)
+        paths = [str(visit / f"seed{x['seed']}_{x['first_image']}.png") for x in made.settings]
+        for path, image, settings in zip(paths, made.pixels, made.settings, strict=True):
+            save_png(path, image, settings)
         return paths
 
     def page(self, gr) -> Any:
@@ -241,60 +234,35 @@ class Demo:
 
     def _controls(self, gr) -> list:
         """Return the controls in the order of the arguments of `settings`."""
-        config, limits = self.pipeline.config, self.limits
+        sample, limits = self.pipeline.config.sample, self.limits
         if self.text:
             what = gr.Textbox(label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
             negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT, elem_id="negative")
         else:
-            labels = self._labels()
-            choices = list(labels.items())
-            what = gr.Dropdown(choices, value=choices[0][1], label="Class", elem_id="class")
-            choices = [("none", "none"), *choices]
-            negative = gr.Dropdown(choices, value="none", label="Class to steer away from")
-        adaptive = ", ".join(name for name in SOLVERS if ORDERS[name] > 2)
-        solver = gr.Dropdown(
-            list(SOLVERS),
-            value=config.sample.solver,
-            label="Solver",
-            elem_id="solver",
-            info=f"{adaptive} choose their own steps",
-        )
-        steps = np.resize(np.array(config.sample.num_steps), self.num_stages).tolist()
+            labels = list(self._labels().items())
+            what = gr.Dropdown(labels, value=labels[0][1], label="Class", elem_id="class")
+            labels = [("none", "none"), *labels]
+            negative = gr.Dropdown(labels, value="none", label="Class to steer away from")
+        info = ", ".join(name for name in SOLVERS if ORDERS[name] > 2) + " choose their own steps"
+        solvers, sizes = list(SOLVERS), self.sizes()
+        solver = gr.Dropdown(solvers, value=sample.solver, label="Solver", elem_id="solver", info=info)
+        most, steps = limits.max_steps, np.resize(sample.num_steps, self.num_stages).tolist()
         with gr.Row():
             sliders = [
-                gr.Slider(
-                    1,
-                    limits.max_steps,
-                    value=min(n, limits.max_steps),
-                    step=1,
-                    label=f"Steps, stage {i}",
-                )
+                gr.Slider(1, most, min(n, most), step=1, label=f"Steps, stage {i}")
                 for i, n in enumerate(steps, 1)
             ]
         with gr.Row():
-            guidance = gr.Slider(
-                0,
-                MAX_GUIDANCE,
-                value=config.sample.guidance_scale,
-                step=0.1,
-                label="Guidance",
-                elem_id="guidance",
-            )
-            schedule = gr.Dropdown(
-                self._schedules(),
-                value=config.sample.guidance_schedule,
-                label="Its schedule over the stages",
-            )
+            scale = dict(value=sample.guidance_scale, step=0.1, label="Guidance", elem_id="guidance")
+            guidance = gr.Slider(0, MAX_GUIDANCE, **scale)
+            schedules = [x for x in SCHEDULES if x != "reference" or self.num_stages <= 4]
+            label = "Its schedule over the stages"
+            schedule = gr.Dropdown(schedules, value=sample.guidance_schedule, label=label)
         with gr.Row():
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", elem_id="seed")
-            size = gr.Dropdown(
-                self.sizes(), value=self.sizes()[0], label="Width x height", elem_id="size"
-            )
+            size = gr.Dropdown(sizes, value=sizes[0], label="Width x height", elem_id="size")
             count = gr.Slider(1, limits.max_images, value=1, step=1, label="Images")
         return [what, negative, solver, schedule, guidance, seed, size, count, *sliders]
-
-    def _schedules(self) -> list[str]:
-        return [name for name in SCHEDULES if name != "reference" or self.num_stages <= 4]
 
 
 def describe(settings: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, requests: dict[str, Request], reference: Refer
 
 
 def _run(out: epath.Path, requests: dict[str, Request], reference: Reference) -> str:
-    plots, rows = _can_plot(), []
+    plots, rows = _plot([], ""), []  # an empty picture shows before the work whether there will be one
     for number, (name, request) in enumerate(requests.items(), 1):
         print(f"{number} of {len(requests)}: {name}", flush=True)
         try:
@@ -82,9 +82,10 @@ def _run(out: epath.Path, requests: dict[str, Request], reference: Reference) ->
         raise UserError("no combination gave images that are finite; see above")
     measure = "fid" if "fid" in rows[0] else "pca_frechet"
     files.write_bytes(out / "sweep.md", _table(rows).encode())
-    drawn = plots and _plot(rows, measure, out / "sweep.png")
-    best = min(rows, key=lambda row: row[measure])
-    where = out / ("sweep.png" if drawn else "sweep.md")
+    best, where = min(rows, key=lambda row: row[measure]), out / "sweep.md"
+    if plots and (picture := _plot(rows, measure)):
+        where = out / "sweep.png"
+        files.write_bytes(where, picture)
     return f"{len(rows)} combinations, best {measure} {best[measure]:.4g} with {best['name']}: {where}"
 
 
@@ -122,50 +123,29 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figure():
-    """Return an empty figure to draw to a file. Raises UserError if matplotlib cannot be used."""
-    shown = os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may not have
+def _plot(rows: list[dict[str, Any]], measure: str) -> bytes:
+    """Return a PNG file as `_draw` does; if that fails, print why and return b"": the sweep goes on."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may not have
     try:
         optional("matplotlib", "plot", "sweep.png")
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    finally:
-        if shown is not None:
-            os.environ["MPLBACKEND"] = shown
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _can_plot() -> bool:
-    """Return whether sweep.png will be drawn; print why not, before the work."""
-    try:
-        _figure().savefig(io.BytesIO(), format="png")
-    except Exception as error:  # fonts, a matplotlibrc, libraries that do not fit
-        print(f"there will be no sweep.png: {sentence(error)}", flush=True)
-        return False
-    return True
-
-
-def _plot(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> bool:
-    """Draw as `_draw` does; a picture that fails costs nothing else."""
-    try:
-        _draw(rows, measure, path)
-    except Exception as error:
+        return _draw(rows, measure)
+    except Exception as error:  # also fonts, a matplotlibrc, libraries that do not fit
         print(f"no sweep.png: {sentence(error)}", flush=True)
-        return False
-    return True
+        return b""
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
-def _draw(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> None:
+def _draw(rows: list[dict[str, Any]], measure: str) -> bytes:
     """Draw quality by evaluations and by seconds, with a line per solver, guidance and EMA."""
-    figure = _figure()
-    for axes, key, label in zip(
-        figure.subplots(1, 2),
-        ("nfe", "seconds_per_image"),
-        ("network evaluations per image", "seconds per image"),
-        strict=True,
-    ):
+    from matplotlib.figure import Figure
+
+    figure, buffer = Figure(figsize=(10, 4), layout="constrained"), io.BytesIO()
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="network evaluations per image", ylabel=measure, xscale="log")
+    right.set(xlabel="seconds per image", ylabel=measure, xscale="log")
+    for axes, key in ((left, "nfe"), (right, "seconds_per_image")):
         lines: dict[str, list] = {}
         for row in rows:
             if row[key] is not None:
@@ -173,7 +153,7 @@ def _draw(rows: list[dict[str, Any]], measure: str, path: epath.Path) -> None:
                 lines.setdefault(name, []).append((row[key], row[measure]))
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
-        axes.set(xlabel=label, ylabel=measure, xscale="log")
-    axes.legend(fontsize="small")
-    with files.create(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    if rows:
+        right.legend(fontsize="small")
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

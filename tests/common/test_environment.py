@@ -74,7 +74,7 @@ def test_plots_do_not_depend_on_a_notebook():
     code = """
 import io, os
 from pixelflow_jax.evaluation import sweep
-assert sweep._can_plot()
+assert sweep._plot([], "").startswith(bytes([137]) + b"PNG")
 print(os.environ["MPLBACKEND"])
 """
     backend = "module://matplotlib_inline.backend_nowhere"
@@ -82,17 +82,17 @@ print(os.environ["MPLBACKEND"])
     assert ended.returncode == 0 and ended.stdout.strip() == backend, ended.stderr
 
 
-def test_a_plot_that_fails(monkeypatch, tmp_path, capsys):
+def test_a_plot_that_fails(monkeypatch, capsys):
     """Catches a sweep that is lost with its picture."""
 
     def fail(*args):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(sweep, "_draw", fail)
-    assert sweep._plot([], "fid", tmp_path / "sweep.png") is False
-    monkeypatch.setattr(sweep, "_figure", fail)
-    assert sweep._can_plot() is False
-    assert "no fonts" in capsys.readouterr().out
+    for name in ("_draw", "optional"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, name, fail)
+            assert not sweep._plot([], "fid")
+        assert "no sweep.png: no fonts" in capsys.readouterr().out
 
 
 def test_extras_that_are_there_but_ill(tmp_path, monkeypatch):
