@@ -229,10 +229,19 @@ def check_config(config: ConfigDict) -> ConfigDict:
             f"config.mesh.data and config.mesh.fsdp must be at least 1, or one of them -1 for the "
             f"remaining devices; got {sizes[0]} and {sizes[1]}"
         )
-    _check_text(config)
+    text = config.text
+    if text.encoder == "joint" and text.cache:
+        raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has no cache")
+    if text.encoder == "joint" and not (config.model.context_dim and text.words):
+        raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
     cascade = build_cascade(config)
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
-    _check_buckets(config, cascade)
+    data, unit = config.data, cascade.unit(config.model.patch_size)
+    if data.max_aspect_ratio > 1 and data.bucket_unit % unit:
+        raise UserError(
+            f"config.data.bucket_unit must be a positive multiple of {unit} (patch_size x "
+            f"2^(stages - 1)), got {data.bucket_unit}"
+        )
     _check_context(config, cascade)
     check_batch_size(config)
     return config
@@ -249,23 +258,6 @@ def _check_context(config: ConfigDict, cascade: Cascade) -> None:
             )
     if context > 1 and config.data.max_aspect_ratio > 1:
         raise UserError("config.mesh.context above 1 needs images of one size: data.max_aspect_ratio=1")
-
-
-def _check_text(config: ConfigDict) -> None:
-    text = config.text
-    if text.encoder == "joint" and text.cache:
-        raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has no cache")
-    if text.encoder == "joint" and not (config.model.context_dim and text.words):
-        raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
-
-
-def _check_buckets(config: ConfigDict, cascade: Cascade) -> None:
-    data, unit = config.data, cascade.unit(config.model.patch_size)
-    if data.max_aspect_ratio > 1 and data.bucket_unit % unit:
-        raise UserError(
-            f"config.data.bucket_unit must be a positive multiple of {unit} (patch_size x "
-            f"2^(stages - 1)), got {data.bucket_unit}"
-        )
 
 
 def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:
@@ -307,16 +299,13 @@ def joint_encoder(config: ConfigDict) -> T5Config:
 
 def _installed_config(path: str) -> pathlib.Path:
     """Return the installed config with this name (with or without a folder and `.py`)."""
+    package = importlib.util.find_spec("pixelflow_jax.configs")
+    folder = pathlib.Path(package.origin).parent if package and package.origin else None
+    known = {p.stem: p for p in folder.glob("*.py") if p.stem != "__init__"} if folder else {}
     name = pathlib.Path(path).name.removesuffix(".py")
-    try:
-        found = importlib.util.find_spec("pixelflow_jax.configs")
-    except ModuleNotFoundError:
-        found = None
-    folder = pathlib.Path(found.origin).parent if found and found.origin else None
-    if folder is None or not (folder / f"{name}.py").is_file() or name == "__init__":
-        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__") if folder else []
-        raise UserError(f"--config={path}: no such file; installed configs: {', '.join(known)}")
-    return folder / f"{name}.py"
+    if name not in known:
+        raise UserError(f"--config={path}: no such file; installed configs: {', '.join(sorted(known))}")
+    return known[name]
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import jax
 from etils import epath
 
 from pixelflow_jax.common import UserError, arrays, cli, files
+from pixelflow_jax.common.config_keys import check
 from pixelflow_jax.config import default_config
 from pixelflow_jax.distributed.watchdog import joined
 from pixelflow_jax.evaluation import sweep
@@ -86,10 +87,9 @@ def _reference(args: argparse.Namespace, watch: Callable[[str], None]) -> Refere
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not fit together."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, got {args.batch_size}")
-    if args.resolution is not None and args.resolution < 1:
-        raise UserError(f"--resolution must be at least 1, got {args.resolution}")
+    for name in ("batch_size", "resolution"):
+        if (value := getattr(args, name)) is not None:
+            check(f"--{name}", value, "[1, inf)")
     if args.features == "inception":
         if args.inception is None:
             raise UserError(

@@ -179,7 +179,8 @@ def _check_bounds(name: str, value: float, interval: str) -> None:
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
     if not above and interval[0] == "[":
-        raise UserError(f"{name} must be at least {low:.10g}, got {value}")
+        most = f" and at most {high:.10g}" if high < float("inf") else ""
+        raise UserError(f"{name} must be at least {low:.10g}{most}, got {value}")
     if not (above and below and abs(value) <= MOST):
         interval = interval.replace("inf)", f"{MOST}]")
         raise UserError(f"{name} must lie in {interval}, got {value}")

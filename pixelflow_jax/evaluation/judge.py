@@ -47,21 +47,21 @@ class Reference:
             self.extract = PcaFeatures(self.images)
         few = self.images is not None and self.images.count <= MOST_FOR_RECALL
         keep = (self.extract.pooled,) if few else ()
-        self.vectors, found = None, Collected()
+        found = Collected()
         if self.images is not None and (keep or not known):
             found = collect(self.extract, self.images, batch_size, keep, watch)
-            self.vectors = found.vectors.get(self.extract.pooled)
-        self.statistics = known or self._statistics(found)
+        self.vectors = found.vectors.get(self.extract.pooled)
+        self.statistics = known or self._statistics(found.moments, f"--reference={path}")
 
-    def _statistics(self, found: Collected) -> dict[str, np.ndarray]:
-        """Return the statistics by ADM's names."""
-        if min(m.count for m in found.moments.values()) < 2:
-            raise UserError(f"--reference={self.path} needs at least two images")
-        pooled = found.moments[self.extract.pooled]
-        values = {"mu": pooled.mean, "sigma": pooled.covariance}
-        if self.extract.spatial:
-            spatial = found.moments[self.extract.spatial]
-            values |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    def _statistics(self, moments: dict[str, metrics.Moments], what: str) -> dict[str, np.ndarray]:
+        """Return statistics by ADM's names."""
+        if min(x.count for x in moments.values()) < 2:
+            raise UserError(f"{what} needs at least two images")
+        values = {}
+        for suffix, name in (("", self.extract.pooled), ("_s", self.extract.spatial)):
+            if name:
+                values[f"mu{suffix}"] = moments[name].mean
+                values[f"sigma{suffix}"] = moments[name].covariance
         return values
 
     def judge(self, samples: ImageSet) -> dict[str, Any]:
@@ -69,21 +69,18 @@ class Reference:
         extract = self.extract
         keep = tuple(name for name in (extract.pooled, extract.logits) if name)
         found = collect(extract, samples, self.batch_size, keep, self._watch)
+        statistics = self._statistics(found.moments, samples.name)
+
+        def distance(mean: str, cov: str) -> float | None:
+            ours, known = statistics, self.statistics
+            if mean not in known:
+                return None
+            return metrics.frechet_distance(known[mean], known[cov], ours[mean], ours[cov])
+
         prefix = "" if extract.spatial else "pca_"
-        result: dict[str, Any] = {}
-        pooled = found.moments[extract.pooled]
-        if pooled.count < 2:
-            raise UserError(f"{samples.name} needs at least two images")
-        known = self.statistics
-        frechet = metrics.frechet_distance(known["mu"], known["sigma"], pooled.mean, pooled.covariance)
-        result["pca_frechet" if prefix else "fid"] = frechet
+        result: dict[str, Any] = {"pca_frechet" if prefix else "fid": distance("mu", "sigma")}
         if extract.spatial:
-            spatial = found.moments[extract.spatial]
-            result["sfid"] = None
-            if "mu_s" in known:
-                result["sfid"] = metrics.frechet_distance(
-                    known["mu_s"], known["sigma_s"], spatial.mean, spatial.covariance
-                )
+            result["sfid"] = distance("mu_s", "sigma_s")
             result["inception_score"] = metrics.inception_score(found.vectors[extract.logits])
         result[f"{prefix}precision"] = result[f"{prefix}recall"] = None
         if self.vectors is not None:

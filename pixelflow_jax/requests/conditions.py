@@ -102,16 +102,9 @@ class Conditions:
 
 
 def class_numbers(flag: str, asked: Sequence[int | str], names: dict[int, str], count: int) -> list[int]:
-    """Return the numbers of classes that are given by number or name.
+    """Return the numbers of classes given by number or name; `names` are the known ones of `count`.
 
-    Args:
-      flag: the flag, for errors.
-      asked: numbers and names.
-      names: the known names of classes.
-      count: the model's number of classes.
-
-    Raises:
-      UserError: for an unknown number or name, or a name that several classes share.
+    Raises UserError, with the flag, for an unknown number or name, or one that several classes share.
     """
     return [_class_number(flag, label, names, count) for label in asked]
 
@@ -154,16 +147,13 @@ def trained_classes(meta: dict[str, Any], count: int) -> dict[int, str]:
 def read_conditions(
     request: Request, config: ConfigDict, start: Any, meta: dict[str, Any], count: int | None = None
 ) -> Conditions:
-    """Return the conditions of the images of a request.
+    """Return the conditions of the images of a request. Raises UserError if it does not fit the model.
 
     Args:
       request: the request.
       config, meta: from the checkpoint.
       start: where the images start (see starts.py), if set.
       count: the number of images, if neither request nor start determines it.
-
-    Raises:
-      UserError: if the request does not fit the model.
     """
     text = config.model.context_dim > 0
     for name in LABEL_FLAGS if text else PROMPT_FLAGS:
@@ -175,9 +165,8 @@ def read_conditions(
     if isinstance(start, starts.BetweenSeeds):
         count = start.count
     elif isinstance(start, starts.FromNoise):
-        count = request.num_images or len(start.kept.start)
-    else:
-        count = request.num_images or count
+        count = len(start.kept.start)
+    count = request.num_images or count
     if text:
         return _of_prompts(request, config, count)
     return _of_labels(request, config, start, trained_classes(meta, config.model.num_classes), count)

@@ -75,14 +75,9 @@ def load(checkpoint: epath.PathLike, ema: float | None = None) -> Loaded:
 
 
 def prepare(request: Request, loaded: Loaded | None = None) -> Job:
-    """Return the job of a request.
+    """Return the job of a request, whose checkpoint may already be in memory.
 
-    Args:
-      request: the request.
-      loaded: its checkpoint, if that is already in memory.
-
-    Raises:
-      UserError: if the request does not fit the checkpoint.
+    Raises UserError if the request does not fit the checkpoint.
     """
     once = loaded is None  # a command: there is no next request
     loaded = loaded or load(request.checkpoint, request.ema)

@@ -29,9 +29,7 @@ from pixelflow_jax.training.checkpoints import load_params
 def sample(request: Request, watch: Callable[[str], None]) -> tuple[str, float | None]:
     """Write the images of a request to its output folder, and claim the folder for it.
 
-    Args:
-      request: what to generate, and where.
-      watch: called with the current position.
+    `watch` is called with the current position.
 
     Returns:
       The line to report, and the seconds per image on this process: the median over all batches except
@@ -44,30 +42,22 @@ def sample(request: Request, watch: Callable[[str], None]) -> tuple[str, float |
     job = jobs.prepare(request)
     size = (job.sampler.height, job.sampler.width, 3)
     folder = OutputFolder(request.out, size, job.conditions.extra, request.num_png)
+    first, made, seconds = jax.process_index() == 0, 0, []
     with claim(request.out, Description(job.settings, "samples of another request"), hosts.barrier):
-        return _fill(request, job, folder, watch)
-
-
-def _fill(
-    request: Request, job: jobs.Job, folder: OutputFolder, watch: Callable[[str], None]
-) -> tuple[str, float | None]:
-    """Do the work of `sample` in a claimed folder."""
-    first = jax.process_index() == 0
-    if first:
-        folder.drop_torn_shards(lambda what: watch(f"{STARTING}: {what}"))
-    made, seconds = 0, []
-    if not folder.is_complete():
-        hosts.barrier("the output folder is there")
-        made, seconds = _make(request, job, folder, watch)
+        if first:
+            folder.drop_torn_shards(lambda what: watch(f"{STARTING}: {what}"))
+        if not folder.is_complete():
+            hosts.barrier("the output folder is there")
+            made, seconds = _make(request, job, folder, watch)
+            watch(WAITING)
+            hosts.barrier("all images are made")
+        if first:
+            folder.finish(job.settings_of, watch)
+            if request.layout is not None:
+                where = folder.path / "samples.npz", read_prompts(request), folder.path / request.layout
+                write_layout(request.layout, *where, watch)
         watch(WAITING)
-        hosts.barrier("all images are made")
-    if first:
-        folder.finish(job.settings_of, watch)
-        if request.layout is not None:
-            where = folder.path / "samples.npz", read_prompts(request), folder.path / request.layout
-            write_layout(request.layout, *where, watch)
-    watch(WAITING)
-    hosts.barrier("samples.npz is there")
+        hosts.barrier("samples.npz is there")
     if not first:
         return "", None
     total = evaluations(folder.path).sum(axis=1)

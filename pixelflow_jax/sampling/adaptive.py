@@ -3,8 +3,6 @@
 Import this module late: importing Diffrax and Equinox takes a second.
 """
 
-from typing import Any
-
 import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -119,13 +117,8 @@ def solve_adaptive(
         )
     small = (jnp.abs(solution.ys[-1]) < HUGE * 1e-6).all()
     reached = (solution.result == diffrax.RESULTS.successful) & small
-    evaluations = _evaluations(solver, solution.stats["num_steps"], solution.controller_state[1])
+    first_attempts, attempts = solution.controller_state[1], solution.stats["num_steps"]
+    a_step = len(solver.tableau.c) + 1
+    later = a_step - 1 if solver.tableau.fsal else a_step
+    evaluations = 2 + a_step * first_attempts + later * (attempts - first_attempts)  # 2: `first_step`
     return jnp.where(reached, solution.ys[-1], jnp.nan), evaluations
-
-
-def _evaluations(solver: Any, steps: Array, first_attempts: Array) -> Int[Array, ""]:
-    """Return the evaluations of a solution: two for `first_step`, plus those of each attempt."""
-    table = solver.tableau
-    a_step = len(table.c) + 1
-    later = a_step - 1 if table.fsal else a_step
-    return 2 + a_step * first_attempts + later * (steps - first_attempts)

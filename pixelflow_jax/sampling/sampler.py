@@ -121,14 +121,11 @@ class Sampler:
         """Draw noise for each image from its own key, so that it does not depend on the batch."""
 
         def normal(stage):
-            def one(key):
-                return jax.random.normal(jax.random.fold_in(key, stage), self.stage_size(stage))
+            size = self.stage_size(stage)
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stage), size))(keys)
 
-            return jax.vmap(one)(keys)
-
-        gamma = self.cascade.gamma
         later = range(1, self.cascade.num_stages)
-        return Noise(normal(0), [correlate_blocks(normal(stage), gamma) for stage in later])
+        return Noise(normal(0), [correlate_blocks(normal(s), self.cascade.gamma) for s in later])
 
     def sample(
         self, params: dict, noise: Noise, condition: Condition, null_condition: Condition
@@ -254,7 +251,7 @@ class Sampler:
         pair = (null_condition, condition) if both else (condition,)
         inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *pair)
 
-        def network(x, inputs, tau):
+        def network(tau, x, inputs):
             batch, height, width, _ = x.shape
             layout = self.layout(grid.stage, len(pair))
             p = layout.groups[0].patch_size
@@ -264,20 +261,11 @@ class Sampler:
                 {"params": params}, [layout.local(tokens)], timesteps, layout, **inputs
             )
             out = layout.whole(out.astype(x.dtype))
-            if both:
-                uncond, cond = out[:, 0], out[:, 1]
-                out = uncond + weight * (cond - uncond)
-            else:
-                out = out[:, 0]
+            first = out[:, 0]
+            out = first + weight * (out[:, 1] - first) if both else first
             return images.unpatchify(out, height, width, p)
 
-        def velocity(x, tau):
-            def part(x, inputs):
-                return network(x, inputs, tau)
-
-            return self._by_groups(part, len(pair), x, inputs)
-
-        return velocity
+        return lambda x, tau: self._by_groups(functools.partial(network, tau), len(pair), x, inputs)
 
 
 def class_conditions(

@@ -25,19 +25,14 @@ WITHOUT_ERROR = ("euler", "ab2")  # without an error estimate: fixed steps only
 CONTROLS = ("auto", "fixed", "per_image", "per_batch")
 
 
-def check_solver(name: str) -> None:
-    """Raise UserError for a name that is not in SOLVERS."""
-    if name not in SOLVERS:
-        raise UserError(f"the solver must be one of {', '.join(SOLVERS)}, got {name!r}")
-
-
 def resolve_control(name: str, control: str = "auto") -> str:
     """Return what determines the steps: "fixed" (the grid), or the error "per_image" or "per_batch".
 
     "auto" means per_image for orders above 2, where error control pays off, and fixed otherwise. Raises
     UserError for an unknown control, or error control for a solver without an error estimate.
     """
-    check_solver(name)
+    if name not in SOLVERS:
+        raise UserError(f"the solver must be one of {', '.join(SOLVERS)}, got {name!r}")
     if control not in CONTROLS:
         raise UserError(f"step_control must be one of {', '.join(CONTROLS)}, got {control!r}")
     if control == "auto":

@@ -46,11 +46,9 @@ class FromSeed:
     first: int = 0
 
     def inputs(self, index: Int[np.ndarray, " b"]) -> dict[str, Any]:
-        """Return what each image of `index` needs, with the image as the first axis.
-
-        This includes the seed, so that another seed uses the same compiled program.
-        """
+        """Return what each image of `index` needs, with the image as the first axis."""
         index = np.asarray(index) + self.first
+        # Also the seed, so that another seed uses the same compiled program
         return {"index": index, "seed": np.full(index.shape, self.seed, np.uint32)}
 
     def noise(self, sampler: Sampler, inputs: dict[str, Any]) -> Noise:
@@ -93,26 +91,19 @@ class FromImages(FromSeed):
 def read_pictures(value: Any, flag: str) -> tuple[list[UInt8[np.ndarray, "h w 3"]], str]:
     """Return the images of --init_image or --invert as (pixels, path or digest of pixels in memory).
 
-    Args:
-      value: an image file or a folder of images; in Python also a Pillow image, an array that `decode`
-        accepts, or a list of these.
-      flag: name of the flag in error messages.
-
-    Raises:
-      UserError: if there are no images, or something is not an image.
+    `value` is an image file or a folder of images; in Python also a Pillow image, an array that `decode`
+    accepts, or a list of these. Raises UserError, with the flag, if there are no images, or something is
+    not an image.
     """
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(value, str):
-        several = isinstance(value, (list, tuple)) or np.ndim(value) == 4
-        found = [_read_picture(x, flag) for x in (value if several else [value])]
+    place = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if place is not None and epath.Path(place).is_dir():
+        names = files.list_files(place)
+        report_left_out(place, names)
+        value = [epath.Path(place) / name for name in names if is_image(name)]
+    several = isinstance(value, (list, tuple)) or place is None and np.ndim(value) == 4
+    found = [_read_picture(x, flag) for x in (value if several else [value])]
+    if place is None:
         place = f"sha256:{hashlib.sha256(b''.join(x.tobytes() for x in found)).hexdigest()}"
-    elif epath.Path(value).is_dir():
-        names = files.list_files(value)
-        report_left_out(value, names)
-        paths = [str(epath.Path(value) / name) for name in names if is_image(name)]
-        found, place = [_read_picture(path, flag) for path in paths], value
-    else:
-        found, place = [_read_picture(value, flag)], value
     if not found:
         raise UserError(f"--{flag}={place} holds no images")
     return found, place
@@ -133,14 +124,13 @@ def from_images(
 ) -> FromImages:
     """Return a start from images at full size (variations) or at the size of `stage - 1` (upscaling).
 
+    Raises UserError for an invalid stage or strength, images of the wrong size, or a start that keeps
+    nothing of the images.
+
     Args:
       images: in [-1, 1].
       stage: first stage to run: an earlier one changes more of the image.
       strength: share of that stage to run, from LEAST_STRENGTH to 1.
-
-    Raises:
-      UserError: for an invalid stage or strength, images of the wrong size, or a start that keeps
-        nothing of the images.
     """
     stages = sampler.cascade.num_stages
     if not 0 <= stage < stages:

@@ -279,7 +279,7 @@ def test_starts_by_command(trained, tmp_path):
         (["--guidance_interval=0.5"], "interval"),
         (["--negative_labels=10"], "not a class"),
         (["--num_png=-1"], "at least 0"),
-        (["--seed=-1"], "2\\^32"),
+        (["--seed=-1"], "at least 0 and at most 4294967295"),
         (["--from_stage=1"], "go with --init_image"),
         (["--invert={text}"], "is not an image"),
     ],
