@@ -7,6 +7,7 @@ Images keep their encoding. To train on the shards, pass --config.data.source=ar
 --config.data.path=packed/train. After an interruption, the same command continues.
 """
 
+import functools
 import sys
 
 from tqdm import tqdm
@@ -34,14 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.shard_size < 1:
         raise UserError(f"--shard_size must be at least 1, got {args.shard_size}")
     data = default_config().data
-    data.update(source=args.source, path=args.path, name=args.name, split=args.split)
+    origin = dict(source=args.source, path=args.path, name=args.name, split=args.split)
+    data.update(origin)
     data.crop = "center"  # images of any size
     source = open_source(data)
-
-    def progress(shards):
-        return tqdm(shards, unit="shard", file=sys.stderr)
-
-    origin = dict(source=args.source, path=args.path, name=args.name, split=args.split)
+    progress = functools.partial(tqdm, unit="shard", file=sys.stderr)
     written = records.pack(source, args.out, args.shard_size, origin, progress)
     kind = "with captions" if source.captioned else f"of {source.num_classes} classes"
     print(f"{len(source)} images {kind}, {written} shards written: {args.out}")

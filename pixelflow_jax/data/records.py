@@ -33,12 +33,16 @@ def _array_record(module: str):
 class RecordSource(Source):
     """Random access to a folder of shards.
 
-    Raises:
-      UserError: if the manifest is missing or incomplete, or a shard is missing or has another length.
+    Raises UserError if the manifest or a shard is missing or incomplete, or a shard has another length.
     """
 
     def __init__(self, path: str, split: str):
-        manifest = read_manifest(path)
+        manifest = files.read_json(epath.Path(path) / MANIFEST)
+        if (
+            not isinstance(manifest, dict)
+            or not {"complete", "shards", "num_classes"} <= manifest.keys()
+        ):
+            raise UserError(f"{path}/{MANIFEST} is not a manifest of packed images")
         packed = manifest.get("origin", {}).get("split", split)
         if packed != split:
             raise UserError(f"{path} holds the split {packed!r}, config.data.split is {split!r}")
@@ -81,22 +85,12 @@ class RecordSource(Source):
         return f"{self._path}/{self._names[shard]}, record {index - sum(self._counts[:shard])}"
 
 
-def read_manifest(path: str) -> dict[str, Any]:
-    """Return the manifest of a folder of shards. Raises UserError if it is missing or malformed."""
-    manifest = files.read_json(epath.Path(path) / MANIFEST)
-    if not isinstance(manifest, dict) or not {"complete", "shards", "num_classes"} <= manifest.keys():
-        raise UserError(f"{path}/{MANIFEST} is not a manifest of packed images")
-    return manifest
-
-
 def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Callable = iter) -> int:
     """Write every example of `source` to shards in `out`; return how many shards were written.
 
     Shard k holds the examples [k, k + 1) x shard_size, so an interrupted packing continues with the
-    missing shards. `origin` says what is packed, and must agree with a packing that is continued.
-
-    Raises:
-      UserError: if `out` holds something else.
+    missing shards. `origin` says what is packed, and must agree with a packing that is continued. Raises
+    UserError if `out` holds something else.
     """
     writer_module, folder = _array_record("array_record_module"), epath.Path(out)
     count = len(source)
@@ -128,33 +122,27 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
             with files.atomic_path(folder / names[k]) as temporary:
                 writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
                 for index in range(starts[k], starts[k] + sizes[k]):
-                    data, label = _readable(source, index)
-                    writer.write(_head(label) + (data if isinstance(data, bytes) else _png(data)))
+                    writer.write(_record(source, index))
                 writer.close()
         files.write_json(folder / MANIFEST, {**manifest, "complete": True})
     return len(missing)
 
 
-def _readable(source, index: int) -> tuple[bytes | np.ndarray, int | tuple[str, ...]]:
-    """Return an example; a broken one becomes a record without image and caption, also broken."""
+def _record(source: Source, index: int) -> bytes:
+    """Return the record of an example; one that is broken gets neither image nor caption, and stays so."""
     try:
-        return source[index]
+        data, label = source[index]
     except OSError as error:
         log.warning("broken example %d: %s", index, error)
-        return b"", () if source.captioned else 0
-
-
-def _head(label: int | tuple[str, ...]) -> bytes:
-    if isinstance(label, tuple):
-        captions = json.dumps(label, ensure_ascii=False).encode()
-        return LABEL.pack(-1 - len(captions)) + captions
-    return LABEL.pack(label)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+        data, label = b"", () if source.captioned else 0
+    if isinstance(data, np.ndarray):
+        buffer = io.BytesIO()
+        Image.fromarray(data).save(buffer, "PNG")
+        data = buffer.getvalue()
+    if not source.captioned:
+        return LABEL.pack(label) + data
+    captions = json.dumps(label, ensure_ascii=False).encode()
+    return LABEL.pack(-1 - len(captions)) + captions + data
 
 
 def _names_digest(source) -> str:
