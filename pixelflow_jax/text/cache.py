@@ -31,9 +31,8 @@ def text_key(text: str) -> int:
 class EmbeddingCache:
     """Text states by text.
 
-    Raises:
-      UserError: if the folder is not a cache, is not on a disk, or has states of another width or
-        texts that were truncated to another length.
+    Raises UserError if the folder is not a cache, is not on a disk, or has states of another width or
+    texts that were truncated to another length.
     """
 
     def __init__(self, path: str, width: int | None = None, max_length: int | None = None):
@@ -55,16 +54,18 @@ class EmbeddingCache:
                 f"into a new folder, or set config.text.max_length to the cache's"
             )
         self._shards = _shards(path)
-        keys, places = [], []
+        keys, places = [np.zeros(0, np.uint64)], [np.zeros((0, 3), np.int64)]
         for number, name in enumerate(self._shards):
-            shard = _read(f"{path}/{name}", "keys", "ends")
-            begins = np.concatenate([[0], shard["ends"][:-1]])
-            keys.append(shard["keys"])
-            places.append(np.stack([np.full_like(begins, number), begins, shard["ends"]], axis=1))
-        keys = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
+            shard = _open(f"{path}/{name}")
+            if set(shard.keys()) != {"keys", "ends", "states"}:
+                raise UserError(f"{path}/{name} is not a shard of a cache of text states")
+            keys.append(shard.get_tensor("keys"))
+            ends = shard.get_tensor("ends")
+            begins = np.concatenate([[0], ends[:-1]])
+            places.append(np.stack([np.full_like(begins, number), begins, ends], axis=1))
+        keys = np.concatenate(keys)
         order = np.argsort(keys)
-        self._keys = keys[order]
-        self._places = np.concatenate(places)[order] if places else np.zeros((0, 3), np.int64)
+        self._keys, self._places = keys[order], np.concatenate(places)[order]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -117,13 +118,6 @@ def _open(path: str):
         return safe_open(path, framework="numpy")
 
 
-def _read(path: str, *names: str) -> dict[str, np.ndarray]:
-    shard = _open(path)
-    if set(shard.keys()) != {"keys", "ends", "states"}:
-        raise UserError(f"{path} is not a shard of a cache of text states")
-    return {name: shard.get_tensor(name) for name in names}
-
-
 def encode_texts(
     texts: Iterable[str],
     encode: Callable[[list[str]], list[Float[np.ndarray, "t c"]]],
@@ -134,16 +128,9 @@ def encode_texts(
 ) -> tuple[int, int]:
     """Add texts to a cache; return how many texts it holds and how many were encoded.
 
-    Args:
-      texts: texts to add; those that the cache holds are skipped.
-      encode: returns the states of texts, without padding.
-      out: folder of the cache, which is claimed.
-      manifest: identifies the encoder; must equal that of an existing cache.
-      shard_size: texts per shard.
-      progress: wraps the iteration over shards.
-
-    Raises:
-      UserError: as `claim`, and if `out` is not on a disk.
+    Texts that the cache in the folder `out` holds are skipped. `encode` returns the states of texts,
+    without padding. `manifest` identifies the encoder, and must equal that of an existing cache. Raises
+    UserError as `claim`, and if `out` is not on a disk.
     """
     from safetensors.numpy import save
 
