@@ -1,10 +1,24 @@
 """What every source of examples offers to loaders and to `pack`."""
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 from etils import epath
 
 from pixelflow_jax.common import UserError, files
 from pixelflow_jax.data.names import SPLITS, Strings
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """How data are read for the first time: `workdir` keeps the result, `watch` is told of progress."""
+
+    workdir: epath.Path | None = None
+    watch: Callable[[str], None] = lambda what: None
+
+
+NO_SCAN = Scan()
 
 
 class Source:
@@ -39,8 +53,7 @@ class Source:
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of an example, without its image where that is possible.
 
-        Raises:
-          OSError: if they cannot be read, or all are blank.
+        Raises OSError if they cannot be read, or all are blank.
         """
         return self[index][1]
 
@@ -77,8 +90,7 @@ def check_split(split: str, source: str) -> None:
 def split_root(path: str, split: str) -> str:
     """Return the folder of a split: path/split, or `path` for "train" if no split has a folder there.
 
-    Raises:
-      UserError: if there is no such folder.
+    Raises UserError if there is no such folder.
     """
     root = epath.Path(path)
     if not root.is_dir():

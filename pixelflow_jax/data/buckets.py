@@ -8,17 +8,17 @@ import concurrent.futures
 import contextlib
 import functools
 import io
-from collections.abc import Callable
 
 import grain
 import jax
 import numpy as np
-from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pixelflow_jax.common import UserError, files
+from pixelflow_jax.data.base import NO_SCAN, Scan
 from pixelflow_jax.data.pixels import Size, read_size
 from pixelflow_jax.data.transforms import nearest_size
 
@@ -67,14 +67,13 @@ class BucketOrder:
       ratios: stored (height, width) of every example.
       sizes: sizes of the buckets.
 
-    Raises:
-      UserError: if no bucket fills a batch.
+    Raises UserError if no bucket fills a batch.
     """
 
     def __init__(
         self, ratios: Int[np.ndarray, "n 2"], sizes: tuple[Size, ...], batch_size: int, seed: int
     ):
-        self._batch, self._seed = batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
         pairs, inverse = np.unique(ratios, axis=0, return_inverse=True)
         while True:
             places = [sizes.index(nearest_size(sizes, *pair)) for pair in pairs.tolist()]
@@ -90,59 +89,43 @@ class BucketOrder:
                 break
             sizes = kept
         self.sizes = sizes
-        self._members = [np.flatnonzero(places == i) for i in range(len(sizes))]
+        self.members = [np.flatnonzero(places == i) for i in range(len(sizes))]
         self._batches = int((counts // batch_size).sum())  # per epoch
 
     def __getitem__(self, position: int) -> tuple[int, tuple[Size]]:
-        step, place = divmod(position, self._batch)
+        step, place = divmod(position, self.batch_size)
         epoch, number = divmod(step, self._batches)
         bucket, indices = _epoch_of(self, epoch)[number]
         return int(indices[place]), (self.sizes[bucket],)
 
-    def make_epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
-        """Return (bucket, indices) of an epoch's batches in order."""
-        rng = np.random.default_rng((self._seed, epoch))
-        batches = []
-        for bucket, members in enumerate(self._members):
-            order = rng.permutation(members)
-            full = order[: len(order) // self._batch * self._batch].reshape(-1, self._batch)
-            batches += [(bucket, batch) for batch in full]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
 
 @functools.lru_cache(maxsize=4)  # not a method, as loaders pickle their order
 def _epoch_of(order: BucketOrder, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
-    return order.make_epoch(epoch)
+    """Return (bucket, indices) of an epoch's batches in order."""
+    rng, size = np.random.default_rng((order.seed, epoch)), order.batch_size
+    batches = []
+    for bucket, members in enumerate(order.members):
+        members = rng.permutation(members)
+        full = members[: len(members) // size * size].reshape(-1, size)
+        batches += [(bucket, batch) for batch in full]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def make_order(
-    source,
-    config: ConfigDict,
-    workdir: epath.Path | None = None,
-    watch: Callable[[str], None] = lambda what: None,
-) -> Shuffled | BucketOrder:
-    """Return the order of a run's data. A workdir keeps the scan of the images' sizes.
-
-    `watch` is told about progress (see distributed/watchdog.py).
-    """
+def make_order(source, config: ConfigDict, scan: Scan = NO_SCAN) -> Shuffled | BucketOrder:
+    """Return the order of a run's data."""
     sizes = bucket_sizes(config.data)
     if len(sizes) == 1:
         return Shuffled(len(source), sizes, config.seed)
-    found = read_sizes(source, workdir and workdir / SIZES, watch)
-    return BucketOrder(found, sizes, config.batch_size, config.seed)
+    return BucketOrder(read_sizes(source, scan), sizes, config.batch_size, config.seed)
 
 
-def read_sizes(
-    source, path: epath.Path | None = None, watch: Callable[[str], None] = lambda what: None
-) -> Int[np.ndarray, "n 2"]:
+def read_sizes(source, scan: Scan = NO_SCAN) -> Int[np.ndarray, "n 2"]:
     """Return (height, width) of every image without decoding it; broken ones count as squares.
 
-    Every process reads a share. `path` keeps the result for the next start.
+    Every process reads a share. The workdir keeps the result for the next start.
     """
-    from jax.experimental import multihost_utils
-
-    sizes = np.zeros(0)
-    if path is not None and path.exists():
+    sizes, path = np.zeros(0), scan.workdir and scan.workdir / SIZES
+    if path and path.exists():
         with path.open("rb") as file:
             sizes = np.load(file, allow_pickle=False)
     known = np.array(sizes.shape == (len(source), 2))
@@ -156,14 +139,14 @@ def read_sizes(
     )
     with bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for begin in range(0, len(mine), AT_ONCE):
-            watch(f"size of image {begin}")
+            scan.watch(f"size of image {begin}")
             found = list(pool.map(functools.partial(_size, source), mine[begin : begin + AT_ONCE]))
             share[begin : begin + len(found)] = found
             bar.update(len(found))
     gathered = multihost_utils.process_allgather(share)  # [processes, share, 2], or the share alone
     gathered = np.asarray(gathered).reshape(jax.process_count(), -1, 2)
     sizes = gathered.swapaxes(0, 1).reshape(-1, 2)[: len(source)]
-    if path is not None and jax.process_index() == 0:
+    if path and jax.process_index() == 0:
         buffer = io.BytesIO()
         np.save(buffer, sizes)
         files.write_bytes(path, buffer.getvalue())

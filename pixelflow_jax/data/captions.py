@@ -3,14 +3,12 @@
 import collections
 import itertools
 import json
-import os
-from collections.abc import Callable
 
 from etils import epath
 
 from pixelflow_jax.common import UserError, files, listed
 from pixelflow_jax.data import tars
-from pixelflow_jax.data.base import NamedSource, split_root
+from pixelflow_jax.data.base import NO_SCAN, NamedSource, Scan, split_root
 from pixelflow_jax.data.names import LISTED, Finder, Strings, pair, say_beside
 from pixelflow_jax.data.pixels import is_image, report_left_out
 from pixelflow_jax.data.texts import METADATA, captions_of, decode_captions, read_metadata, some
@@ -23,10 +21,7 @@ class CaptionFolder(NamedSource):
 
     Captions come from a metadata.jsonl beside the images or above, a line per image: {"file_name":
     "a.png", "text": "..."}; from a metadata.csv with such columns; or from NAME.txt (see `pair`), with
-    one caption per line.
-
-    Raises:
-      UserError: if an image has no caption, or the metadata is malformed.
+    one caption per line. Raises UserError if an image has no caption, or the metadata is malformed.
     """
 
     captioned = True
@@ -54,9 +49,9 @@ class CaptionFolder(NamedSource):
         report_left_out(root, others)
         say_beside(root, sorted(beside))
         super().__init__(root, Strings(names))
-        # Per image: its captions as a JSON list, or "=" and a file's name, or "" for NAME.txt
+        # Per image: its captions as a JSON list, or "=" and a file's name
         self._captions = Strings(
-            json.dumps(told[name]) if name in told else _other_name(name, texts[name]) for name in names
+            json.dumps(told[name]) if name in told else f"={texts[name]}" for name in names
         )
 
     def __getitem__(self, index: int) -> tuple[bytes, tuple[str, ...]]:
@@ -66,7 +61,7 @@ class CaptionFolder(NamedSource):
         known = self._captions[index]
         if known.startswith("["):
             return some(json.loads(known))
-        text = f"{self.root}/{known[1:] or os.path.splitext(self._names[index])[0] + '.txt'}"
+        text = f"{self.root}/{known[1:]}"
         return decode_captions(files.read_bytes(text), text)
 
 
@@ -94,38 +89,26 @@ def _read_all_metadata(
     return found
 
 
-def _other_name(image: str, text: str) -> str:
-    return "" if text == f"{os.path.splitext(image)[0]}.txt" else f"={text}"
-
-
 class TarSource(NamedSource):
     """WebDataset shards: the members KEY.jpg (or another image) and KEY.txt or KEY.json of *.tar files.
 
     KEY is the path up to the last dot (see `pair`). Examples are read from their offsets, which an index
     keeps. One process reads every shard once to make the index, and writes it to the workdir, or beside
     the shards; it is valid as long as the shards' names, sizes and modification times stay the same.
-
-    Raises:
-      UserError: if there are no shards, one cannot be read, or an image has no caption.
+    Raises UserError if there are no shards, one cannot be read, or an image has no caption.
     """
 
     captioned = True
 
-    def __init__(
-        self,
-        path: str,
-        split: str,
-        workdir: epath.Path | None = None,
-        watch: Callable[[str], None] = lambda what: None,
-    ):
+    def __init__(self, path: str, split: str, scan: Scan = NO_SCAN):
         root = split_root(path, split)
         shards = tars.list_shards(root)
         if not shards:
             raise UserError(f"{root} holds no .tar files")
         self._paths = [f"{root}/{name}" for name, *_ in shards]
         beside = epath.Path(root) / tars.INDEX
-        places = [beside] if workdir is None else [workdir / tars.INDEX, beside]
-        keys, self._places = tars.load_index(root, shards, places, watch)
+        places = [scan.workdir / tars.INDEX, beside] if scan.workdir else [beside]
+        keys, self._places = tars.load_index(root, shards, places, scan.watch)
         super().__init__(root, keys)
 
     def __getitem__(self, index: int) -> tuple[bytes, tuple[str, ...]]:

@@ -110,8 +110,6 @@ def pair(images: Iterable[str], texts: Iterable[str]) -> tuple[dict[str, str], l
             found[image] = by_stem[stem]
         else:
             rest.append(image)
-    if not rest:
-        return found, [], []
     owned = set(found.values())
     wanted, longer = collections.defaultdict(list), collections.defaultdict(list)
     for stem, text in by_stem.items():

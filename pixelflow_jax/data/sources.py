@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -13,7 +12,7 @@ from PIL import Image
 
 from pixelflow_jax.common import UserError, blame, files, log, optional
 from pixelflow_jax.data import idx, records
-from pixelflow_jax.data.base import NamedSource, Source, split_root
+from pixelflow_jax.data.base import NO_SCAN, NamedSource, Scan, Source, split_root
 from pixelflow_jax.data.captioned_digits import captioned_digits, load_scans
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.names import SPLITS, Strings
@@ -23,22 +22,10 @@ from pixelflow_jax.data.texts import some
 HELD_OUT = tuple(name for name in SPLITS if name != "train")
 
 
-def open_source(
-    data: ConfigDict,
-    split: str | None = None,
-    workdir: epath.Path | None = None,
-    watch: Callable[[str], None] = lambda what: None,
-) -> Source:
-    """Return the source that `config.data` names.
+def open_source(data: ConfigDict, split: str | None = None, scan: Scan = NO_SCAN) -> Source:
+    """Return the source that `config.data` names; `split` defaults to `data.split`.
 
-    Args:
-      data: `config.data`.
-      split: defaults to `data.split`.
-      workdir: may keep an index of what was read.
-      watch: is told about progress in reading.
-
-    Raises:
-      UserError: for an unknown source or missing files.
+    Raises UserError for an unknown source or missing files.
     """
     if data.source not in SOURCES:
         raise UserError(f"config.data.source must be one of {', '.join(SOURCES)}, got {data.source!r}")
@@ -47,26 +34,19 @@ def open_source(
     local = data.source not in BUNDLED and not files.is_remote(data.path)
     if local and data.path and not epath.Path(data.path).exists():
         raise UserError(f"config.data.path={data.path} is not there: not a folder, nor a file")
-    index = (workdir, watch) if data.source == "webdataset" else ()
-    source = SOURCES[data.source](data, split or data.split, *index)
+    source = SOURCES[data.source](data, split or data.split, scan)
     if not len(source):
         raise UserError(f"config.data.path={data.path} holds no images")
     return source
 
 
-def load_source(
-    config: ConfigDict,
-    split: str | None = None,
-    workdir: epath.Path | None = None,
-    watch: Callable[[str], None] = lambda what: None,
-) -> Source:
+def load_source(config: ConfigDict, split: str | None = None, scan: Scan = NO_SCAN) -> Source:
     """Return `open_source` if it fits the model; warn about classes that are never trained.
 
-    Raises:
-      UserError: as `open_source`; also if the source has captions and the model takes classes, the other
-        way round, or if the source has more classes than the model.
+    Raises UserError as `open_source`; also if the source has captions and the model takes classes, the
+    other way round, or if the source has more classes than the model.
     """
-    data, source = config.data, open_source(config.data, split, workdir, watch)
+    data, source = config.data, open_source(config.data, split, scan)
     if source.captioned != bool(config.model.context_dim):
         found, takes = ("captions", "classes") if source.captioned else ("classes", "text")
         raise UserError(
@@ -108,13 +88,7 @@ def readable_captions(source: Source, index: int) -> tuple[str, ...]:
 
 
 class ArraySource(Source):
-    """Images in memory, all of one size.
-
-    Args:
-      grey: stored as RGB.
-      labels: class of each image.
-      checksum: of the files they come from; "" for what comes with a package.
-    """
+    """Grey images in memory, all of one size, with their classes; `checksum` is that of their files."""
 
     def __init__(self, grey: UInt8[np.ndarray, "n h w"], labels: Int[np.ndarray, " n"], checksum=""):
         self.images, self.labels = np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int32)
@@ -221,8 +195,7 @@ def _folders(root: str) -> dict[str, list[str]]:
 def held_out(config: ConfigDict) -> tuple[Source, str]:
     """Return the images that training does not see and their split: the first that is there.
 
-    Raises:
-      UserError: if there is no such split.
+    Raises UserError if there is no such split.
     """
     problem = None
     for split in HELD_OUT:
@@ -279,12 +252,12 @@ class TfdsSource(Source):
 
 BUNDLED = ("digits", "captioned_digits")  # these need no path
 SOURCES = {
-    "digits": digits,
-    "captioned_digits": captioned_digits,
-    "idx": idx_files,
-    "caption_folder": lambda data, split: CaptionFolder(data.path, split),
-    "webdataset": lambda data, split, *index: TarSource(data.path, split, *index),
-    "folder": lambda data, split: FolderSource(data.path, split),
-    "tfds": lambda data, split: TfdsSource(data.path, data.name, split),
-    "array_record": lambda data, split: records.RecordSource(data.path, split),
+    "digits": lambda data, split, scan: digits(data, split),
+    "captioned_digits": lambda data, split, scan: captioned_digits(data, split),
+    "idx": lambda data, split, scan: idx_files(data, split),
+    "caption_folder": lambda data, split, scan: CaptionFolder(data.path, split),
+    "webdataset": lambda data, split, scan: TarSource(data.path, split, scan),
+    "folder": lambda data, split, scan: FolderSource(data.path, split),
+    "tfds": lambda data, split, scan: TfdsSource(data.path, data.name, split),
+    "array_record": lambda data, split, scan: records.RecordSource(data.path, split),
 }

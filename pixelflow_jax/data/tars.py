@@ -40,27 +40,23 @@ def load_index(root: str, shards: list, places: list[epath.Path], watch: Callabl
     """Return the index of the shards from the first place that has it; make it otherwise.
 
     Process 0 makes it for all, and writes it to the first place. Where that cannot be written, or others
-    do not see it, each process makes its own.
-
-    Raises:
-      UserError: if a shard cannot be read, or an image has no caption.
+    do not see it, each process makes its own. Raises UserError if a shard cannot be read, or an image
+    has no caption.
     """
     found, problem = _read(shards, places), None
-    several = jax.distributed.is_initialized()
-    if not several or not np.all(multihost_utils.process_allgather(np.array(found is not None))):
-        if found is None and (not several or jax.process_index() == 0):
-            try:
-                found = _scan(root, shards, watch)
-                _write(places[0], shards, found)
-            except Exception as error:  # the others must not wait forever
-                problem = error
-        if several:
-            hosts.barrier("the shards are read")
-            if not np.all(multihost_utils.process_allgather(np.array(problem is None))):
-                raise problem or UserError(f"process 0 cannot read the shards in {root}: see its log")
-        elif problem is not None:
-            raise problem
-    return found or _read(shards, places[:1]) or _scan(root, shards, watch)
+    if not jax.distributed.is_initialized():
+        return found or _scan(root, shards, watch, places[0])
+    if np.all(multihost_utils.process_allgather(np.array(found is not None))):
+        return found
+    try:
+        if jax.process_index() == 0:
+            found = found or _scan(root, shards, watch, places[0])
+    except Exception as error:  # the others must not wait forever
+        problem = error
+    hosts.barrier("the shards are read")
+    if not np.all(multihost_utils.process_allgather(np.array(problem is None))):
+        raise problem or UserError(f"process 0 cannot read the shards in {root}: see its log")
+    return found or _read(shards, places[:1]) or _scan(root, shards, watch, places[0])
 
 
 def _read(shards: list, places: list[epath.Path]) -> Index | None:
@@ -72,25 +68,12 @@ def _read(shards: list, places: list[epath.Path]) -> Index | None:
     return None
 
 
-def _write(path: epath.Path, shards: list, index: Index) -> None:
-    keys, places = index
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        shards=np.frombuffer(_described(shards), np.uint8),
-        keys=keys.data,
-        ends=keys.ends,
-        places=places,
-    )
-    with contextlib.suppress(OSError):  # a read-only folder
-        files.write_bytes(path, buffer.getvalue())
-
-
 def _described(shards: list) -> bytes:
     return json.dumps(["keys to the last dot", *shards]).encode()
 
 
-def _scan(root: str, shards: list, watch: Callable[[str], None]) -> Index:
+def _scan(root: str, shards: list, watch: Callable[[str], None], path: epath.Path) -> Index:
+    """Make the index, and write it to `path` if that is possible."""
     keys, places, others = [], [], []
     paths = [f"{root}/{name}" for name, *_ in shards]
     bar = tqdm(desc="contents of shards", total=len(paths), unit="shard", leave=False)
@@ -102,7 +85,12 @@ def _scan(root: str, shards: list, watch: Callable[[str], None]) -> Index:
             places.append(np.insert(where, 0, shard, axis=1))
             others += rest
     report_left_out(root, others)
-    return Strings(keys), np.concatenate(places)
+    keys, places, buffer = Strings(keys), np.concatenate(places), io.BytesIO()
+    described = np.frombuffer(_described(shards), np.uint8)
+    np.savez(buffer, shards=described, keys=keys.data, ends=keys.ends, places=places)
+    with contextlib.suppress(OSError):  # a read-only folder
+        files.write_bytes(path, buffer.getvalue())
+    return keys, places
 
 
 def _contents(path: str) -> tuple[list[str], np.ndarray, list[str]]:

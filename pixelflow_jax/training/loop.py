@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.common import UserError, files, numerics
 from pixelflow_jax.config import DTYPES, build_model, check_batch_size, check_config
+from pixelflow_jax.data.base import Scan
 from pixelflow_jax.data.broken import BrokenImages
 from pixelflow_jax.data.buckets import BucketOrder, Shuffled, make_order
 from pixelflow_jax.data.loader import check_main_guard, look_at_captions, make_batches
@@ -69,7 +70,8 @@ def train(
     with PreemptionWatch() as preemption:
         watch(f"{STARTING}: listing {config.data.path or config.data.source}")
         holds_run(workdir, config)  # before an index is written there
-        source = load_source(config, workdir=workdir, watch=lambda what: watch(f"{STARTING}: {what}"))
+        scan = Scan(workdir, lambda what: watch(f"{STARTING}: {what}"))
+        source = load_source(config, scan=scan)
         data = data_of(source)
         watch(f"{STARTING}: taking {workdir}")
         with claimed_workdir(workdir, config, data) as claim:
@@ -98,7 +100,7 @@ def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> 
                 f"{workdir} is at step {first}, past --config.num_train_steps={config.num_train_steps}"
             )
         train_step = make_train_step(config, model, optimizer, mesh)
-        order = make_order(source, config, workdir, starting)
+        order = make_order(source, config, Scan(workdir, starting))
         batches = device_batches(config, source, mesh, first, order)
         starting("loading the text encoder")
         if config.model.context_dim and not config.text.cache and not jax.process_index():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pixelflow_jax.common import UserError
 from pixelflow_jax.config import load_config
+from pixelflow_jax.data.base import Scan
 from pixelflow_jax.data.buckets import BucketOrder, bucket_sizes, read_sizes
 from pixelflow_jax.data.loader import make_batches
 from pixelflow_jax.data.sources import load_source
@@ -103,11 +104,11 @@ def test_sizes_are_read_once(config, tmp_path):
     """Catches a scan at every start, one of other data, and sizes that are not the images'."""
     source = load_source(config)
     few = type("Few", (), {"__len__": lambda self: 30, "__getitem__": lambda self, i: source[i]})()
-    sizes = read_sizes(few, tmp_path / "sizes.npy")
+    sizes = read_sizes(few, Scan(tmp_path))
     assert [tuple(s) for s in sizes.tolist()] == [source[i][0].shape[:2] for i in range(30)]
     assert len(set(map(tuple, sizes.tolist()))) == 3
     silent = type("Silent", (), {"__len__": lambda self: 30})()
-    np.testing.assert_array_equal(read_sizes(silent, tmp_path / "sizes.npy"), sizes)
+    np.testing.assert_array_equal(read_sizes(silent, Scan(tmp_path)), sizes)
 
 
 @pytest.mark.slow

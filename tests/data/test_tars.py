@@ -13,6 +13,7 @@ from PIL import Image
 
 from pixelflow_jax.common import UserError, files
 from pixelflow_jax.config import load_config
+from pixelflow_jax.data.base import Scan
 from pixelflow_jax.data.captions import TarSource
 from pixelflow_jax.data.loader import make_examples
 from pixelflow_jax.data.sources import FolderSource, load_source
@@ -55,7 +56,7 @@ def shards(tmp_path):
 def opened(path, workdir=None):
     """(the source, which shards were read for its index)"""
     read = []
-    source = TarSource(str(path), "train", workdir and epath.Path(workdir), read.append)
+    source = TarSource(str(path), "train", Scan(workdir and epath.Path(workdir), read.append))
     expected = [(png(i), (f"no. {i}",)) for i in range(len(source))]
     assert [source[i] for i in range(len(source))] == expected
     assert [source.captions(i) for i in range(len(source))] == [texts for _, texts in expected]
@@ -178,13 +179,15 @@ SEE = """
     from etils import epath
     from pixelflow_jax.distributed import hosts
     from pixelflow_jax.config import load_config
+    from pixelflow_jax.data.base import Scan
     from pixelflow_jax.data.sources import load_source
     from pixelflow_jax.training.start import data_of
 
     hosts.connect_jax(hosts.gather(60), 60, 60)
     config = load_config("t2i_tiny", ["data.source=webdataset", f"data.path={os.environ['SEE_PATH']}"])
     watched = []
-    source = load_source(config, workdir=epath.Path(os.environ['SEE_WORKDIR']), watch=watched.append)
+    scan = Scan(epath.Path(os.environ['SEE_WORKDIR']), watched.append)
+    source = load_source(config, scan=scan)
     print(len(source), "examples,", len(watched), "shards read")
     print(data_of(source))
 """
