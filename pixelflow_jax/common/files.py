@@ -106,8 +106,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def clean_text(name: str, text: str, is_path: bool = True) -> str:
     """Return the value of a flag or key called `name`; in a path, a leading "~" is the home folder.
 
-    Raises:
-      UserError: if the value cannot be a path, or text.
+    Raises UserError if the value cannot be a path, or text.
     """
     if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{name} is not UTF-8 text, or holds a zero byte: {text!r}")
@@ -182,10 +181,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 def open_file(path: epath.PathLike) -> IO[bytes]:
     """Open a file to read, without epath's overhead.
 
-    An object in a bucket is read at once, or block by block if it is larger than BLOCK.
-
-    Raises:
-      OSError: if the file does not exist, or is a device: /dev/zero has no end.
+    An object in a bucket is read at once, or block by block if it is larger than BLOCK. Raises OSError
+    if the file does not exist, or is a device: /dev/zero has no end.
     """
     if bucket := _bucket(path):
         with reading():
@@ -235,8 +232,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def decode_text(data: bytes) -> str:
     """Decode text as editors save it: UTF-8, or UTF-16 or 32 with a byte-order mark, which is removed.
 
-    Raises:
-      UnicodeDecodeError: also for zero bytes, which UTF-16 without a mark has.
+    Raises UnicodeDecodeError also for zero bytes, which UTF-16 without a mark has.
     """
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
     text = data.decode(encoding)
@@ -327,8 +323,7 @@ def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:
       what: what errors call it.
       patterns: names of the files to download; subfolders are left out.
 
-    Raises:
-      UserError: if there is no such folder and the hub does not have it either.
+    Raises UserError if there is no such folder and the hub does not have it either.
     """
     folder = epath.Path(name)
     if folder.is_dir():

@@ -26,8 +26,7 @@ class BrokenImages:
     def add(self, indices: Int[np.ndarray, " b"]) -> None:
         """Add the batch entry "broken": for every image, a broken example's index, or -1.
 
-        Raises:
-          UserError: with the list, when the share is exceeded.
+        Raises UserError with the list, when the share is exceeded.
         """
         indices = np.asarray(indices, np.int64)
         broken = indices[indices >= 0]

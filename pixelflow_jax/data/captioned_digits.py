@@ -149,8 +149,7 @@ def captioned_digits(data: ConfigDict, split: str) -> CaptionedDigits:
 def load_scans(split: str, source: str) -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
     """Return scikit-learn's scans, from 0 to 16, and their digits, of "train" or "test".
 
-    Raises:
-      UserError: for another split, naming `source`.
+    Raises UserError for another split, naming `source`.
     """
     from sklearn.datasets import load_digits  # takes a second to import
 

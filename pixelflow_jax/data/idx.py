@@ -17,8 +17,7 @@ UINT8 = 0x08
 def read_split(folder: str, split: str) -> tuple[UInt8[np.ndarray, "n h w"], UInt8[np.ndarray, " n"]]:
     """Return the images and labels of "train" or "test".
 
-    Raises:
-      UserError: if a file is missing or damaged, or the two do not fit each other.
+    Raises UserError if a file is missing or damaged, or the two do not fit each other.
     """
     check_split(split, "idx files")
     images, labels = (

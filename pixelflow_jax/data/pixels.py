@@ -91,8 +91,7 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
     Args:
       data: an encoded image; pixels [H, W] or [H, W, 1 to 4], uint8, uint16 or floating; or Pillow's.
 
-    Raises:
-      BrokenImage: whatever is wrong with the data, including floats outside [0, 1] and 32-bit integers.
+    Raises BrokenImage for whatever is wrong, including floats outside [0, 1] and 32-bit integers.
     """
     try:
         if isinstance(data, np.ndarray):

@@ -56,8 +56,7 @@ def transform(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Return an image decoded, cropped to the nearest of `sizes`, and mirrored half the time if `flip`.
 
-    Raises:
-      BrokenImage: if the data is not an image, or has another size and `crop` is "none".
+    Raises BrokenImage if the data is not an image, or has another size and `crop` is "none".
     """
     if crop == "none" and isinstance(data, np.ndarray) and data.shape in [(*s, 3) for s in sizes]:
         pixels = data

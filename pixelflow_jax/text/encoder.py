@@ -54,8 +54,7 @@ def _token_ids(tokenizer: Tokenizer, length: int, texts: Sequence[str]) -> dict[
 def encoder_folder(name: str) -> epath.Path:
     """Return the folder itself or, for a hub id such as google/flan-t5-xl, the folder of its download.
 
-    Raises:
-      UserError: if there is no such folder and the hub does not have it either.
+    Raises UserError if there is no such folder and the hub does not have it either.
     """
     if not name:
         raise UserError(
@@ -69,10 +68,8 @@ def trusted_encoder(name: str, checkpoint: epath.PathLike) -> str:
     """Return the encoder that a checkpoint's config names, if it is safe to use.
 
     Safe are folders inside the checkpoint's, and KNOWN: a checkpoint from anywhere must not choose what
-    is downloaded, or read with the user's rights.
-
-    Raises:
-      UserError: for any other; names the flag that allows it.
+    is downloaded, or read with the user's rights. Raises UserError for any other; names the flag that
+    allows it.
     """
     if name in ("", JOINT, *KNOWN):
         return name
@@ -132,8 +129,7 @@ class TextEncoder:
 def read_t5(folder: epath.Path, config: T5Config, dtype) -> dict:
     """Return our parameters from a T5 folder.
 
-    Raises:
-      UserError: if weights are missing or unreadable, or do not fit config.json.
+    Raises UserError if weights are missing or unreadable, or do not fit config.json.
     """
     names = [name for name in (INDEX, WEIGHTS) if (folder / name).exists()]
     if not names:

@@ -78,8 +78,7 @@ def word_tokenizer(words: Sequence[str]) -> Tokenizer:
 def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
     """Return the tokenizer of a T5 folder: tokenizer.json, or spiece.model.
 
-    Raises:
-      UserError: if neither is there, or it cannot be read.
+    Raises UserError if neither is there, or it cannot be read.
     """
     names = files.list_files(folder)
     name = next((name for name in ("tokenizer.json", "spiece.model") if name in names), None)
