@@ -129,7 +129,7 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
 
 
 def _record(source: Source, index: int) -> bytes:
-    """Return the record of an example; one that is broken gets neither image nor caption, and stays so."""
+    """Return an example's record; a broken one has neither image nor caption, and stays broken."""
     try:
         data, label = source[index]
     except OSError as error:
