@@ -1,4 +1,5 @@
 """Many devices and many processes: meshes, sharding, hosts, roll call, watchdog, preemption.
 
-This is where a lost or hanging host is noticed. What the processes compute does not belong here.
+The watchdog notices a lost or hanging host, the roll call one that never arrives. What the processes
+compute does not belong here.
 """
