@@ -167,13 +167,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def parse_flags(
     parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, ConfigDict | None]:
-    """Parse a command's flags, and load --config with the overrides --config.KEY=VALUE.
+    """Return a command's flags, and the config of --config with the overrides --config.KEY=VALUE.
 
-    Returns:
-      (flags, config); the config is None without --config.
-
-    Raises:
-      UserError: for a bad flag or config.
+    The config is None without --config. Raises UserError for a bad flag or config.
     """
     argv = sys.argv[1:] if argv is None else argv
     overrides = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]

@@ -54,12 +54,8 @@ class Pipeline:
     def __init__(self, checkpoint: epath.PathLike, ema: float | None = None):
         """Read a workdir, one step's folder, or a folder that `convert` wrote.
 
-        Args:
-          checkpoint: the folder.
-          ema: which average, by its decay or half-life; 0 = the raw parameters, None = the first.
-
-        Raises:
-          UserError: if that is not a checkpoint, or has no such average.
+        `ema` is an average's decay or half-life; 0 = the raw parameters, None = the first average.
+        Raises UserError if that is not a checkpoint, or has no such average.
         """
         self._loaded = jobs.load(checkpoint, ema)
         self._checkpoint = str(checkpoint)
@@ -86,14 +82,10 @@ class Pipeline:
     def sample(self, **settings: Any) -> UInt8[np.ndarray, "n h w 3"]:
         """Return images, uint8 [N, height, width, 3].
 
-        Args:
-          **settings: those of `requests.request.Request`, such as labels=[3, "dog"] or prompt="a red
-            two" (or a list), num_images, seed, solver, num_steps (one number, or one per stage),
-            guidance_scale, height, width, batch_size. init_image is a path, a Pillow image, an array
-            [H, W, 3], or a list of these.
-
-        Raises:
-          UserError: for settings that are unknown or do not fit the model.
+        Settings are those of `requests.request.Request`, such as labels=[3, "dog"] or prompt="a red two"
+        (or a list), num_images, seed, solver, num_steps (one number, or one per stage), guidance_scale,
+        height, width, batch_size. init_image is a path, a Pillow image, an array [H, W, 3], or a list of
+        these. Raises UserError for settings that are unknown or do not fit the model.
         """
         return self.run(**settings).pixels
 

@@ -71,18 +71,15 @@ def claim(
 ) -> Iterator[tuple[bool, Callable[[], None]]]:
     """Lock a folder for a request while the context is active (locks.py); write its description.
 
+    Yields whether the folder was already claimed for this request, and a function that raises Lost if
+    another process has taken it. Raises UserError if the folder belongs to another request, holds other
+    files, or is in use by a process.
+
     Args:
       folder: local or gs://; created if needed.
       description: the description of the request.
       barrier: waits for all processes of the run, if there may be several. All check the folder before
         process 0 takes it.
-
-    Yields:
-      Whether the folder was already claimed for this request, and a function that raises Lost if another
-      process has taken it.
-
-    Raises:
-      UserError: if the folder belongs to another request, holds other files, or is in use by a process.
     """
     there = description.is_kept_in(folder)
     if barrier is not None:

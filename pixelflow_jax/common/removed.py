@@ -25,15 +25,7 @@ REMOVED = {
 
 
 def drop_removed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return `values` without removed keys, and which of those had an effect, as "KEY=VALUE".
-
-    Args:
-      values: by full key, such as "data.mix_sizes".
-    """
+    """Return values by full key without removed keys, and "KEY=VALUE" of those that had an effect."""
     kept = {key: value for key, value in values.items() if key not in REMOVED}
-    effects = [
-        f"{key}={value!r}"
-        for key, value in values.items()
-        if key in REMOVED and value != REMOVED[key].no_effect
-    ]
-    return kept, effects
+    removed = [(key, values[key]) for key in values if key in REMOVED]
+    return kept, [f"{key}={value!r}" for key, value in removed if value != REMOVED[key].no_effect]

@@ -40,12 +40,8 @@ class ImageSet:
 def open_images(path: str, flag: str, resolution: int | None = None) -> ImageSet:
     """Open the images at `path`: an npz (arr_0), a folder, or a config's held-out images.
 
-    Args:
-      flag: name of the flag in error messages.
-      resolution: crop images in a folder to this square as in training; None: they must have one size.
-
-    Raises:
-      UserError: if there are no images, or they have different sizes.
+    With a resolution, images of a folder are cropped to this square as in training. Raises UserError,
+    with the flag, if there are no images, or they have different sizes.
     """
     place = epath.Path(path)
     if path.endswith(".py"):

@@ -6,13 +6,14 @@ samples.npz, with equal bytes for equal requests, and the shards are removed.
 """
 
 import collections
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from pixelflow_jax.common import UserError, arrays, files, log
 from pixelflow_jax.sampling.generate import read_image, save_grid, save_png
@@ -25,7 +26,6 @@ class OutputFolder:
     """The folder of one request.
 
     Attributes:
-      path: the folder.
       count: number of images in the request.
       size: (height, width, 3).
       extra: additional contents of samples.npz: {name: array with a row per image}.
@@ -42,10 +42,7 @@ class OutputFolder:
         self._shards = self.path / "shards"
 
     def drop_torn_shards(self, watch: Callable[[str], None]) -> None:
-        """Remove incomplete shards, so that their images are generated again.
-
-        `watch` is called with the current position.
-        """
+        """Remove incomplete shards, so that their images are generated again."""
         for begin, end, path in self._found():
             watch(f"checking {path.name}")
             try:
@@ -84,11 +81,7 @@ class OutputFolder:
             )
 
     def finish(self, settings_of: Callable[[int], dict[str, Any]], watch: Callable[[str], None]) -> None:
-        """Write samples.npz, the PNG files and the grid, and remove the shards.
-
-        `settings_of` returns the settings for an image's PNG file; `watch` is called with the current
-        position.
-        """
+        """Write samples.npz, the PNG files with their settings, and the grid; remove the shards."""
         if not self.is_complete():
             self._assemble(watch)
         files.remove(self._shards)
@@ -96,23 +89,16 @@ class OutputFolder:
         for pixels in arrays.rows(self.path / "samples.npz", "arr_0", 64):
             watch(f"PNG file {seen}")
             for i, image in enumerate(pixels[: max(0, self.num_png - seen)], seen):
-                self._write_png(self.path / f"{i:06d}.png", image, settings_of(i))
+                path, there = self.path / f"{i:06d}.png", None
+                with contextlib.suppress(OSError):  # missing, or damaged
+                    there = read_image(path)
+                if not np.array_equal(there, image):
+                    save_png(path, image, settings_of(i))
             first += list(pixels[: max(0, 100 - seen)])
             seen += len(pixels)
             if seen >= max(self.num_png, 100):
                 break
         save_grid(self.path / "grid.png", np.stack(first))
-
-    def _write_png(
-        self, path: epath.Path, image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any]
-    ) -> None:
-        """Write a PNG file unless it exists with these pixels."""
-        try:
-            if np.array_equal(read_image(path), image):
-                return
-        except OSError:  # missing, or damaged
-            pass
-        save_png(path, image, settings)
 
     def _found(self) -> list[tuple[int, int, epath.Path]]:
         """Return (begin, end, file) of every shard, also of earlier runs with other chunks."""

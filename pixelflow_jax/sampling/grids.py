@@ -51,7 +51,7 @@ class StageGrid:
 
 @dataclasses.dataclass(frozen=True)
 class TimeGrid:
-    """The grids of all stages.
+    """The grids of all stages. Raises UserError for an unknown kind or a number that is not positive.
 
     Attributes:
       num_steps: steps of each stage, or one number for all of them. Adaptive solvers ignore it.
@@ -59,9 +59,6 @@ class TimeGrid:
         parity and the published results: num_steps - 1 equal steps up to 0.999 and a last one of 0.001,
         which costs an evaluation and has almost no effect.
       shift: warps t <- t / (shift + (1 - shift) t); above 1 puts more steps near the noise.
-
-    Raises:
-      UserError: for an unknown kind or a number that is not positive.
     """
 
     num_steps: tuple[int, ...] = (10,)
@@ -94,14 +91,11 @@ class TimeGrid:
         For adaptive solvers, the reference kind draws the line for T over [0, 1] instead of [0, 0.999],
         as the released code does (0.1% off the line through the training points).
         """
-        count = self.steps(cascade.num_stages)[stage]
-        if self.kind == "reference":
-            t = np.linspace(0, 0.999, count)
-            t = np.append(t / (self.shift + (1 - self.shift) * t), 1.0)
-        else:
-            t = np.linspace(0, 1, count + 1)
-            t = t / (self.shift + (1 - self.shift) * t)
+        count, reference = self.steps(cascade.num_stages)[stage], self.kind == "reference"
+        t = np.linspace(0, 0.999, count) if reference else np.linspace(0, 1, count + 1)
+        t = t / (self.shift + (1 - self.shift) * t)
+        t = np.append(t, 1.0) if reference else t
         start, slope = cascade.timestep_line(stage)
-        if adaptive and self.kind == "reference":
+        if adaptive and reference:
             slope = float(cascade.timesteps[stage][-1] - start)
         return StageGrid(stage, tuple(t.tolist()), start, slope)
