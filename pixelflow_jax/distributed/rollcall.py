@@ -8,6 +8,7 @@ verdict. The connections stay open for watchdog.py.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -24,7 +25,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from pixelflow_jax.common import Lost, UserError, log
+from pixelflow_jax.common import Lost, UserError, listed, log
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 HELLO_SECONDS = 5.0  # for a new connection to identify itself
@@ -59,8 +60,7 @@ class Link:
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none arrives within `timeout` seconds.
 
-        Raises:
-          ConnectionError: if the other side is gone or does not follow the protocol.
+        Raises ConnectionError if the other side is gone or does not follow the protocol.
         """
         end = time.monotonic() + timeout
         while b"\n" not in self._received:
@@ -134,14 +134,8 @@ def code_digest() -> str:
 def roll_call(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
     """Wait for all processes and compare their records; every process gets the same verdict.
 
-    Args:
-      place: the place of this process.
-      record: the record of this process, see `make_record`.
-      timeout: seconds to wait for the others.
-
-    Raises:
-      Lost: if some processes do not arrive in time.
-      UserError: if two processes claim the same place, or the records disagree.
+    Raises Lost if some processes do not arrive within `timeout` seconds, and UserError if two processes
+    claim the same place or the records (see `make_record`) disagree.
     """
     if place.index:
         return _report(place, record, timeout)
@@ -174,16 +168,21 @@ def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: 
         while len(records) < place.count:
             left = end - time.monotonic()
             if left <= 0:
-                raise Lost(_missing(place, records, timeout))
+                here = ", ".join(f"{i} ({records[i]['hostname']})" for i in sorted(records))
+                missing = ", ".join(str(i) for i in range(place.count) if i not in records)
+                raise Lost(
+                    f"{len(records)} of {place.count} hosts arrived within {timeout:g} s: processes "
+                    f"{here}; missing: {missing}. Run the same command on all workers "
+                    f"(launch/tpu_vm.sh train does), and check whether the missing ones stopped with an "
+                    f"error"
+                )
             for ready in select.select([listener, *waiting], [], [], min(left, 1.0))[0]:
                 if ready is listener:
                     with contextlib.suppress(OSError):  # gone already, or no free descriptor
                         connection = listener.accept()[0]
                         connection.settimeout(SEND_SECONDS)
-                        waiting[connection] = (
-                            Link(connection, MAX_HELLO),
-                            time.monotonic() + HELLO_SECONDS,
-                        )
+                        until = time.monotonic() + HELLO_SECONDS
+                        waiting[connection] = Link(connection, MAX_HELLO), until
                 elif ready in waiting:
                     _hear(place, waiting, ready, records, links, offsets)
             late = [x for x, (_, until) in waiting.items() if until < time.monotonic()]
@@ -222,16 +221,6 @@ def _hear(place: Place, waiting: dict, connection: socket.socket, records, links
         )
 
 
-def _missing(place: Place, records: dict[int, dict], timeout: float) -> str:
-    missing = [str(i) for i in range(place.count) if i not in records]
-    here = ", ".join(f"{i} ({records[i]['hostname']})" for i in sorted(records))
-    return (
-        f"{len(records)} of {place.count} hosts arrived within {timeout:g} s: processes {here}; "
-        f"missing: {', '.join(missing)}. Run the same command on all workers "
-        f"(launch/tpu_vm.sh train does), and check whether the missing ones stopped with an error"
-    )
-
-
 def _listen(address: str) -> socket.socket:
     """Return a socket that listens at the address of process 0 and, if possible, nowhere else.
 
@@ -244,40 +233,28 @@ def _listen(address: str) -> socket.socket:
         found = [entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except OSError:
         found = []
-    own = [x for x in found if _is_here(x) and (host in (x, "localhost") or not _is_loopback(x))]
-    if own:
-        return _bound(address, own[0], int(port))
-    log.warning(
-        "the roll call listens on all interfaces, as %s is not an address where others reach this host",
-        host,
-    )
-    return _bound(address, "", int(port))
-
-
-def _is_loopback(ip: str) -> bool:
-    return ipaddress.ip_address(ip.partition("%")[0]).is_loopback
-
-
-def _is_here(ip: str) -> bool:
-    """Return whether an address belongs to this machine."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as trial:
-            trial.bind((ip, 0))
-            return True
-    except OSError:
-        return False
-
-
-def _bound(address: str, ip: str, port: int) -> socket.socket:
-    both = not ip and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in ip else socket.AF_INET
-    try:
-        return socket.create_server((ip, port), family=family, dualstack_ipv6=both, backlog=1024)
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot listen at {address}: {error.strerror}. Is a process of an earlier run "
-            f"still running? (launch/tpu_vm.sh kill ends it)"
-        ) from None
+    for ip in [*found, ""]:
+        both = not ip and socket.has_dualstack_ipv6()
+        if not ip:
+            log.warning(
+                "the roll call listens on all interfaces, as %s is not an address where others reach "
+                "this host",
+                host,
+            )
+        elif host not in (ip, "localhost") and ipaddress.ip_address(ip.partition("%")[0]).is_loopback:
+            continue
+        family = socket.AF_INET6 if both or ":" in ip else socket.AF_INET
+        try:
+            return socket.create_server(
+                (ip, int(port)), family=family, dualstack_ipv6=both, backlog=1024
+            )
+        except OSError as error:
+            if ip and error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                continue  # not an address of this machine
+            raise UserError(
+                f"process 0 cannot listen at {address}: {error.strerror}. Is a process of an earlier "
+                f"run still running? (launch/tpu_vm.sh kill ends it)"
+            ) from None
 
 
 def _report(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
@@ -317,15 +294,11 @@ def disagreements(records: Sequence[dict[str, Any]]) -> str:
             value = repr(record[key]) if key in record else "missing"
             holders.setdefault(value, []).append(f"process {index} ({record['hostname']})")
         if len(holders) > 1:
-            parts = [
-                f"{value} on {', '.join(who[:3])}" + (" ..." if who[3:] else "")
-                for value, who in holders.items()
-            ]
+            parts = [f"{value} on {listed(who, 3)}" for value, who in holders.items()]
             found.append(f"{key}: {'; '.join(parts)}")
     if not found:
         return ""
-    more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
     return (
-        f"the hosts disagree, so nothing was started. {' | '.join(found[:SHOWN])}{more}. Use the same "
-        f"code, packages, environment and flags on all hosts"
+        f"the hosts disagree, so nothing was started. {listed(found, SHOWN, ' | ')}. Use the same code, "
+        f"packages, environment and flags on all hosts"
     )
