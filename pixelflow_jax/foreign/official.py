@@ -1,43 +1,39 @@
 """Convert the official network's weights and config to ours and back."""
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from pixelflow_jax.common import UserError, blame, files, listed
+from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.foreign.weights import INDEX, KINDS, State, read_state
 from pixelflow_jax.models.conditioning import TEXT, abstract_params
+from pixelflow_jax.models.public import Names, public_params, public_view
 
 Params = dict[str, Any]
 
 
 class Rule(NamedTuple):
-    """An official array: its name, our path, and how to convert it there and back."""
+    """The official name of an array, and our path."""
 
     official: str
     ours: tuple[str, ...]
-    load: Callable[[np.ndarray], np.ndarray] = lambda x: x
-    save: Callable[[np.ndarray], np.ndarray] = lambda x: x
 
 
 def _dense(official: str, *ours: str) -> list[Rule]:
-    return [
-        Rule(f"{official}.weight", (*ours, "kernel"), np.transpose, np.transpose),
-        Rule(f"{official}.bias", (*ours, "bias")),
-    ]
+    names = {"weight": "kernel", "bias": "bias"}
+    return [Rule(f"{official}.{theirs}", (*ours, own)) for theirs, own in names.items()]
 
 
 def _attention(official: str, ours: str) -> list[Rule]:
     rules = [rule for name in "qkvo" for rule in _dense(f"{official}.{name}_proj", ours, name)]
-    for name in ("q_norm", "k_norm"):
-        rules.append(Rule(f"{official}.{name}.weight", (ours, name, "scale")))
-    return rules
+    norms = ("q_norm", "k_norm")
+    return rules + [Rule(f"{official}.{name}.weight", (ours, name, "scale")) for name in norms]
 
 
 def _block_rules(text: bool) -> list[Rule]:
@@ -51,99 +47,72 @@ def _block_rules(text: bool) -> list[Rule]:
 
 
 def _outer_rules(patch_size: int, classes: bool) -> list[Rule]:
-    """Return the rules outside the blocks. Official patches have channels first, ours last."""
+    """Return the rules outside the blocks."""
     if not isinstance(patch_size, int):
         raise UserError(f"the official network has one patch size for all stages, not {patch_size}")
-
-    def load_patch(x):  # [D, 3, p, p] -> [p * p * 3, D]
-        return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-
-    def save_patch(x):
-        return x.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
-
-    rules = [
-        Rule("patch_embed.proj.weight", ("patch_embed", "kernel"), load_patch, save_patch),
-        Rule("patch_embed.proj.bias", ("patch_embed", "bias")),
-    ]
+    rules = _dense("patch_embed.proj", "patch_embed")
     for official, ours in (("timestep_embedder", "time_embed"), ("latent_size_embedder", "size_embed")):
         rules += _dense(f"{official}.linear_1", ours, "linear_1")
         rules += _dense(f"{official}.linear_2", ours, "linear_2")
     if classes:
-        name = "class_embedder.embedding_table.weight"
-        rules.append(Rule(name, ("class_embed", "embedding")))
+        rules.append(Rule("class_embedder.embedding_table.weight", ("class_embed", "embedding")))
     return rules + _dense("proj_out_1", "head_modulation") + _dense("proj_out_2", "head")
+
+
+def _names(config: ConfigDict) -> Names:
+    """Return (our path, layer or None, official name) of every array of this config's network."""
+    model = config.model
+    outer = _outer_rules(model.patch_size, model.num_classes > 0)
+    return [(rule.ours, None, rule.official) for rule in outer] + [
+        (("blocks", *rule.ours), i, f"transformer_blocks.{i}.{rule.official}")
+        for rule in _block_rules(model.context_dim > 0)
+        for i in range(model.depth)
+    ]
 
 
 def official_names(config: ConfigDict) -> set[str]:
     """Return the names of all arrays of the official network of this config."""
-    model = config.model
-    outer = {rule.official for rule in _outer_rules(model.patch_size, model.num_classes > 0)}
-    block = {rule.official for rule in _block_rules(model.context_dim > 0)}
-    return outer | {f"transformer_blocks.{i}.{name}" for i in range(model.depth) for name in block}
+    return {name for _, _, name in _names(config)}
+
+
+def _view(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """Return a view of our array in the official layout: patches have channels first, ours last."""
+    if path == ("patch_embed", "kernel"):
+        side = math.isqrt(len(array) // 3)
+        array = array.reshape(side, side, 3, -1)
+    return public_view(path, array)
 
 
 def from_official(state: State, config: ConfigDict) -> Params:
-    """Return our parameters (float32) from an official state dict.
-
-    Raises:
-      UserError: if keys are missing, unknown or of a wrong shape; names them.
-    """
-    shapes = flatten_dict(abstract_params(build_model(config)))
-    left, params, missing, shapeless = dict(state), {}, [], []
-    model = config.model
-
-    def take(name: str, rule: Rule, shape: tuple[int, ...]) -> np.ndarray | None:
-        if name not in left:
-            missing.append(name)
-            return None
-        theirs = np.asarray(left.pop(name), np.float32)
-        expected = rule.save(np.empty(shape, np.float32)).shape
-        if theirs.shape != expected:
-            shapeless.append(f"{name} has shape {theirs.shape}, the config needs {expected}")
-            return None
-        return rule.load(theirs)
-
-    for rule in _outer_rules(model.patch_size, model.num_classes > 0):
-        params[rule.ours] = take(rule.official, rule, shapes[rule.ours].shape)
-    for rule in _block_rules(model.context_dim > 0):
-        path = ("blocks", *rule.ours)
-        names = [f"transformer_blocks.{i}.{rule.official}" for i in range(model.depth)]
-        layers = [take(name, rule, shapes[path].shape[1:]) for name in names]
-        params[path] = None if any(x is None for x in layers) else np.stack(layers)
-    found = ("left over: ", list(left)), ("", shapeless), ("missing: ", missing)
-    problems = [what + listed(names, 4) for what, names in found if names]
-    if problems:
-        raise UserError(f"the weights do not fit the config: {'; '.join(problems)}")
-    return unflatten_dict(params)
+    """Return our parameters (float32) from an official state dict. Raises as `public_params` does."""
+    names, shapes = _names(config), abstract_params(build_model(config))
+    what = "the weights do not fit the config"
+    return public_params(state.__getitem__, state, names, shapes, what, "the config needs", _view)
 
 
 def to_official(params: Params, config: ConfigDict) -> State:
     """Return the official state dict (float32) from ours; folds in a gate on cross-attention.
 
-    Raises:
-      UserError: if the model has a text encoder, for which official weights have no place.
+    Raises UserError if the model has a text encoder, for which official weights have no place.
     """
     if TEXT in params:
         raise UserError("this model contains a text encoder, which official weights cannot hold")
-    model, state = config.model, {}
+    model = config.model
     ours = {path: np.asarray(x) for path, x in flatten_dict(params).items()}
     if model.context_dim and model.cross_gate:
         gate, last = ours["blocks", "cross_gate"], ("blocks", "cross_attention", "o")
         ours[*last, "kernel"] = ours[*last, "kernel"] * gate[:, None]
         ours[*last, "bias"] = ours[*last, "bias"] * gate
-    for rule in _outer_rules(model.patch_size, model.num_classes > 0):
-        state[rule.official] = rule.save(ours[rule.ours])
-    for rule in _block_rules(model.context_dim > 0):
-        for i, layer in enumerate(ours["blocks", *rule.ours]):
-            state[f"transformer_blocks.{i}.{rule.official}"] = rule.save(layer)
-    return {name: np.ascontiguousarray(array) for name, array in state.items()}
+    state = {}
+    for path, layer, name in _names(config):
+        state[name] = np.ascontiguousarray(_view(path, ours[path][... if layer is None else layer]))
+    return state
 
 
 def official_config(values: dict[str, Any]) -> ConfigDict:
     """Return our config from the contents of an official config.yaml.
 
-    Raises:
-      UserError: if a key is missing or the network is of a kind that was never released.
+    Raises UserError if a key is missing or the network is of a kind that was never released.
     """
     try:
         model, scheduler = values["model"]["params"], values["scheduler"]
@@ -207,9 +176,9 @@ def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path,
     if not source.is_file():
         wanted = ("config.yaml", *(f"*{kind}" for kind in (*KINDS, INDEX)))
         source = files.folder_or_hub(str(source), "--source:", wanted)
-    folder = source if source.is_dir() else source.parent
-    weights = source
+    weights, folder = source, source.parent
     if source.is_dir():
+        folder = source
         names = files.list_files(source)
         found = [source / name for name in names if name.endswith(INDEX)][-1:]  # safetensors sort last
         found = found or [source / name for name in names if name.endswith(KINDS)]

@@ -5,16 +5,18 @@ maximum pooling, images are resized as in TensorFlow 1, and there are 1008 class
 al., arXiv 1706.08500, and its ports to PyTorch, which the names of arrays follow.
 """
 
+import re
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, UInt8
 
-from pixelflow_jax.common import UserError, listed, numerics
+from pixelflow_jax.common import numerics
+from pixelflow_jax.models.public import Names, public_params
 
 SIZE = 299
 NUM_LOGITS = 1008
@@ -60,13 +62,12 @@ class Unit(nn.Module):
 zeros = nn.initializers.zeros
 
 
-def _average(x):
-    return nn.avg_pool(x, (3, 3), padding=[(1, 1), (1, 1)], count_include_pad=False)
-
-
-def _maximum(x, stride: int = 1):
-    same = [(1, 1), (1, 1)] if stride == 1 else "VALID"
-    return nn.max_pool(x, (3, 3), (stride, stride), padding=same)
+_PAD = ((1, 1), (1, 1))
+POOLS = {
+    "average": lambda x: nn.avg_pool(x, (3, 3), padding=_PAD, count_include_pad=False),
+    "maximum": lambda x: nn.max_pool(x, (3, 3), padding=_PAD),
+    "half": lambda x: nn.max_pool(x, (3, 3), (2, 2)),
+}
 
 
 def _chain(name: str, *units):
@@ -141,18 +142,12 @@ class Mixed(nn.Module):
         """Return (output, output of the first branch)."""
         outputs = []
         for branch, units in self.branches.items():
-            y = x
-            if branch == "pool":
-                y = {"average": _average, "maximum": _maximum, "half": lambda x: _maximum(x, 2)}[
-                    self.kind
-                ](x)
+            y = POOLS[self.kind](x) if branch == "pool" else x
             for i, unit in enumerate(units):
                 half = self.kind == "half" and i == len(units) - 1
-                if not isinstance(unit[0], str):
-                    y = jnp.concatenate([Unit(*rest, name=name)(y) for name, *rest in unit], axis=-1)
-                else:
-                    name, features, kernel = unit
-                    y = Unit(features, kernel, 2 if half else 1, not half, name=name)(y)
+                parallel = [unit] if isinstance(unit[0], str) else unit
+                shape = (2, False) if half else (1, True)
+                y = jnp.concatenate([Unit(*u, *shape, name=name)(y) for name, *u in parallel], axis=-1)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=-1), outputs[0]
 
@@ -175,11 +170,11 @@ class Inception(nn.Module):
         x = Unit(32, (3, 3), 2, False, name="Conv2d_1a_3x3")(x)
         x = Unit(32, (3, 3), 1, False, name="Conv2d_2a_3x3")(x)
         x = Unit(64, (3, 3), name="Conv2d_2b_3x3")(x)
-        x = _maximum(x, 2)
+        x = POOLS["half"](x)
         found["64"] = x.mean((1, 2))
         x = Unit(80, name="Conv2d_3b_1x1")(x)
         x = Unit(192, (3, 3), 1, False, name="Conv2d_4a_3x3")(x)
-        x = _maximum(x, 2)
+        x = POOLS["half"](x)
         found["192"] = x.mean((1, 2))
         for name, (branches, kind) in BLOCKS.items():
             x, first = Mixed(branches, kind, name=name)(x)
@@ -194,53 +189,38 @@ class Inception(nn.Module):
         return found
 
 
-# The arrays of a unit: the end of the public name, the end of our path, and the order of axes
+# The arrays of a unit: the end of our path, and of the public name
 UNIT = {
-    "conv.weight": (("conv", "kernel"), (2, 3, 1, 0)),
-    "bn.weight": (("scale",), (0,)),
-    "bn.bias": (("bias",), (0,)),
-    "bn.running_mean": (("mean",), (0,)),
-    "bn.running_var": (("var",), (0,)),
+    ("conv", "kernel"): "conv.weight",
+    ("scale",): "bn.weight",
+    ("bias",): "bn.bias",
+    ("mean",): "bn.running_mean",
+    ("var",): "bn.running_var",
+    ("fc_kernel",): "fc.weight",
+    ("fc_bias",): "fc.bias",
 }
 
 
-def _arrays() -> dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Return {public name: (our path, order of axes, our shape)}."""
+def _arrays() -> tuple[Names, dict[str, Any]]:
+    """Return our paths with the public names, and our parameters' shapes."""
     shapes = jax.eval_shape(Inception().init, numerics.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
-    found = {}
-    for path, x in flatten_dict(shapes["params"]).items():
-        for public, (ours, axes) in UNIT.items():
-            if path[-len(ours) :] == ours:
-                found[".".join((*path[: -len(ours)], public))] = path, axes, x.shape
-        if len(path) == 1:  # fc_kernel, fc_bias
-            public, axes = ("fc.weight", (1, 0)) if x.ndim == 2 else ("fc.bias", (0,))
-            found[public] = path, axes, x.shape
-    return found
+    names = [
+        (path, None, ".".join((*path[: -len(end)], public)))
+        for path in flatten_dict(shapes["params"])
+        for end, public in UNIT.items()
+        if path[-len(end) :] == end
+    ]
+    return names, shapes["params"]
 
 
 def inception_params(state: dict[str, np.ndarray]) -> dict:
-    """Return our parameters from the public state dict.
-
-    Raises:
-      UserError: if an array is missing, unexpected or of the wrong shape.
-    """
-    expected, params, problems = _arrays(), {}, []
-    for name, array in state.items():
-        if name.endswith("num_batches_tracked") or name.startswith("AuxLogits."):
-            continue
-        path, axes, shape = expected.pop(name, ((), (), ()))
-        if not path:
-            problems.append(f"left over: {name}")
-        elif len(axes) != np.ndim(array) or tuple(np.shape(array)[i] for i in axes) != shape:
-            problems.append(f"{name} has shape {np.shape(array)}")
-        else:
-            params[path] = np.asarray(array, np.float32).transpose(axes)
-    problems += [f"missing: {name}" for name in expected]
-    if problems:
-        raise UserError(f"these are not the weights of FID's Inception-v3: {listed(problems, 5, '; ')}")
-    return unflatten_dict(params)
+    """Return our parameters from the public state dict. Raises UserError as `public_params` does."""
+    unused = re.compile(r"AuxLogits\.|.*num_batches_tracked$")
+    there = [name for name in state if not unused.match(name)]
+    what = "these are not the weights of FID's Inception-v3"
+    return public_params(state.__getitem__, there, *_arrays(), what)
 
 
 def inception_names() -> set[str]:
     """Return the public names of the arrays that the network uses."""
-    return set(_arrays())
+    return {name for _, _, name in _arrays()[0]}

@@ -15,10 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from pixelflow_jax.common import UserError, listed, numerics
+from pixelflow_jax.common import UserError, numerics
+from pixelflow_jax.models.public import Names, public_params
 from pixelflow_jax.models.transformer import Dtype, RMSNorm, wide
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # the first entries of every vocabulary
@@ -46,8 +46,7 @@ class T5Config:
     def from_json(cls, values: dict[str, Any], where: str) -> "T5Config":
         """Return the config from `values`, the contents of the config.json at `where`.
 
-        Raises:
-          UserError: if a size is missing, or the encoder is not a T5 of version 1.1.
+        Raises UserError if a size is missing, or the encoder is not a T5 of version 1.1.
         """
         kind = values.get("feed_forward_proj")
         if kind != "gated-gelu":
@@ -79,9 +78,8 @@ def relative_buckets(
     exact = half // 2
     far = np.abs(distance)
     with np.errstate(divide="ignore"):
-        ratio = np.log(far.astype(np.float32) / np.float32(exact)) / np.float32(
-            np.log(max_distance / exact)
-        )
+        ratio = np.log(far.astype(np.float32) / np.float32(exact))
+    ratio /= np.float32(np.log(max_distance / exact))
     large = exact + np.where(far < exact, 0, ratio * np.float32(half - exact)).astype(np.int64)
     return np.where(distance > 0, half, 0) + np.where(far < exact, far, np.minimum(large, half - 1))
 
@@ -166,7 +164,7 @@ BIAS_NAME = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weigh
 EMBED_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one array
 
 
-def weight_names(config: T5Config) -> list[tuple[tuple[str, ...], int | None, str]]:
+def weight_names(config: T5Config) -> Names:
     """Return (our path, layer or None, public name) of every array."""
     outer = [
         (("embed", "embedding"), None, EMBED_NAMES[0]),
@@ -187,37 +185,17 @@ def known_names(config: T5Config) -> set[str]:
 
 
 def t5_params(read, names: Iterable[str], config: T5Config, where: str, dtype=np.float32) -> dict:
-    """Return our parameters from a public checkpoint.
+    """Return our parameters from a public checkpoint, which may hold a decoder.
 
-    Args:
-      read: returns an array by its public name. Arrays are read one at a time, so that a large file is
-        never in memory twice.
-      names: the names of the arrays in the checkpoint.
-      where: the file or folder, for error messages.
-      dtype: of the parameters.
-
-    Raises:
-      UserError: naming arrays that are missing, unknown or of the wrong shape.
+    `where` is the file or folder, for errors; for the rest, and for errors, see `public_params`.
     """
-    names = set(names)
+    names = {name for name in names if not name.startswith(("decoder.", "lm_head."))}
+    there = names - {*EMBED_NAMES} | ({EMBED_NAMES[0]} if names & {*EMBED_NAMES} else set())
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     shapes = jax.eval_shape(lambda: T5Encoder(config).init(numerics.key(0), ids, mask))["params"]
-    flat = {path: np.empty(x.shape, dtype) for path, x in flatten_dict(shapes).items()}
-    left = sorted(names - known_names(config))
-    problems = [f"unknown: {x}" for x in left if not x.startswith(("decoder.", "lm_head."))]
-    for path, layer, name in weight_names(config):
-        if name not in names and name == EMBED_NAMES[0]:
-            name = EMBED_NAMES[1]
-        if name not in names:
-            problems.append(f"missing: {name}")
-            continue
-        leaf = flat[path] if layer is None else flat[path][layer]
-        theirs, kernel = read(name), path[-1] == "kernel"
-        expected = leaf.shape[::-1] if kernel else leaf.shape
-        if theirs.shape != expected:
-            problems.append(f"{name} has shape {theirs.shape}, config.json says {expected}")
-            continue
-        leaf[...] = theirs.T if kernel else theirs
-    if problems:
-        raise UserError(f"{where} does not fit its config.json: {listed(problems, 6, '; ')}")
-    return unflatten_dict(flat)
+
+    def read_either(name):
+        return read(name if name in names else EMBED_NAMES[1])
+
+    errors = f"{where} does not fit its config.json", "config.json says"
+    return public_params(read_either, there, weight_names(config), shapes, *errors, dtype=dtype)
