@@ -8,7 +8,6 @@ Prints one line per check, with what to do about a problem. With several hosts, 
 
 import contextlib
 import datetime
-import glob
 import importlib.metadata
 import os
 import pathlib
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import time
 import tomllib
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -45,7 +43,6 @@ BATCHES = 5  # read to measure the speed of the data
 FOLDERS = (checkpoints.FOLDER, "samples", "tensorboard", "profile", "damaged")  # of a workdir
 FILES = ("config.json", "metrics.jsonl", "image_sizes.npy")
 CLOCK_SECONDS = 5.0  # largest difference of clocks
-METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/zone"
 
 
 class Problem(Exception):
@@ -146,7 +143,7 @@ def check_devices() -> str:
     local, devices = hardware.local_devices(), jax.devices()
     said = f"{len(devices)} x {devices[0].device_kind}, {len(local)} of them here"
     if devices[0].platform == "cpu":
-        if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        if hosts.has_tpu_chips():
             raise Problem(f"{said}, but there are TPU chips: pip install 'pixelflow_jax[tpu]'")
         if shutil.which("nvidia-smi"):
             raise Problem(f"{said}, but there is a GPU: pip install 'pixelflow_jax[cuda]'")
@@ -321,10 +318,8 @@ def is_near(place: str, zone: str) -> bool:
 
 def this_zone() -> str | None:
     """Return the Google Cloud zone of this machine, or None elsewhere."""
-    request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=2) as answer:
-            return answer.read().decode().rpartition("/")[2]
+        return hosts.instance_metadata("zone", timeout=2).rpartition("/")[2]
     except OSError:
         return None
 

@@ -40,14 +40,9 @@ class Program(NamedTuple):
 
 
 def tpu_devices(topology: str, num_slices: int = 1) -> list:
-    """Return descriptions of the devices of TPU slices.
+    """Return descriptions of the devices of `num_slices` TPU slices with a topology such as v5e:4x4.
 
-    Args:
-      topology: of one slice, such as v5e:4x4.
-      num_slices: how many slices of that topology.
-
-    Raises:
-      UserError: if libtpu is missing, is in use, or does not know the topology.
+    Raises UserError if libtpu is missing, is in use, or does not know the topology.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
@@ -76,9 +71,8 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list:
 def compile_program(config: ConfigDict, program: Program):
     """Return (traced, compiled, (seconds to trace, seconds to compile)).
 
-    Raises:
-      UserError: if the program does not compile for its devices; says what would help where memory is
-        too small.
+    Raises UserError if the program does not compile for its devices; says what would help where memory
+    is too small.
     """
     device = program.mesh.devices.flat[0]
     begin = time.perf_counter()

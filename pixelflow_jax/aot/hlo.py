@@ -37,10 +37,10 @@ class Collective:
 
 def array_bytes(text: str) -> int:
     """Return the total size in bytes of the array shapes in a piece of HLO."""
-    total = 0
-    for bits, dims in _ARRAY.findall(text):
-        total += int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n) // 8
-    return total
+    return sum(
+        int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n) // 8
+        for bits, dims in _ARRAY.findall(text)
+    )
 
 
 def collectives(text: str) -> list[Collective]:
@@ -76,14 +76,11 @@ def collectives(text: str) -> list[Collective]:
 
 def summary(found: list[Collective]) -> dict[str, dict[str, int]]:
     """Return, per kind, the operations in the program, and their runs and bytes per step."""
-    result = {}
-    for kind in KINDS:
-        ours = [one for one in found if one.kind == kind]
-        result[kind] = {
-            "ops": len(ours),
-            "runs": sum(one.times for one in ours),
-            "bytes": sum(one.times * one.bytes for one in ours),
-        }
+    result = {kind: {"ops": 0, "runs": 0, "bytes": 0} for kind in KINDS}
+    for one in found:
+        result[one.kind]["ops"] += 1
+        result[one.kind]["runs"] += one.times
+        result[one.kind]["bytes"] += one.times * one.bytes
     return result
 
 
@@ -121,12 +118,8 @@ def _trip_count(line: str, computations) -> int:
     if known:
         return int(known.group(1))
     condition = re.search(r"condition=%?([\w.\-]+)", line).group(1)
-    constants = [
-        int(value)
-        for _, inner in computations.get(condition, ())
-        for value in re.findall(r"s32\[\][^ ]* constant\((\d+)\)", inner)
-    ]
-    return max(constants, default=1)
+    inside = " ".join(inner for _, inner in computations.get(condition, ()))
+    return max(map(int, re.findall(r"s32\[\][^ ]* constant\((\d+)\)", inside)), default=1)
 
 
 def _top_level(shape: str) -> list[str]:

@@ -22,9 +22,7 @@ TRANSFERS = {"all-reduce": 2}  # times that a chip moves the whole array; 1 for 
 def moved_bytes(found: Sequence[Collective], slices: Sequence[int]) -> dict[str, float]:
     """Return the bytes that a chip moves per step, inside its slice ("ici") and between slices ("dcn").
 
-    Args:
-      found: the program's collectives.
-      slices: the slice of every device, in the order of the mesh.
+    `slices` has the slice of every device, in the order of the mesh.
     """
     moved = {"ici": 0.0, "dcn": 0.0}
     for one in found:
@@ -41,12 +39,8 @@ def project(
 ) -> dict[str, Any]:
     """Return lower bounds on the seconds per step, and the upper bounds on MFU that follow.
 
-    Args:
-      chip: what the program runs on.
-      devices: how many chips.
-      model_flops: work of the whole step by the model's shapes (models/flops.py).
-      lane_flops: work of each device, with recomputation and rounding to lanes.
-      moved: from `moved_bytes`.
+    `model_flops` is the work of the whole step by the model's shapes (models/flops.py), `lane_flops`
+    that of each device, with recomputation and rounding to lanes; `moved` is from `moved_bytes`.
     """
     parts = {
         "compute": lane_flops / chip.flops,

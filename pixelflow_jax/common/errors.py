@@ -68,11 +68,7 @@ def blame(what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exce
 
 
 def optional(module: str, extra: str, what: str) -> types.ModuleType:
-    """Import a module of an extra.
-
-    Raises:
-      UserError: if it cannot be imported; says how to install it.
-    """
+    """Import a module of an extra. Raises UserError, which says how to install it, if that fails."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

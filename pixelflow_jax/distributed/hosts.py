@@ -20,9 +20,7 @@ import jax
 from pixelflow_jax.common import Lost, UserError, ends
 from pixelflow_jax.distributed.rollcall import Cluster, Place, make_record, roll_call
 
-WORKER_NUMBER = (
-    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
-)
+METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
 START_SILENCE = 300.0  # seconds that a process may be silent before its first step
 BARRIER_SECONDS = 24 * 3600  # the watchdog notices a missing process earlier
 
@@ -63,12 +61,11 @@ def find_place(timeout: float = 300) -> Place | None:
             return None
         found = f"{signs[0]} is set" if signs else "this is a Cloud TPU VM (else TPU_SKIP_MDS_QUERY=1)"
         raise Lost(f"{found}, but the place of this process is not known: {error}") from None
-    known = (place.address, place.count, place.index)
-    if None in known:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    missing = [name for name, value in zip(names, found[:3], strict=True) if value is None]
+    if missing:
         if not signs:
             return None
-        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        missing = [name for name, value in zip(names, known, strict=True) if value is None]
         raise UserError(f"{signs[0]} is set, but {' and '.join(missing)} not: set all three")
     if not 0 <= place.index < place.count:
         raise UserError(f"JAX_PROCESS_ID={place.index} must be below JAX_NUM_PROCESSES={place.count}")
@@ -84,20 +81,30 @@ def _whole_number(name: str) -> int | None:
     return None if value is None else int(value)
 
 
+def has_tpu_chips() -> bool:
+    """Return whether the kernel of this machine sees TPU chips."""
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
 def _on_tpu_vm() -> bool:
-    """Return whether this machine has TPU chips; on Google Cloud the metadata server knows the rest."""
-    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+    """Return whether JAX can use TPU chips here; on Google Cloud the metadata server knows the rest."""
+    return has_tpu_chips() and importlib.util.find_spec("libtpu") is not None
+
+
+def instance_metadata(name: str, timeout: float) -> str:
+    """Return what Google Cloud's metadata server says of this machine. Raises OSError elsewhere."""
+    request = urllib.request.Request(METADATA + name, headers={"Metadata-Flavor": "Google"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return answer.read().decode()
 
 
 def _pod_is_near() -> bool:
     """Return whether a TPU VM may be part of a pod: Google's metadata server does not deny it."""
     if os.environ.get("TPU_SKIP_MDS_QUERY"):
         return False
-    request = urllib.request.Request(WORKER_NUMBER, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=5):
-            return True
+        instance_metadata("attributes/agent-worker-number", timeout=5)
+        return True
     except urllib.error.HTTPError as error:
         return error.code != 404
     except OSError as error:  # an unknown name: not on Google Cloud
@@ -122,8 +129,7 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
     as soon as process 0 is gone. To let the watchdog report first, the handler of SIGABRT is libc's
     `sleep`, which sleeps for as many seconds as the signal's number: 6.
 
-    Raises:
-      UserError: if the processes have different numbers of devices, which JAX's helpers do not support.
+    Raises UserError if processes have different numbers of devices, which JAX's helpers do not support.
     """
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)

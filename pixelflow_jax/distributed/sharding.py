@@ -33,8 +33,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None, contex
     over the slow network between them, so its size must be a multiple of their number; `fsdp` and
     `context` stay within a slice. On GPUs they stay within a node where they fit.
 
-    Raises:
-      UserError: if the sizes do not fit the devices; the message suggests sizes that do.
+    Raises UserError if the sizes do not fit the devices; the message suggests sizes that do.
     """
     devices = (hardware.local_devices() and jax.devices()) if devices is None else devices
     tpu = devices[0].platform == "tpu"

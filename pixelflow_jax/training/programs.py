@@ -60,8 +60,7 @@ def train_program(config: ConfigDict, devices: list) -> Program:
 def sample_program(config: ConfigDict, devices: list) -> Program:
     """Return the sampler on `devices`, as `sample` runs it: every device holds all parameters.
 
-    Raises:
-      UserError: if the batch does not split over the devices, or the steps depend on the images.
+    Raises UserError if the batch does not split over them, or the steps depend on the images.
     """
     sampler, mesh = build_sampler(config), image_mesh(devices, config.mesh.context)
     if sampler.control != "fixed":
