@@ -174,7 +174,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, tiny_flags):
         (["--height=0"], "multiple of 8"),
         (["--ema=0.5"], "0 is without"),
         (["--guidance_scale=nan"], "finite"),
-        (["--shift=-1"], "positive"),
+        (["--shift=-1"], r"--shift must lie in \(0, "),
     ],
 )
 def test_bad_sampling_flags(trained, tmp_path, flags, message):
