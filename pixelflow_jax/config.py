@@ -198,7 +198,7 @@ def differences(config: ConfigDict, values: dict[str, Any]) -> list[str]:
     Each entry names a key: "KEY: NEW, was OLD", or "KEY=VALUE, which was removed". Raises UserError as
     `config_from_dict`.
     """
-    new, old = _flat(config), _flat(config_from_dict(values))
+    new, old = (flatten_dict(x.to_dict(), sep=".") for x in (config, config_from_dict(values)))
     _, effects = drop_removed(flatten_dict(values, sep="."))
     found = [f"{effect}, which was removed" for effect in effects]
     for key in sorted((new.keys() | old.keys()) - FREE):
@@ -302,8 +302,3 @@ def _installed_config(path: str) -> pathlib.Path:
     if name not in known:
         raise UserError(f"--config={path}: no such file; installed configs: {', '.join(sorted(known))}")
     return known[name]
-
-
-def _flat(config: ConfigDict) -> dict[str, Any]:
-    """Return every full key, such as model.depth, with its value."""
-    return flatten_dict(config.to_dict(), sep=".")

@@ -171,7 +171,8 @@ class Demo:
             seconds = time.perf_counter() - begin
             height, width = made.pixels.shape[1:3]
             caption = f"stage {number} of {self.num_stages}: {width}x{height}"
-            shown += [(enlarge(image), caption) for image in made.pixels]
+            scale = max(1, SHOWN // max(height, width))
+            shown += [(x.repeat(scale, axis=0).repeat(scale, axis=1), caption) for x in made.pixels]
             total = made.nfe.sum(axis=1)
             yield shown, f"{caption}, {total.max()} evaluations, {seconds:.1f} s", made
 
@@ -274,12 +275,6 @@ def describe(settings: dict[str, Any]) -> str:
         f"{what}; {how}; guidance {settings['guidance_scale']} {settings['guidance_schedule']}; "
         f"seed {settings['seed']}; {settings['width']}x{settings['height']}"
     )
-
-
-def enlarge(image: np.ndarray) -> np.ndarray:
-    """Enlarge a small image: each pixel becomes a square."""
-    scale = max(1, SHOWN // max(image.shape[:2]))
-    return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 if __name__ == "__main__":

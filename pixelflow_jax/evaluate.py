@@ -16,7 +16,6 @@ principal components of pixels, and says so. All devices and hosts take part.
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from etils import epath
@@ -47,14 +46,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
     """Do what the flags ask for; return the line to report."""
-    if args.sweep:
-        if jax.process_count() > 1:
-            raise UserError("--sweep runs in one process; sample and evaluate each run on many")
-        cells = sweep.cells(args)  # bad flags before the reference is read
-        reference = _reference(args, watch)
-        return sweep.run(args, cells, reference)
+    if args.sweep and jax.process_count() > 1:
+        raise UserError("--sweep runs in one process; sample and evaluate each run on many")
+    cells = sweep.cells(args) if args.sweep else {}  # bad flags before the reference is read
     samples = open_images(args.samples, "samples", args.resolution) if args.samples else None
-    reference = _reference(args, watch)
+    inception = args.inception if args.features == "inception" else None
+    reference = Reference(args.reference, inception, args.batch_size, args.resolution, watch)
+    if args.sweep:
+        return sweep.run(args, cells, reference)
     if args.save_stats and jax.process_index() == 0:
         values = reference.statistics
         arrays.write_npz(args.save_stats, {name: (x.shape, x.dtype, [x]) for name, x in values.items()})
@@ -70,19 +69,8 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
             file=sys.stderr,
         )
     files.write_json(args.out, result)
-    return f"{summary(result)}: {args.out}"
-
-
-def summary(result: dict[str, Any]) -> str:
-    """Return the numbers of a judgement in a line."""
-    names = {name: x for name, x in result.items() if isinstance(x, float)}
-    shown = ", ".join(f"{name} {x:.4g}" for name, x in names.items())
-    return f"{shown} ({result['num_samples']} samples)"
-
-
-def _reference(args: argparse.Namespace, watch: Callable[[str], None]) -> Reference:
-    inception = args.inception if args.features == "inception" else None
-    return Reference(args.reference, inception, args.batch_size, args.resolution, watch)
+    numbers = ", ".join(f"{name} {x:.4g}" for name, x in result.items() if isinstance(x, float))
+    return f"{numbers} ({samples.count} samples): {args.out}"
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -53,11 +53,6 @@ class Guidance:
         low, high = self.interval
         return (timestep >= 1000 * low) & (timestep <= 1000 * high)
 
-    @property
-    def always(self) -> bool:
-        """Whether the interval is the whole time axis."""
-        return self.interval == (0.0, 1.0)
-
     def _shares(self, num_stages: int) -> tuple[float, ...]:
         if self.schedule == "constant":
             return (1.0,) * num_stages

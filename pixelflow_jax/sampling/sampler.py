@@ -213,7 +213,7 @@ class Sampler:
         Fixed steps are not divided: the midpoint of a step decides for the whole step. The solver
         restarts in each part, so that no step contains the jump.
         """
-        if weight == 1 or self.guidance.always:
+        if weight == 1 or self.guidance.interval == (0, 1):
             return [(grid, weight != 1)]
         taus = np.array(grid.taus)
         if self.control != "fixed":

@@ -74,18 +74,16 @@ class FromImages(FromSeed):
 
     @numerics.pinned()
     def noise(self, sampler, inputs):
-        drawn = super().noise(sampler, inputs)
-        size = sampler.stage_size(self.stage)
+        clean, size = inputs["images"], sampler.stage_size(self.stage)
         keys = image_keys(inputs["seed"], inputs["index"])
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, self.stage), size))
-        return Noise(self._noised(sampler, inputs["images"], draw(keys)), drawn.blocks)
-
-    def _noised(self, sampler, clean, noise):
         if clean.shape[1:] == (sampler.height, sampler.width, 3):
-            x_start, x_end = stage_ends(sampler.cascade, self.stage, clean, noise)
-            return self.tau * x_end + (1 - self.tau) * x_start
-        start = sampler.cascade.start[self.stage]
-        return start * images.up(clean) + (1 - start) * noise
+            x_start, x_end = stage_ends(sampler.cascade, self.stage, clean, draw(keys))
+            x = self.tau * x_end + (1 - self.tau) * x_start
+        else:
+            start = sampler.cascade.start[self.stage]
+            x = start * images.up(clean) + (1 - start) * draw(keys)
+        return super().noise(sampler, inputs)._replace(start=x)
 
 
 def read_pictures(value: Any, flag: str) -> tuple[list[UInt8[np.ndarray, "h w 3"]], str]:
