@@ -20,15 +20,12 @@ NUM_TRAIN_TIMES = 1000  # training draws tau from {0, 1, ..., 999} / 1000
 
 @dataclasses.dataclass(frozen=True)
 class Cascade:
-    """Stages, their time windows and the noise added between them.
+    """Stages, their time windows and the noise added between them. Raises UserError for bad values.
 
     Attributes:
       num_stages: S, at least 1. For images of size R, stage s works at R / 2^(S-1-s).
       gamma: covariance of the noise within a 2x2 block in the step to the next stage, in [-1/3, 0). At
         -1/3, the default, the noise of a block sums to zero.
-
-    Raises:
-      UserError: if a value is out of range.
     """
 
     num_stages: int = 4
@@ -90,8 +87,7 @@ class Cascade:
     def patches(self, patch_size: int | Sequence[int]) -> tuple[int, ...]:
         """Return the patch size of each stage, from one for all stages or one per stage.
 
-        Raises:
-          UserError: if their number is wrong, or one is not a multiple of the smallest.
+        Raises UserError if their number is wrong, or one is not a multiple of the smallest.
         """
         if isinstance(patch_size, int):
             return (patch_size,) * self.num_stages

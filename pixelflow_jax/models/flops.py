@@ -39,15 +39,12 @@ def traced_flops(function: Callable, *args: Any, lanes: int = 1) -> int:
     Loop bodies count once per iteration, Pallas kernels once per grid point, and recomputation in a
     backward pass as often as it happens. Unused results are left out, as by the compiler. Inside
     shard_map, the count is one device's share. XLA's own cost_analysis counts loop bodies once and
-    kernels not at all.
+    kernels not at all. Raises ValueError if a product is inside a loop of unknown length.
 
     Args:
       function, args: as for jax.make_jaxpr; arrays may be abstract.
       lanes: lanes of the matrix unit. The inner and outer widths of a product are rounded up to a
         multiple, as in hardware; 1 counts the arithmetic alone.
-
-    Raises:
-      ValueError: if a product is inside a loop of unknown length.
     """
     return program_flops(jax.make_jaxpr(function)(*args).jaxpr, lanes)
 

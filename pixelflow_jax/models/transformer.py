@@ -260,6 +260,8 @@ class PixelFlow(nn.Module):
     ) -> list[Float[Array, "rows count length d"]]:
         """Return the velocity of every token, in the form of `tokens` and in at least float32.
 
+        Raises ValueError if the model has no layers for the patch size of a group.
+
         Args:
           tokens: one array per group of the layout, with d = 3 * patch_size^2: patches as
             `images.patchify` orders them.
@@ -267,9 +269,6 @@ class PixelFlow(nn.Module):
           layout: where each sequence stands in a row.
           labels: class of every sequence, 0..num_classes; class models only.
           context, context_mask: text states, and True where they are not padding; text models only.
-
-        Raises:
-          ValueError: if the model has no layers for the patch size of a group.
         """
         dim = self.num_heads * self.head_dim
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)

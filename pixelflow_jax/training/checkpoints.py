@@ -44,10 +44,7 @@ class CheckpointFailed(RuntimeError):
 def open_manager(
     workdir: epath.PathLike, keep: int | None = None, keep_every: int | None = None
 ) -> ocp.CheckpointManager:
-    """Return the checkpoint manager of a workdir.
-
-    It saves in the background and keeps the last `keep` steps and all multiples of `keep_every`.
-    """
+    """Return a workdir's manager; it keeps the last `keep` steps and all multiples of `keep_every`."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every or None,
@@ -78,19 +75,15 @@ def save(
 ) -> None:
     """Start saving a train state in the background.
 
+    Raises CheckpointFailed if this save, or an earlier background save, fails.
+
     Args:
       manager, state, config: the run's.
       pending: (step, metrics) of the steps that no logged mean includes yet.
       grid_due: whether this step's samples are still to be drawn.
       classes: names of the data's classes, by number.
-
-    Raises:
-      CheckpointFailed: if this save, or an earlier background save, fails.
     """
-    step, more = (
-        int(state.step),
-        {"pending": list(pending), "grid_due": grid_due, "classes": classes or {}},
-    )
+    step, more = int(state.step), dict(pending=[*pending], grid_due=grid_due, classes=classes or {})
     items = _items(step, config, _trees(state), more)
     with _failures(manager):
         _in_daemon(lambda: manager.save(step, args=items))
@@ -156,9 +149,7 @@ def restore_newest(
     """Return the newest whole checkpoint with its `meta`, or None if the run has no checkpoints.
 
     Damaged checkpoints are reported, and moved to <workdir>/damaged once an older one is restored.
-
-    Raises:
-      UserError: if all checkpoints are damaged, which must not lead to a silent fresh start.
+    Raises UserError if all are damaged, which must not lead to a silent fresh start.
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
@@ -282,14 +273,12 @@ def load_params(
 ) -> tuple[dict, ConfigDict, dict[str, Any]]:
     """Return (parameters, config, meta) of a checkpoint, for sampling.
 
-    All processes must call it; they read the step that process 0 finds.
+    All processes must call it; they read the step that process 0 finds. Raises UserError if `checkpoint`
+    is not a checkpoint or has no such average.
 
     Args:
       checkpoint: a workdir, which stands for its newest step, or a step's folder under any name.
       ema: the decay or half-life of an average; 0 for the raw parameters, None for the first average.
-
-    Raises:
-      UserError: if `checkpoint` is not a checkpoint or has no such average.
     """
     hardware.local_devices()
     folder, newest = find_step(checkpoint)
@@ -333,11 +322,8 @@ def _read(folder: epath.Path, name: str, how: ocp.args.CheckpointArgs) -> Any:
 def find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, bool]:
     """Return (a step's folder, whether it was chosen as the newest).
 
-    Args:
-      checkpoint: a workdir, its folder of checkpoints, or a step's folder.
-
-    Raises:
-      UserError: if there is no checkpoint.
+    `checkpoint` is a workdir, its folder of checkpoints, or a step's folder. Raises UserError if there
+    is no checkpoint.
     """
     path = files.absolute(files.clean_text("--checkpoint", os.fspath(checkpoint)))
     if not path.exists():

@@ -40,8 +40,8 @@ def corrupt(
 ) -> tuple[FlowBatch, PackLayout]:
     """Draw noise, time and label dropout per image from its own key, and cut the images into tokens.
 
-    Image i of a row is trained at stage i mod S, so b must be a multiple of S. What an image gets
-    depends on its key and stage alone, not on the batch around it.
+    Image i of a row is trained at stage i mod S. What an image gets depends on its key and stage alone,
+    not on the batch around it. Raises ValueError if b is not a multiple of S.
 
     Args:
       cascade, patch_size: the stages, and one patch size for all or one each.
@@ -51,9 +51,6 @@ def corrupt(
       keys: one per image.
       num_classes: the label of the null class, which replaces dropped ones.
       label_dropout: the probability of that.
-
-    Raises:
-      ValueError: if b is not a multiple of S.
     """
     per_row, num_stages, channels = x1.shape[1], cascade.num_stages, x1.shape[-1]
     if per_row % num_stages:
@@ -102,11 +99,8 @@ def loss_per_image(layout: PackLayout, velocity: Tokens, target: Tokens) -> Floa
     """
     means = []
     pairs = zip(layout.by_patch_size(velocity), layout.by_patch_size(target), strict=True)
-    for (_, run, ours), (
-        _,
-        _,
-        theirs,
-    ) in pairs:  # rows as in the head, so that XLA fuses with its product
+    for (_, run, ours), (*_, theirs) in pairs:
+        # Rows as in the head, so that XLA fuses with its product
         error = jnp.square(run.pack(ours) - run.pack(theirs))
         means += [part.mean(axis=(2, 3)) / layout.shards for part in run.unpack(error)]
     return jnp.concatenate(means, axis=1)

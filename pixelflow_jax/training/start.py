@@ -118,8 +118,7 @@ def has_begun(workdir: epath.Path) -> bool:
 def holds_run(workdir: epath.Path, config: ConfigDict) -> bool:
     """Return whether a workdir holds this run; if not, it is new or empty.
 
-    Raises:
-      UserError: if the run there is of another config, or other files are there.
+    Raises UserError if the run there is of another config, or other files are there.
     """
     return _described(config).is_kept_in(workdir)
 
@@ -135,10 +134,7 @@ def data_of(source: Source) -> dict[str, Any]:
     """Return what identifies data wherever they are: number of examples, digest and classes.
 
     The digest covers names (and labels) or, for examples without names, sizes and checksums. It needs
-    nothing that the source has not read already.
-
-    Raises:
-      UserError: if the processes see different data.
+    nothing that the source has not read already. Raises UserError if the processes see different data.
     """
     classes = class_names(source)
     found = {

@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,7 +19,6 @@ LASTING = re.compile(
     "no space left|file too large|quota|read-only|permission denied|not permitted|forbidden|inodes", re.I
 )
 RATE = 1e6  # mean bytes per second that rewriting a growing object may cost
-Result = TypeVar("Result")
 
 
 def is_lasting(error: BaseException) -> bool:
@@ -27,11 +26,10 @@ def is_lasting(error: BaseException) -> bool:
     return LASTING.search(str(error)) is not None
 
 
-def retried(what: str, write: Callable[[], Result], kinds: type[Exception] = OSError) -> Result:
+def retried(what: str, write: Callable[[], Any], kinds: type[Exception] = OSError) -> Any:
     """Return `write()`; on an error of type `kinds`, warn, pause and retry.
 
-    Raises:
-      kinds: the last error, once the retries are used up or cannot help.
+    Raises the last error once the retries are used up or cannot help.
     """
     for pause in PAUSES:
         try:
@@ -73,8 +71,7 @@ class Journal:
     def settle(self) -> bool:
         """Wait until everything is written, a few tries have failed or one cannot succeed.
 
-        Returns:
-          Whether everything is written.
+        Returns whether everything is written.
         """
         most = max(self._failures, len(PAUSES) // 2)
         self._set(_handed=len(self._data), _hurry=True)
@@ -136,8 +133,7 @@ class Saver:
     def due(self) -> bool:
         """Return whether a failed save is due to be repeated.
 
-        Raises:
-          CheckpointFailed: if retrying cannot help, or several saves in a row have failed.
+        Raises CheckpointFailed if retrying cannot help, or several saves in a row have failed.
         """
         try:
             checkpoints.check_background_save(self._manager)
@@ -146,11 +142,7 @@ class Saver:
         return time.monotonic() >= self._again
 
     def save(self, *what: Any, wait: bool) -> None:
-        """Save as `checkpoints.save`; with `wait`, return only once the checkpoint is written.
-
-        Raises:
-          CheckpointFailed: as `due`.
-        """
+        """Save as `checkpoints.save`, once it is written if `wait`. Raises CheckpointFailed as `due`."""
 
         def once() -> None:
             checkpoints.save(self._manager, *what)
