@@ -52,17 +52,15 @@ def find_place(timeout: float = 300) -> Place | None:
     try:
         from jax._src import clusters  # no public function returns the place without connecting
 
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            address, count, index, None, None, int(timeout)
-        )
-        place = Place(*found)
+        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+        place = Place(*detect(address, count, index, None, None, int(timeout)))
     except Exception as error:  # such as no metadata server, or a missing variable
         if not signs and not _pod_is_near():
             return None
         found = f"{signs[0]} is set" if signs else "this is a Cloud TPU VM (else TPU_SKIP_MDS_QUERY=1)"
         raise Lost(f"{found}, but the place of this process is not known: {error}") from None
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    missing = [name for name, value in zip(names, found[:3], strict=True) if value is None]
+    missing = [name for name, value in zip(names, place[:3], strict=True) if value is None]
     if missing:
         if not signs:
             return None
@@ -136,10 +134,7 @@ def connect_jax(cluster: Cluster, start_timeout: float, heartbeat_timeout: float
 
     place = cluster.place
     jax.distributed.initialize(
-        place.address,
-        place.count,
-        place.index,
-        place.local_device_ids,
+        *place,
         initialization_timeout=int(start_timeout),
         heartbeat_timeout_seconds=int(2 * max(START_SILENCE, heartbeat_timeout)),
     )

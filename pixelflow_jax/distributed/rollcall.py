@@ -21,7 +21,7 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 
@@ -36,8 +36,7 @@ STRANGERS = 64  # unidentified connections at a time; beyond that, the oldest is
 SHOWN = 10  # disagreements that an error lists
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The place of a process in its run: process `index` of `count`, which meet at `address`."""
 
     address: str

@@ -69,11 +69,10 @@ class Watchdog:
         self._cluster = cluster
         self._index = cluster.place.index if cluster else 0
         self._step_timeout, self._heartbeat_timeout = step_timeout, heartbeat_timeout
-        self._place = (0, STARTING, time.monotonic())  # number of earlier places, name, start time
-        self._links = dict(cluster.links) if cluster else {}
-        now = time.monotonic()
-        self._heard = {index: now for index in self._links}
-        self._others = {index: self._place for index in self._links}
+        self._links, now = dict(cluster.links) if cluster else {}, time.monotonic()
+        self._heard = dict.fromkeys(self._links, now)
+        begin = (0, STARTING, now)  # number of earlier places, name, start time
+        self._places = dict.fromkeys([self._index, *self._links], begin)
         self._verdict: str | None = None
         self._reminded = 0.0  # start time of the slow place that was reported last
         self._judged, self._done = threading.Event(), threading.Event()
@@ -102,7 +101,7 @@ class Watchdog:
 
     def at(self, what: str) -> None:
         """Record that this process is at `what`, such as "step 41" or f"{STARTING}: a download"."""
-        self._place = (self._place[0] + 1, what, time.monotonic())
+        self._places[self._index] = (self._places[self._index][0] + 1, what, time.monotonic())
 
     def _watch(self) -> None:
         while not self._done.is_set() and self._verdict is None:
@@ -124,7 +123,7 @@ class Watchdog:
 
     def _exchange(self) -> str | None:
         """Exchange places with the others for one beat; return what is wrong, if anything."""
-        self._tell({"at": self._place[:2]})
+        self._tell({"at": self._places[self._index][:2]})
         end = time.monotonic() + BEAT
         while self._links and (left := end - time.monotonic()) > 0 and not self._done.is_set():
             sockets = {link.socket: index for index, link in self._links.items()}
@@ -143,7 +142,7 @@ class Watchdog:
 
     def _patience(self, index: int) -> float:
         """Return the seconds that a process may be silent: more while JAX starts, which can block it."""
-        started = not self._others[index][1].startswith(STARTING)
+        started = not self._places[index][1].startswith(STARTING)
         return self._heartbeat_timeout if started else max(self._heartbeat_timeout, START_SILENCE)
 
     def _hear(self, index: int) -> str | None:
@@ -155,19 +154,19 @@ class Watchdog:
                 if "end" in message:
                     return message["end"]
                 if "bye" in message:
-                    del self._links[index], self._heard[index], self._others[index]
+                    del self._links[index], self._heard[index], self._places[index]
                     if message["bye"]:
                         return f"{self._cluster.name(index)} stopped: {message['bye']}"
                     return None
-                if message["at"][0] != self._others[index][0]:
-                    self._others[index] = (*message["at"], time.monotonic())
+                if message["at"][0] != self._places[index][0]:
+                    self._places[index] = (*message["at"], time.monotonic())
         except OSError:
             return f"{self._cluster.name(index)} is gone: killed, crashed or disconnected. {LOST}"
         return None
 
     def _hanging(self) -> str | None:
         """Return which process is late, if none has made progress for too long."""
-        places = {0: self._place, **self._others}
+        places = dict(self._places)
         newest = max(since for _, _, since in places.values())
         if self._index or time.monotonic() - newest < self._step_timeout:
             return None

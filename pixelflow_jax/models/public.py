@@ -19,14 +19,7 @@ def public_view(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
 
 
 def public_params(
-    read,
-    there: Iterable[str],
-    names: Names,
-    shapes,
-    what: str,
-    says: str = "",
-    view=public_view,
-    dtype=np.float32,
+    read, there: Iterable[str], names: Names, shapes, what, says="", view=public_view, dtype=np.float32
 ) -> dict:
     """Return our parameters from a public checkpoint.
 

@@ -18,13 +18,8 @@ from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
 from pixelflow_jax.sampling.solvers import evaluations_per_step
+from pixelflow_jax.training import step
 from pixelflow_jax.training.optimizer import build_optimizer
-from pixelflow_jax.training.step import (
-    abstract_batch,
-    abstract_condition,
-    abstract_state,
-    make_train_step,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +47,9 @@ def train_program(config: ConfigDict, devices: list) -> Program:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
     model, optimizer = build_model(config), build_optimizer(config)
-    arguments = abstract_state(config, model, optimizer, mesh), abstract_batch(config, mesh)
-    step = make_train_step(config, model, optimizer, mesh)
-    return Program(step, arguments, mesh, workload(config, mesh).flops, "train")
+    arguments = step.abstract_state(config, model, optimizer, mesh), step.abstract_batch(config, mesh)
+    function = step.make_train_step(config, model, optimizer, mesh)
+    return Program(function, arguments, mesh, workload(config, mesh).flops, "train")
 
 
 def sample_program(config: ConfigDict, devices: list) -> Program:
@@ -78,7 +73,7 @@ def sample_program(config: ConfigDict, devices: list) -> Program:
 
     params = placed(abstract_params(sampler.model), P())
     inputs = placed({"index": jax.ShapeDtypeStruct((size,), jnp.int32)}, P("images"))
-    condition = placed(abstract_condition(config, size), P("images"))
+    condition = placed(step.abstract_condition(config, size), P("images"))
     steps = np.array(sampler.grid.steps(sampler.cascade.num_stages))
     one = sampler.stage_flops(config.text.max_length)
     flops = float(steps * evaluations_per_step(sampler.solver) @ one) * size
