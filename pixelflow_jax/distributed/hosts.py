@@ -40,9 +40,8 @@ def find_place(timeout: float = 300) -> Place | None:
     Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID to start processes by hand.
     `timeout` limits the wait for the cluster's metadata, in seconds.
 
-    Raises:
-      UserError: if only some of these variables are set, or a value is invalid.
-      Lost: if the place is not known, perhaps temporarily.
+    Raises UserError if only some of these variables are set or a value is invalid, and Lost if the place
+    is not known, perhaps temporarily.
     """
     signs = [name for name, test in SIGNS.items() if test(os.environ.get(name, ""))]
     if not signs and not _on_tpu_vm():

@@ -157,10 +157,7 @@ def roll_call(place: Place, record: dict[str, Any], timeout: float) -> Cluster:
 
 
 def _collect(place: Place, timeout: float, records: dict, links: dict, offsets: dict) -> None:
-    """On process 0: add the processes that arrive in time. Raise as `roll_call` does.
-
-    Connections are served concurrently, so that one that sends nothing delays nobody.
-    """
+    """On process 0: add the processes that arrive; a connection that sends nothing delays nobody."""
     end, waiting = time.monotonic() + timeout, {}  # socket: (link, deadline)
     with _listen(place.address) as listener, contextlib.ExitStack() as stack:
         stack.callback(lambda: [link.close() for link, _ in waiting.values()])

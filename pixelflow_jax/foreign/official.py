@@ -202,8 +202,7 @@ def read_official(
       config: the config.yaml, if it is elsewhere.
       weights: which of several sets of weights (see `weights.find`).
 
-    Raises:
-      UserError: if a file is missing or unreadable, or an array is missing, unknown or misshapen.
+    Raises UserError if a file is missing or unreadable, or an array is missing, unknown or misshapen.
     """
     path, yaml_path = _official_files(epath.Path(source), config)
     with blame(f"{yaml_path} is not YAML", (yaml.YAMLError, ValueError, RecursionError)):

@@ -56,8 +56,7 @@ def find(
       weights: which of several sets: its name as errors show it, a part of that name, or "auto" for the
         only set or the only average.
 
-    Raises:
-      UserError: if the file is not what its suffix says, holds no such arrays, or several sets fit.
+    Raises UserError if the file is not what its suffix says, holds no such arrays, or several sets fit.
     """
     path = epath.Path(path)
     if not path.name.endswith((INDEX, *KINDS)):

@@ -31,8 +31,7 @@ def public_params(
       what, says: for errors: what does not fit, and what tells the right shape.
       view: returns a view of our array in the public layout, see `public_view`.
 
-    Raises:
-      UserError: naming arrays that are missing, left over or of the wrong shape.
+    Raises UserError, which names arrays that are missing, left over or of the wrong shape.
     """
     there, shapes, misshapen = dict.fromkeys(there), flatten_dict(shapes), []
     flat = {path: np.empty(shapes[path].shape, dtype) for path, _, _ in names}
