@@ -185,7 +185,7 @@ WORK = [
         (convert, "save_params"),
     ),
     *((encode, "TextEncoder"), (doctor, "look"), (compile_check_room, "tpu_devices")),
-    *((demo_room, "_gradio"), (evaluate, "_reference"), (evaluate.sweep, "run")),
+    *((demo_room, "_gradio"), (evaluate, "Reference"), (evaluate.sweep, "run")),
 ]
 
 
