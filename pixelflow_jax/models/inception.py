@@ -41,18 +41,12 @@ class Unit(nn.Module):
     features: int
     kernel: tuple[int, int] = (1, 1)
     stride: int = 1
-    same: bool = True
+    padding: str = "SAME"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-        x = nn.Conv(
-            self.features,
-            self.kernel,
-            self.stride,
-            padding=[(k // 2, k // 2) if self.same else (0, 0) for k in self.kernel],
-            use_bias=False,
-            name="conv",
-        )(x)
+        shape = self.features, self.kernel, self.stride, self.padding
+        x = nn.Conv(*shape, use_bias=False, name="conv")(x)
         shape = (self.features,)
         scale, bias = self.param("scale", nn.initializers.ones, shape), self.param("bias", zeros, shape)
         mean, var = self.param("mean", zeros, shape), self.param("var", nn.initializers.ones, shape)
@@ -62,10 +56,9 @@ class Unit(nn.Module):
 zeros = nn.initializers.zeros
 
 
-_PAD = ((1, 1), (1, 1))
 POOLS = {
-    "average": lambda x: nn.avg_pool(x, (3, 3), padding=_PAD, count_include_pad=False),
-    "maximum": lambda x: nn.max_pool(x, (3, 3), padding=_PAD),
+    "average": lambda x: nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False),
+    "maximum": lambda x: nn.max_pool(x, (3, 3), padding="SAME"),
     "half": lambda x: nn.max_pool(x, (3, 3), (2, 2)),
 }
 
@@ -146,7 +139,7 @@ class Mixed(nn.Module):
             for i, unit in enumerate(units):
                 half = self.kind == "half" and i == len(units) - 1
                 parallel = [unit] if isinstance(unit[0], str) else unit
-                shape = (2, False) if half else (1, True)
+                shape = (2, "VALID") if half else (1, "SAME")
                 y = jnp.concatenate([Unit(*u, *shape, name=name)(y) for name, *u in parallel], axis=-1)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=-1), outputs[0]
@@ -167,13 +160,13 @@ class Inception(nn.Module):
         """
         x = (resize_tf1(pixels.astype(jnp.float32)) - 128) / 128
         found = {}
-        x = Unit(32, (3, 3), 2, False, name="Conv2d_1a_3x3")(x)
-        x = Unit(32, (3, 3), 1, False, name="Conv2d_2a_3x3")(x)
+        x = Unit(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
+        x = Unit(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
         x = Unit(64, (3, 3), name="Conv2d_2b_3x3")(x)
         x = POOLS["half"](x)
         found["64"] = x.mean((1, 2))
         x = Unit(80, name="Conv2d_3b_1x1")(x)
-        x = Unit(192, (3, 3), 1, False, name="Conv2d_4a_3x3")(x)
+        x = Unit(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x)
         x = POOLS["half"](x)
         found["192"] = x.mean((1, 2))
         for name, (branches, kind) in BLOCKS.items():
