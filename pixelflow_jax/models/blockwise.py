@@ -44,11 +44,7 @@ def _fwd(q, k, v):
     return out, (q, k, v, out, lse)
 
 
-def _bwd(saved, grad):
-    return tuple(_backward(*saved, grad))
-
-
-_attend.defvjp(_fwd, _bwd)
+_attend.defvjp(_fwd, lambda saved, grad: tuple(_backward(*saved, grad)))
 
 
 def _folded(function):

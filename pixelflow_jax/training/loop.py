@@ -110,7 +110,7 @@ def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> 
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
         costs = workload(config, mesh)
         saver = Saver(manager)
-        metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta["pending"])
+        metrics = Metrics(workdir, first, config.num_train_steps, costs, broken, meta.get("pending", ()))
         if first:
             metrics.say(f"Resuming from step {first} of {workdir}")
         elif resuming:
@@ -222,7 +222,7 @@ def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
     )
 
     def encode(batch):
-        rest = {name: batch[name] for name in ("image", "broken")}
+        rest = {name: x for name, x in batch.items() if name not in ("text_ids", "text_mask")}
         return {**rest, **encoder.condition(batch["text_ids"], batch["text_mask"])}
 
     return encode
@@ -245,20 +245,19 @@ def make_sample_grid(
     specs = sharding.specs(abstract_params(sampler.model), mesh)
 
     @functools.partial(jax.jit, out_shardings=whole)
-    def generate(params, index, conditions):
+    def generate(params, inputs, conditions):
         make = make_generate(sampler, FromSeed(config.seed), mesh, specs)
-        return make(params, {"index": index}, *conditions).pixels
+        return make(params, inputs, *conditions).pixels
 
     names = [*config.ema.decays, *config.ema.half_lives]
 
     def draw(state: TrainState, step: int) -> None:
-        placed = jax.tree.map(
-            lambda x: sharding.place_batch({"x": x}, split, len(x))["x"], (index, conditions)
-        )
-        placed = placed[0], [encoder(condition) for condition in placed[1]]
+        given = {"index": index}, *conditions
+        inputs, *placed = (sharding.place_batch(x, split, len(index)) for x in given)
+        placed = [encoder(condition) for condition in placed]
         averages = state.opt_state["ema"].averages
         for place, params in enumerate(averages or [state.params]):
-            pixels = jax.device_get(generate(params, *placed))
+            pixels = jax.device_get(generate(params, inputs, placed))
             if jax.process_index() == 0:
                 suffix = f"_ema{names[place]}" if place else ""
                 path = workdir / "samples" / f"{step}{suffix}.png"

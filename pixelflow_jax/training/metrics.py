@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -189,10 +190,6 @@ class Metrics:
             self._rows.close()
 
 
-class _Journals:
-    """Opens tensorboardX's files whose names begin with JOURNAL."""
-
-    open = staticmethod(lambda path: Journal(path.removeprefix(f"{JOURNAL}:")))
-
-
-record_writer.register_writer_factory(JOURNAL, _Journals)
+record_writer.register_writer_factory(  # of tensorboardX's files whose names begin with JOURNAL
+    JOURNAL, types.SimpleNamespace(open=lambda path: Journal(path.removeprefix(f"{JOURNAL}:")))
+)

@@ -41,7 +41,7 @@ def start_or_resume(
     mesh: Mesh,
     manager: ocp.CheckpointManager,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Return (state, meta) of the newest checkpoint, or of a new run.
+    """Return (state, meta) of the newest checkpoint, or of a new run, whose meta are empty.
 
     Each device initializes or reads its own part, so no host holds a whole state. Only the parameters
     that `config.init_from` names are whole on each host.
@@ -50,21 +50,20 @@ def start_or_resume(
     shardings = jax.tree.map(lambda x: x.sharding, template)
     restored = checkpoints.restore_newest(manager, template)
     if restored is not None:
-        state, meta = restored
-        return state, {"pending": [], **meta}
+        return restored
     if not config.init_from:
-        return new_state(config, model, optimizer, shardings), {"pending": []}
+        return new_state(config, model, optimizer, shardings), {}
     params = initial_params(config)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(lambda: init_params(model, config.seed))())
     check_shapes(params, template.params, config.init_from)
     params = jax.tree.map(
-        lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]),
-        jax.tree.map(np.asarray, params),
+        lambda x, where: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__),
+        params,
         shardings.params,
     )
     begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
-    return begin(params), {"pending": []}
+    return begin(params), {}
 
 
 def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
@@ -78,8 +77,9 @@ def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
 
 def check_init_from(config: ConfigDict, workdir: str) -> None:
     """Raise UserError if `config.init_from` is missing and the run has yet to begin."""
-    begun = has_begun(epath.Path(workdir))
-    if config.init_from and not begun and not epath.Path(config.init_from).exists():
+    if not config.init_from or has_begun(epath.Path(workdir)):
+        return
+    if not epath.Path(config.init_from).exists():
         raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
 
 
@@ -160,10 +160,8 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
     was = files.read_json(workdir / DATA)
     if was == data:
         return
-    said = []
-    with blame(
-        f"{workdir / DATA} does not say what a run's data are", (KeyError, TypeError, AttributeError)
-    ):
+    said, path = [], workdir / DATA
+    with blame(f"{path} does not say what a run's data are", (KeyError, TypeError, AttributeError)):
         if was["examples"] != data["examples"]:
             said.append(f"{data['examples']} examples, it had {was['examples']}")
         labels = was["classes"].keys() | data["classes"].keys()
