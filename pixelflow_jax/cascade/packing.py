@@ -130,8 +130,7 @@ def cascade_layout(
 ) -> PackLayout:
     """Return the layout of a row with counts[s] images at stage s; height and width in pixels.
 
-    Raises:
-      UserError: if the patches do not fill the images of every stage.
+    Raises UserError if the patches do not fill the images of every stage.
     """
     cascade.check_size(height, width, patch_size)
     groups = []

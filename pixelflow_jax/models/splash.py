@@ -4,8 +4,6 @@ Scores stay in VMEM. The backward kernel is the fused one: five products per pai
 dV, dK, dQ), where separate kernels for dQ and for dK and dV take seven.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -46,21 +44,10 @@ def splash_attention(q, k, v, key_mask=None, generation="", interpret=False):
     q, k, v = (jnp.swapaxes(fill(x, LANES), 1, 2) for x in (q, k, v))
     if segments is not None:
         segments = kernel.SegmentIds(*(fill(ids.astype(jnp.int32), LANES, PADDING) for ids in segments))
-    run = _kernel(q.shape[1], q.shape[2], k.shape[2], generation, interpret)
-    out = jax.vmap(run)(q, k, v, segments)
-    return jnp.swapaxes(out, 1, 2)[:, :n]
 
-
-def _block(length: int, most: int) -> int:
-    """Return the largest multiple of LANES, at most `most`, that divides `length`."""
-    return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)
-
-
-def _kernel(heads: int, n: int, m: int, generation: str, interpret: bool):
-    """Return the kernel for `n` queries and `m` keys."""
-    most_q, most_kv = BLOCKS.get(generation, (512, 512))
-    block_q, block_kv = _block(n, most_q), _block(m, most_kv)
-    back_q, back_kv = _block(n, BACKWARD[0]), _block(m, BACKWARD[1])
+    queries, keys = q.shape[2], k.shape[2]
+    block_q, block_kv = map(_block, (queries, keys), BLOCKS.get(generation, (512, 512)))
+    back_q, back_kv = map(_block, (queries, keys), BACKWARD)
     sizes = kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -70,6 +57,11 @@ def _kernel(heads: int, n: int, m: int, generation: str, interpret: bool):
         block_kv_dkv_compute=_block(back_kv, COMPUTE),
         use_fused_bwd_kernel=True,
     )
-    mask = masks.MultiHeadMask([masks.FullMask((n, m))] * heads)
-    make = functools.partial(kernel.make_splash_mha_single_device, mask, block_sizes=sizes)
-    return make(interpret=interpret)
+    mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1])
+    run = kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return jnp.swapaxes(jax.vmap(run)(q, k, v, segments), 1, 2)[:, :n]
+
+
+def _block(length: int, most: int) -> int:
+    """Return the largest multiple of LANES, at most `most`, that divides `length`."""
+    return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)

@@ -334,11 +334,7 @@ class PixelFlow(nn.Module):
         return self.patch_sizes[0]
 
     def _conditioning(self, timesteps, layout, labels) -> Float[Array, "rows s d"]:
-        """Return the sum of the embeddings of time, grid size and class.
-
-        The embedding of a grid's size, in patches of the smallest size, is the mean over height and
-        width.
-        """
+        """Return the sum of the embeddings of time, grid size (the mean over its sides) and class."""
         dim = self.num_heads * self.head_dim
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         embedded = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)

@@ -215,15 +215,10 @@ def _trees(state: TrainState) -> dict[str, Any]:
 
 
 def _in_short(error: BaseException) -> str:
-    """Return the first line of an error, without tensorstore's source locations and specs.
-
-    A long line loses its middle, as the reason is at the end.
-    """
+    """Return the first line of an error, shortened, without tensorstore's source locations and specs."""
     first = (str(error).strip() or repr(error)).splitlines()[0]
-    short = re.sub(
-        r" See full TensorStore details.*| \[(source locations|\w*spec|os_error\w*)=.*", "", first
-    )
-    return sentence(short, 400)
+    details = r" See full TensorStore details.*| \[(source locations|\w*spec|os_error\w*)=.*"
+    return sentence(re.sub(details, "", first), 400)
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
@@ -243,11 +238,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 def _restore(
     manager: ocp.CheckpointManager, step: int, template: TrainState | None
 ) -> tuple[TrainState | None, dict[str, Any]]:
-    """Return (state, meta) of a step; without a template, the state is None.
-
-    The template gives shapes, dtypes and shardings. Mesh and number of processes may differ from the
-    save's.
-    """
+    """Return (state, meta) of a step, on any mesh; without a template, the state is None."""
     trees = _trees(template) if template else {}
     items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in trees.items()}
     restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))

@@ -31,8 +31,8 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.programs import workload
-from pixelflow_jax.training.start import claimed_workdir, data_of, holds_run, new_state, start_or_resume
-from pixelflow_jax.training.step import TrainState, abstract_state, make_train_step
+from pixelflow_jax.training.start import claimed_workdir, data_of, holds_run, start_or_resume
+from pixelflow_jax.training.step import TrainState, make_train_step
 from pixelflow_jax.training.writes import Saver, retried
 
 
@@ -46,8 +46,7 @@ def train(
     """Train `config` in `workdir`, resuming from its newest checkpoint if there is one.
 
     Args:
-      config: see config.py.
-      workdir: a new folder, or the workdir of a run with the same config.
+      config, workdir: of a new run (a new folder), or of the run to resume.
       devices: devices to train on; default: all.
       watch: called with every new phase of this process (see watchdog.py).
 
@@ -176,8 +175,7 @@ def prepare(
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
     source, model, optimizer = load_source(config), build_model(config), build_optimizer(config)
-    template = abstract_state(config, model, optimizer, mesh)
-    state = new_state(config, model, optimizer, jax.tree.map(lambda x: x.sharding, template))
+    state, _ = start_or_resume(config, model, optimizer, mesh)
     batches = device_batches(config, source, mesh, 0)
     step = make_train_step(config, model, optimizer, mesh)
     return state, step, map(frozen_encoder(config, mesh), batches)

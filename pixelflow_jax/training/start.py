@@ -39,7 +39,7 @@ def start_or_resume(
     model: PixelFlow,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    manager: ocp.CheckpointManager,
+    manager: ocp.CheckpointManager | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return (state, meta) of the newest checkpoint, or of a new run, whose meta are empty.
 
@@ -48,14 +48,19 @@ def start_or_resume(
     """
     template = abstract_state(config, model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, template)
-    restored = checkpoints.restore_newest(manager, template)
+    restored = checkpoints.restore_newest(manager, template) if manager else None
     if restored is not None:
         return restored
+
+    def fresh():
+        return init_params(model, config.seed)
+
     if not config.init_from:
-        return new_state(config, model, optimizer, shardings), {}
+        begin = jax.jit(lambda: init_state(fresh(), optimizer), out_shardings=shardings)
+        return begin(), {}
     params = initial_params(config)
     if model.context_dim and "class_embed" in params:
-        params = from_class_model(params, jax.jit(lambda: init_params(model, config.seed))())
+        params = from_class_model(params, jax.jit(fresh)())
     check_shapes(params, template.params, config.init_from)
     params = jax.tree.map(
         lambda x, where: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__),
@@ -64,15 +69,6 @@ def start_or_resume(
     )
     begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
     return begin(params), {}
-
-
-def new_state(config, model: PixelFlow, optimizer, shardings) -> TrainState:
-    """Return the state before the first step, initialized on the devices that hold it."""
-
-    def init():
-        return init_state(init_params(model, config.seed), optimizer)
-
-    return jax.jit(init, out_shardings=shardings)()
 
 
 def check_init_from(config: ConfigDict, workdir: str) -> None:
@@ -136,11 +132,10 @@ def data_of(source: Source) -> dict[str, Any]:
     The digest covers names (and labels) or, for examples without names, sizes and checksums. It needs
     nothing that the source has not read already. Raises UserError if the processes see different data.
     """
-    classes = class_names(source)
     found = {
         "examples": len(source),
         "digest": source.digest(),
-        "classes": {str(label): name for label, name in classes.items()},
+        "classes": {str(label): name for label, name in class_names(source).items()},
     }
     check = hashlib.sha256(json.dumps(found).encode()).digest()[:16]
     checks = np.atleast_2d(multihost_utils.process_allgather(np.frombuffer(check, np.uint32)))

@@ -46,11 +46,8 @@ class Journal:
     """A growing file that a background thread writes, so that the caller never waits for storage.
 
     A bucket's object cannot grow: each write replaces it in one request, and what arrives meanwhile goes
-    into the next one. A failed write is retried until the journal is closed.
-
-    Args:
-      path: the file.
-      kept: what it already holds.
+    into the next one. A failed write is retried until the journal is closed. `kept` is what the file
+    already holds.
     """
 
     def __init__(self, path: epath.PathLike, kept: bytes = b""):
