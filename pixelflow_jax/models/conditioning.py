@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from pixelflow_jax.cascade.packing import Group, PackLayout
@@ -48,16 +49,10 @@ def from_class_model(params: dict, fresh: dict) -> dict:
     the bias of the size embedding. With `cross_gate`, the initial velocity is therefore the class
     model's for the null class.
     """
-
-    def merged(old, new):
-        if not isinstance(new, dict):
-            return old
-        return {name: merged(old[name], part) if name in old else part for name, part in new.items()}
-
     size, classes = params["size_embed"], params["class_embed"]["embedding"]
     last = {**size["linear_2"], "bias": size["linear_2"]["bias"] + classes[-1]}
-    old = {**params, "size_embed": {**size, "linear_2": last}}
-    return merged(old, fresh)
+    old = flatten_dict({**params, "size_embed": {**size, "linear_2": last}})
+    return unflatten_dict({path: old.get(path, x) for path, x in flatten_dict(fresh).items()})
 
 
 def encode_text(model: PixelFlow, params: dict, condition: Condition) -> Condition:

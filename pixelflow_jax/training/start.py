@@ -159,8 +159,7 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
     with blame(f"{path} does not say what a run's data are", (KeyError, TypeError, AttributeError)):
         if was["examples"] != data["examples"]:
             said.append(f"{data['examples']} examples, it had {was['examples']}")
-        labels = was["classes"].keys() | data["classes"].keys()
-        for label in sorted(labels, key=int):
+        for label in sorted(was["classes"].keys() | data["classes"].keys(), key=int):
             old, new = was["classes"].get(label), data["classes"].get(label)
             if old != new:
                 said.append(f"class {label} is {new or 'without examples'}, it was {old or 'without'}")
