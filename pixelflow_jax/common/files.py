@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import stat
@@ -156,16 +157,11 @@ def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
                     below.clear()
                     continue
                 seen.add(real)
-                paths = (os.path.join(place, name) for name in below)
-                links += [path for path in paths if os.path.islink(path) and not _leads_up(path)]
+                there = filter(os.path.islink, (os.path.join(place, name) for name in below))
+                up = [real, *map(str, pathlib.Path(real).parents)]
+                links += [link for link in there if os.path.realpath(link) not in up]
                 yield place, names
         starts = links
-
-
-def _leads_up(link: str) -> bool:
-    """Return whether a link points to a folder above it."""
-    target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
-    return os.path.commonpath([target, here]) == target
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -318,12 +314,8 @@ def _entries(folder: epath.PathLike) -> dict[str, bool]:
 def folder_or_hub(name: str, what: str, patterns: Sequence[str]) -> epath.Path:
     """Return the folder `name` or, for a hub id such as google/flan-t5-xl, the folder of its download.
 
-    Args:
-      name: folder or hub id.
-      what: what errors call it.
-      patterns: names of the files to download; subfolders are left out.
-
-    Raises UserError if there is no such folder and the hub does not have it either.
+    A download has the files that match `patterns`, without subfolders. Raises UserError, which calls it
+    `what`, if there is no such folder and the hub does not have it either.
     """
     folder = epath.Path(name)
     if folder.is_dir():
