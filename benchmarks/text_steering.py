@@ -65,7 +65,7 @@ def stacked(pictures) -> dict[str, np.ndarray]:
 
 def composites(split: str, count: int, size: tuple[int, int], held_out: bool | None = None):
     """Return (images, attributes) of real scans; `held_out=None` alternates both combinations."""
-    source = digits.captioned_digits(default_config().data, split)
+    source = digits.CaptionedDigits(default_config().data, split)
     pictures, attributes = [], []
     for index in range(count):
         rng = np.random.default_rng((7, index))

@@ -109,14 +109,16 @@ def paint(
 class CaptionedDigits(Source):
     """Example i is a pure function of (split, i): a painted scan of the drawn digit, with captions.
 
-    With max_aspect_ratio above 1, pictures have the sizes of the buckets.
+    With max_aspect_ratio above 1, pictures have the sizes of the buckets. Raises UserError for a split
+    other than "train" and "test".
     """
 
     captioned = True
 
-    def __init__(self, data: ConfigDict, split: str, scans, labels):
+    def __init__(self, data: ConfigDict, split: str):
+        scans, labels = load_scans(split, "captioned_digits")
         self._sizes, self._held_out = bucket_sizes(data), split == "test"
-        self.scans = [scans[labels == digit] for digit in range(len(NUMBERS))]
+        self.scans = [scans[labels == digit] / 16 for digit in range(len(NUMBERS))]
 
     def __len__(self) -> int:
         return LENGTH
@@ -138,12 +140,6 @@ class CaptionedDigits(Source):
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.attributes(index).captions()
-
-
-def captioned_digits(data: ConfigDict, split: str) -> CaptionedDigits:
-    """Return the split "train" or "test". Raises UserError for another."""
-    scans, labels = load_scans(split, "captioned_digits")
-    return CaptionedDigits(data, split, scans / 16, labels)
 
 
 def load_scans(split: str, source: str) -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:

@@ -13,7 +13,7 @@ from PIL import Image
 from pixelflow_jax.common import UserError, blame, files, log, optional
 from pixelflow_jax.data import idx, records
 from pixelflow_jax.data.base import NO_SCAN, NamedSource, Scan, Source, split_root
-from pixelflow_jax.data.captioned_digits import captioned_digits, load_scans
+from pixelflow_jax.data.captioned_digits import CaptionedDigits, load_scans
 from pixelflow_jax.data.captions import CaptionFolder, TarSource
 from pixelflow_jax.data.names import SPLITS, Strings
 from pixelflow_jax.data.pixels import is_image, is_left_behind, report_left_out
@@ -253,7 +253,7 @@ class TfdsSource(Source):
 BUNDLED = ("digits", "captioned_digits")  # these need no path
 SOURCES = {
     "digits": lambda data, split, scan: digits(data, split),
-    "captioned_digits": lambda data, split, scan: captioned_digits(data, split),
+    "captioned_digits": lambda data, split, scan: CaptionedDigits(data, split),
     "idx": lambda data, split, scan: idx_files(data, split),
     "caption_folder": lambda data, split, scan: CaptionFolder(data.path, split),
     "webdataset": lambda data, split, scan: TarSource(data.path, split, scan),

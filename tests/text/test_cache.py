@@ -90,7 +90,7 @@ def test_training_from_the_cache(t5_folder, tmp_path):
     flags += ["--config.sample.num_images=2", "--config.sample.num_steps=1"]
     flags += [f"--config.text.encoder={t5_folder}", "--config.text.words=()"]
     file, cache = tmp_path / "all.txt", tmp_path / "states"
-    everything = digits.captioned_digits(encode.default_config().data, "train")
+    everything = digits.CaptionedDigits(encode.default_config().data, "train")
     file.write_text("\n".join(t for i in range(len(everything)) for t in everything.captions(i)))
     encode.main([f"--captions={file}", f"--encoder={t5_folder}", f"--out={cache}", "--max_length=16"])
     for name, extra in (("encoder", []), ("cache", [f"--config.text.cache={cache}"])):

@@ -59,7 +59,7 @@ def test_sentencepiece_tokenizer(tmp_path):
     import sentencepiece
 
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(digits.captioned_digits(load_config("t2i_tiny").data, "train")[0][1]))
+    text.write_text("\n".join(digits.CaptionedDigits(load_config("t2i_tiny").data, "train")[0][1]))
     trained = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=40, minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(tmp_path / "spiece"), **trained, hard_vocab_limit=False
@@ -144,7 +144,7 @@ def test_captioned_digits():
     """Catches a combination held out that training shows, and captions of another picture."""
     data = load_config("t2i_tiny").data
     for split, held_out in (("train", False), ("test", True)):
-        source = digits.captioned_digits(data, split)
+        source = digits.CaptionedDigits(data, split)
         for index in range(50):
             picture, captions = source[index]
             attributes = source.attributes(index)
@@ -153,7 +153,7 @@ def test_captioned_digits():
             assert all(word in captions[0] for word in words.values())
             corner = tuple(picture[0, 0].tolist())
             assert corner == digits.BACKGROUNDS[words["background"]]
-        np.testing.assert_array_equal(source[3][0], digits.captioned_digits(data, split)[3][0])
+        np.testing.assert_array_equal(source[3][0], digits.CaptionedDigits(data, split)[3][0])
 
 
 @pytest.mark.parametrize("kind", ["joint", pytest.param("frozen", marks=pytest.mark.slow)])
