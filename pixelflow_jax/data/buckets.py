@@ -7,7 +7,6 @@ order is a function of (seed, step) alone, like everything else in the loader.
 import concurrent.futures
 import contextlib
 import functools
-import io
 
 import grain
 import jax
@@ -147,16 +146,14 @@ def read_sizes(source, scan: Scan = NO_SCAN) -> Int[np.ndarray, "n 2"]:
     gathered = np.asarray(gathered).reshape(jax.process_count(), -1, 2)
     sizes = gathered.swapaxes(0, 1).reshape(-1, 2)[: len(source)]
     if path and jax.process_index() == 0:
-        buffer = io.BytesIO()
-        np.save(buffer, sizes)
-        files.write_bytes(path, buffer.getvalue())
+        with files.create(path) as file:
+            np.save(file, sizes)
     return sizes
 
 
 def _size(source, index: int) -> Size:
     with contextlib.suppress(Exception):  # some formats have their sizes at the end
         return read_size(source.head(index, HEAD))
-    try:
+    with contextlib.suppress(Exception):  # however it is broken, the loader replaces and counts it
         return read_size(source[index][0])
-    except Exception:  # however it is broken, the loader replaces and counts it
-        return (1, 1)
+    return (1, 1)

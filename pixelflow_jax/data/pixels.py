@@ -97,12 +97,9 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
         if isinstance(data, np.ndarray):
             return _opaque(_of_array(data))
         image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
-        tiles = getattr(image, "tile", None)
+        raw = _raw_mode(getattr(image, "tile", None))  # which loading empties
         image.load()
-        if image.mode != "RGB" or "transparency" in image.info:
-            turn, image = _orientation(image), _opaque(image, _raw_mode(tiles))
-        else:
-            turn = _orientation(image)
+        turn, image = _orientation(image), _opaque(image, raw)
         if turn in _TURNS:
             image = image.transpose(_TURNS[turn])
             image.info.clear()  # do not turn it again

@@ -30,10 +30,11 @@ def list_shards(root: str) -> list[tuple[str, int, str]]:
     system, place = fsspec.core.url_to_fs(root)
     with files.reading():
         found = system.ls(place, detail=True)
-    shards = [x for x in found if x["name"].endswith(".tar") and x["type"] == "file"]
-    changed = [str(x.get("mtime") or x.get("created")) for x in shards]
-    names = [x["name"].rpartition("/")[2] for x in shards]
-    return sorted(zip(names, (x["size"] for x in shards), changed, strict=True))
+    return sorted(
+        (x["name"].rpartition("/")[2], x["size"], str(x.get("mtime") or x.get("created")))
+        for x in found
+        if x["name"].endswith(".tar") and x["type"] == "file"
+    )
 
 
 def load_index(root: str, shards: list, places: list[epath.Path], watch: Callable[[str], None]) -> Index:
@@ -85,11 +86,10 @@ def _scan(root: str, shards: list, watch: Callable[[str], None], path: epath.Pat
             places.append(np.insert(where, 0, shard, axis=1))
             others += rest
     report_left_out(root, others)
-    keys, places, buffer = Strings(keys), np.concatenate(places), io.BytesIO()
+    keys, places = Strings(keys), np.concatenate(places)
     described = np.frombuffer(_described(shards), np.uint8)
-    np.savez(buffer, shards=described, keys=keys.data, ends=keys.ends, places=places)
-    with contextlib.suppress(OSError):  # a read-only folder
-        files.write_bytes(path, buffer.getvalue())
+    with contextlib.suppress(OSError), files.create(path) as file:  # the folder may be read-only
+        np.savez(file, shards=described, keys=keys.data, ends=keys.ends, places=places)
     return keys, places
 
 

@@ -148,8 +148,5 @@ def warn_of_cuts(
     longest = int(np.argmax(cut))
     text = texts[longest] if len(texts[longest]) <= 40 else texts[longest][:37] + "..."
     said = f"the {what} {text!r} is {cut[longest]} tokens longer than the limit of {max_length}"
-    if count > 1:
-        said += f", and {count - 1:,} more of {len(texts):,} are longer too: their ends are cut off"
-    else:
-        said += ": its end is cut off"
-    print(f"warning: {said}", file=sys.stderr)
+    others = f", and {count - 1:,} more of {len(texts):,} are longer too: their ends are cut off"
+    print(f"warning: {said}{others if count > 1 else ': its end is cut off'}", file=sys.stderr)
