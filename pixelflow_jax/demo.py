@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from pixelflow_jax.common import UserError, cli, optional
+from pixelflow_jax.common.config_keys import check
 from pixelflow_jax.config import build_cascade
 from pixelflow_jax.pipeline import Pipeline, Samples
 from pixelflow_jax.sampling.generate import save_png
@@ -55,9 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=100, help="per stage (default: %(default)s)")
     parser.add_argument("--max_images", type=int, default=4, help="per request (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name, least, most in (("port", 0, 65535), ("max_steps", 1, 1000), ("max_images", 1, 64)):
-        if not least <= getattr(args, name) <= most:
-            raise UserError(f"--{name} must lie in {least}..{most}, got {getattr(args, name)}")
+    for name, interval in dict(port="[0, 65535]", max_steps="[1, 1000]", max_images="[1, 64]").items():
+        check(f"--{name}", getattr(args, name), interval)
     gradio = _gradio(args.host)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images are deleted
     pipeline = Pipeline(args.checkpoint, args.ema)

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
-from ml_collections import ConfigDict
 
 from pixelflow_jax.common import UserError, numerics
 from pixelflow_jax.requests import job as jobs
@@ -47,6 +46,8 @@ class Pipeline:
 
     Attributes:
       config: of the run, as it was trained.
+      params: the network's parameters, as `Sampler.run` takes them.
+      classes: numbers and names of the classes that training saw; empty if the checkpoint keeps none.
       step: the training step of the parameters.
     """
 
@@ -57,27 +58,11 @@ class Pipeline:
         `ema` is an average's decay or half-life; 0 = the raw parameters, None = the first average.
         Raises UserError if that is not a checkpoint, or has no such average.
         """
-        self._loaded = jobs.load(checkpoint, ema)
-        self._checkpoint = str(checkpoint)
+        self._loaded, self._checkpoint = jobs.load(checkpoint, ema), str(checkpoint)
         self._compiled: dict[Any, Any] = {}
-
-    @property
-    def config(self) -> ConfigDict:
-        return self._loaded.config
-
-    @property
-    def params(self) -> dict:
-        """The network's parameters, as `Sampler.run` takes them."""
-        return self._loaded.params
-
-    @property
-    def classes(self) -> dict[int, str]:
-        """Numbers and names of the classes that training saw; empty if the checkpoint keeps none."""
-        return trained_classes(self._loaded.meta, self.config.model.num_classes)
-
-    @property
-    def step(self) -> int:
-        return self._loaded.meta["step"]
+        self.config, self.params = self._loaded.config, self._loaded.params
+        self.classes = trained_classes(self._loaded.meta, self.config.model.num_classes)
+        self.step = self._loaded.meta["step"]
 
     def sample(self, **settings: Any) -> UInt8[np.ndarray, "n h w 3"]:
         """Return images, uint8 [N, height, width, 3].

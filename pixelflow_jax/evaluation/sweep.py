@@ -65,27 +65,24 @@ def run(args: argparse.Namespace, requests: dict[str, Request], reference: Refer
         "num_images": next(iter(requests.values())).num_images,
     }
     other = "a sweep of another checkpoint, reference or number of images"
+    out, rows = epath.Path(args.out), []
     with claim(args.out, Description(described, other)):
-        return _run(epath.Path(args.out), requests, reference)
-
-
-def _run(out: epath.Path, requests: dict[str, Request], reference: Reference) -> str:
-    plots, rows = _plot([], ""), []  # an empty picture shows before the work whether there will be one
-    for number, (name, request) in enumerate(requests.items(), 1):
-        print(f"{number} of {len(requests)}: {name}", flush=True)
-        try:
-            rows.append(_row(request, out / "cells" / name, reference))
-        except NotFinite as error:  # of this combination alone
-            print(f"left out: {error}", flush=True)
-        files.write_json(out / "sweep.json", rows)
-    if not rows:
-        raise UserError("no combination gave images that are finite; see above")
-    measure = "fid" if "fid" in rows[0] else "pca_frechet"
-    files.write_bytes(out / "sweep.md", _table(rows).encode())
-    best, where = min(rows, key=lambda row: row[measure]), out / "sweep.md"
-    if plots and (picture := _plot(rows, measure)):
-        where = out / "sweep.png"
-        files.write_bytes(where, picture)
+        plots = _plot([], "")  # an empty picture shows before the work whether there will be one
+        for number, (name, request) in enumerate(requests.items(), 1):
+            print(f"{number} of {len(requests)}: {name}", flush=True)
+            try:
+                rows.append(_row(request, out / "cells" / name, reference))
+            except NotFinite as error:  # of this combination alone
+                print(f"left out: {error}", flush=True)
+            files.write_json(out / "sweep.json", rows)
+        if not rows:
+            raise UserError("no combination gave images that are finite; see above")
+        measure = "fid" if "fid" in rows[0] else "pca_frechet"
+        files.write_bytes(out / "sweep.md", _table(rows).encode())
+        best, where = min(rows, key=lambda row: row[measure]), out / "sweep.md"
+        if plots and (picture := _plot(rows, measure)):
+            where = out / "sweep.png"
+            files.write_bytes(where, picture)
     return f"{len(rows)} combinations, best {measure} {best[measure]:.4g} with {best['name']}: {where}"
 
 

@@ -7,8 +7,9 @@ from jaxtyping import Array, Float
 
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import UserError
+from pixelflow_jax.common.config_keys import BOUNDS, CHOICES, check
 
-KINDS = ("uniform", "reference")
+KINDS = CHOICES["sample.grid"]
 SHORTEST_STEP = 1e-6  # a shorter remainder of a step is skipped
 
 
@@ -66,13 +67,11 @@ class TimeGrid:
     shift: float = 1.0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"the time grid must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        check("the time grid", self.kind, choices=KINDS)
+        check("the grid's shift", self.shift, BOUNDS["sample.shift"])
         if not self.num_steps or min(self.num_steps) < 1:
             steps = ",".join(map(str, self.num_steps))
             raise UserError(f"num_steps must be at least 1 in every stage, got {steps}")
-        if not self.shift > 0:
-            raise UserError(f"the grid's shift must be positive, got {self.shift}")
 
     def steps(self, num_stages: int) -> tuple[int, ...]:
         """Return the steps of each stage. Raises UserError if their number is not that of the stages."""

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 
 from pixelflow_jax.common import UserError
+from pixelflow_jax.common.config_keys import BOUNDS, CHOICES, check
 
 # Share of (scale - 1) in each of the four stages of the released class model.
 REFERENCE_SHARES = (0.0, 1 / 6, 2 / 3, 1.0)
-SCHEDULES = ("stagewise", "constant", "reference")
+SCHEDULES = CHOICES["sample.guidance_schedule"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +34,8 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise UserError(
-                f"the guidance schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
-            )
-        if not np.isfinite(self.scale):
-            raise UserError(f"guidance_scale must be a finite number, got {self.scale}")
+        check("the guidance schedule", self.schedule, choices=SCHEDULES)
+        check("guidance_scale", self.scale, BOUNDS["sample.guidance_scale"])
         if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise UserError(f"the guidance interval must be 0 <= low < high <= 1, got {self.interval}")
 

@@ -20,6 +20,7 @@ from pixelflow_jax.cascade.packing import PackLayout, cascade_layout
 from pixelflow_jax.cascade.renoising import correlate_blocks, step_up
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import UserError, numerics
+from pixelflow_jax.common.config_keys import BOUNDS, check
 from pixelflow_jax.models.conditioning import Condition
 from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.models.transformer import PixelFlow
@@ -83,8 +84,7 @@ class Sampler:
         self.cascade.check_size(self.height, self.width, self.model.patch_size)
         resolve_control(self.solver, self.step_control)
         for name in ("rtol", "atol"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+            check(name, getattr(self, name), BOUNDS[f"sample.{name}"])
         for stage in range(self.cascade.num_stages):
             tokens = self.layout(stage, 1).row_length
             if tokens % self.shards:

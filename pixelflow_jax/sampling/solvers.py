@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pixelflow_jax.common import UserError
+from pixelflow_jax.common.config_keys import CHOICES, check
 
 # (x, tau, a number) -> dx/dtau, of x's shape
 Field = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
@@ -22,7 +23,7 @@ Field = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
 ORDERS = dict(euler=1, heun=2, midpoint=2, ralston=2, ab2=2, bosh3=3, dopri5=5, tsit5=5, dopri8=8)
 SOLVERS = tuple(ORDERS)
 WITHOUT_ERROR = ("euler", "ab2")  # without an error estimate: fixed steps only
-CONTROLS = ("auto", "fixed", "per_image", "per_batch")
+CONTROLS = CHOICES["sample.step_control"]
 
 
 def resolve_control(name: str, control: str = "auto") -> str:
@@ -31,10 +32,8 @@ def resolve_control(name: str, control: str = "auto") -> str:
     "auto" means per_image for orders above 2, where error control pays off, and fixed otherwise. Raises
     UserError for an unknown control, or error control for a solver without an error estimate.
     """
-    if name not in SOLVERS:
-        raise UserError(f"the solver must be one of {', '.join(SOLVERS)}, got {name!r}")
-    if control not in CONTROLS:
-        raise UserError(f"step_control must be one of {', '.join(CONTROLS)}, got {control!r}")
+    check("the solver", name, choices=SOLVERS)
+    check("step_control", control, choices=CONTROLS)
     if control == "auto":
         return "per_image" if ORDERS[name] > 2 else "fixed"
     if control != "fixed" and name in WITHOUT_ERROR:
