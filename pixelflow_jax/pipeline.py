@@ -28,12 +28,9 @@ PROGRAMS = 16  # compiled ones to keep
 
 
 class Samples(NamedTuple):
-    """The images of a request.
+    """The images of a request, network evaluations per image and stage that was run, and settings.
 
-    Attributes:
-      pixels: the images.
-      nfe: network evaluations per image and stage that was run.
-      settings: of each image, as its PNG file carries them.
+    The settings of each image are those that its PNG file carries.
     """
 
     pixels: UInt8[np.ndarray, "n h w 3"]

@@ -25,10 +25,7 @@ Features = dict[str, Float[np.ndarray, "b d"]]
 class InceptionFeatures:
     """FID's Inception-v3 on all local devices, in float32 whatever the chip's default.
 
-    Attributes:
-      name: name of the features in the output.
-      arithmetic: precision of the computation.
-      pooled, spatial, logits: keys of the features for FID, sFID and the Inception Score.
+    `pooled`, `spatial` and `logits` are the keys of the features for FID, sFID and the Inception Score.
     """
 
     arithmetic = "float32, products at JAX's highest precision"

@@ -20,12 +20,9 @@ BLOCK, TILE = 1024, 4096  # rows of distances at a time, and columns per product
 
 @dataclasses.dataclass
 class Moments:
-    """Mean and covariance of vectors, accumulated over batches and processes.
+    """Mean and covariance of `count` vectors, accumulated over batches and processes.
 
-    Attributes:
-      count: number of vectors.
-      mean: their mean.
-      scatter: sum of outer products of the deviations from the mean.
+    `scatter` is the sum of outer products of the deviations from the mean.
     """
 
     count: int

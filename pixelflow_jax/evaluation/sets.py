@@ -19,12 +19,9 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names: pooled and spati
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Images of one size.
+    """Images of one size; `name` is for messages.
 
-    Attributes:
-      name: name in messages.
-      count: number of images.
-      read: returns the images from one index up to another, uint8 [n, H, W, 3].
+    `read` returns the images from one index up to another, uint8 [n, H, W, 3].
     """
 
     name: str

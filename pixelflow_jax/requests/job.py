@@ -29,19 +29,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A request that is ready to run.
+    """A request that is ready to run; `settings` are the contents of settings.json.
 
-    Attributes:
-      params: the network's parameters.
-      sampler, start: see sampling/sampler.py and sampling/starts.py.
-      conditions: the conditions of every image.
-      settings: the contents of settings.json.
-      batch_size: images at a time; the last batch is padded to it, so that there is only one program.
+    The last batch of images is padded to `batch_size`, so that there is only one program.
     """
 
     params: dict
     sampler: Sampler
-    start: Any
+    start: Any  # see sampling/starts.py
     conditions: Conditions
     settings: dict[str, Any]
     batch_size: int

@@ -23,13 +23,10 @@ ALL_PNG, SOME_PNG = 1000, 100  # up to ALL_PNG images, all become PNG files; of 
 
 
 class OutputFolder:
-    """The folder of one request.
+    """The folder of one request, whose images have `size` (height, width, 3).
 
-    Attributes:
-      count: number of images in the request.
-      size: (height, width, 3).
-      extra: additional contents of samples.npz: {name: array with a row per image}.
-      num_png: number of images, from the first on, that also become PNG files.
+    `extra` are additional contents of samples.npz: {name: array with a row per image}. The first
+    `num_png` images also become PNG files.
     """
 
     def __init__(
