@@ -61,12 +61,7 @@ class BucketOrder:
 
     An epoch has every image at most once. The rest of a bucket that fills no batch is left out, a
     different one in each epoch. Images of a bucket that cannot fill a batch go to the nearest that can.
-
-    Args:
-      ratios: stored (height, width) of every example.
-      sizes: sizes of the buckets.
-
-    Raises UserError if no bucket fills a batch.
+    `ratios` is the stored (height, width) of each example. Raises UserError if no bucket fills a batch.
     """
 
     def __init__(

@@ -67,15 +67,12 @@ class LoadExample(grain.transforms.RandomMap):
         else:
             image = np.zeros((*sizes[0], 3), np.uint8)
             label = ("",) if self._encode else 0
-        return {"image": image, "broken": np.int32(broken), **self._condition(label, rng)}
-
-    def _condition(self, label: int | tuple[str, ...], rng: np.random.Generator):
-        """Return {"labels": int32}, or one caption as make_text_reader gives it."""
+        found = {"image": image, "broken": np.int32(broken)}
         if self._encode is None:
-            return {"labels": np.int32(label)}
+            return found | {"labels": np.int32(label)}
         text = label[int(rng.integers(len(label)))]
         text = "" if rng.random() < self._dropout else text
-        return {name: x[0] for name, x in self._encode([text]).items()}
+        return found | {name: x[0] for name, x in self._encode([text]).items()}
 
 
 def make_examples(source: Source, config: ConfigDict, order=None) -> grain.MapDataset:
