@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import os
 
 from etils import epath
 
@@ -49,9 +50,11 @@ class CaptionFolder(NamedSource):
         report_left_out(root, others)
         say_beside(root, sorted(beside))
         super().__init__(root, Strings(names))
-        # Per image: its captions as a JSON list, or "=" and a file's name
+        # Per image: its captions as a JSON list, or "=" and a file's name, or "" for NAME.txt
+        beside_it = (f"{os.path.splitext(name)[0]}.txt" for name in names)
         self._captions = Strings(
-            json.dumps(told[name]) if name in told else f"={texts[name]}" for name in names
+            json.dumps(told[name]) if name in told else "" if texts[name] == usual else f"={texts[name]}"
+            for name, usual in zip(names, beside_it, strict=True)
         )
 
     def __getitem__(self, index: int) -> tuple[bytes, tuple[str, ...]]:
@@ -61,7 +64,7 @@ class CaptionFolder(NamedSource):
         known = self._captions[index]
         if known.startswith("["):
             return some(json.loads(known))
-        text = f"{self.root}/{known[1:]}"
+        text = f"{self.root}/{known[1:] or os.path.splitext(self._names[index])[0] + '.txt'}"
         return decode_captions(files.read_bytes(text), text)
 
 
