@@ -221,6 +221,8 @@ def test_a_new_run_can_start_from_old_weights(whole, tmp_path):
     theirs = checkpoints.load_params(whole[0])[0]
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
+    by_hand = loop.prepare(load_config("digits", [*TINY, f"init_from={whole[0]}"]))[0].params
+    jax.tree.map(np.testing.assert_array_equal, by_hand, theirs)
     with pytest.raises(UserError, match="does not fit config.model: blocks/"):
         train.main([f"--workdir={tmp_path / 'deep'}", *flags, "--config.model.depth=3"])
 
