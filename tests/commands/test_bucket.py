@@ -26,6 +26,7 @@ from pixelflow_jax.training import loop, writes
 from pixelflow_jax.training.checkpoints import CheckpointFailed, load_params
 from pixelflow_jax.training.start import initial_params
 
+import parity
 from bucket import Bucket
 from conftest import TINY, start_hosts
 
@@ -272,6 +273,32 @@ def test_sample_and_evaluate(run):
         files.remove(f"{place}/one/{name}")
     evaluate.main([f"--samples={place}/one", f"--reference={place}/one", "--features=pca",
                    f"--out={place}/folder.json"])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sweep_statistics_and_weights(run, tmp_path):
+    """Catches a sweep, statistics or Inception's weights that may not be in a bucket."""
+    place, weights = f"{run.url}/judged", tmp_path / "weights.npz"
+    with np.load(parity.DEFAULT_CASES / "inception_v3.npz") as case:
+        np.savez(weights, **parity.inception_state(case))
+    run.put("judged/weights.npz", weights.read_bytes())
+    flags = ["--num_images=4", "--num_steps=1"]
+    sample.main([f"--checkpoint={run.url}/run", f"--out={place}/one", *flags])
+    judge = [f"--reference={place}/one", f"--inception={place}/weights.npz"]
+    evaluate.main([*judge, f"--save_stats={place}/stats.npz"])
+    evaluate.main([f"--reference={place}/stats.npz", judge[1], f"--samples={place}/one",
+                   f"--out={place}/fid.json"])  # fmt: skip
+    assert abs(json.loads(run.get("judged/fid.json"))["fid"]) < 1e-3
+    sweep = [
+        "--sweep",
+        f"--checkpoint={run.url}/run",
+        judge[0],
+        "--features=pca",
+        f"--out={place}/sweep",
+    ]
+    for solvers in ("euler", "euler,heun"):
+        evaluate.main([*sweep, *flags, f"--solver={solvers}", f"--out={place}/sweep"])
+        assert len(json.loads(run.get("judged/sweep/sweep.json"))) == len(solvers.split(","))
 
 
 def write_tar(path: pathlib.Path, folder: pathlib.Path) -> bytes:
