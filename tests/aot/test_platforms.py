@@ -179,5 +179,6 @@ def test_text_models_with_shared_images_lower_for_gpus():
         for task in ("train", "sample"):
             assert "PADDING" in here.lowered("t2i_256", task, "mesh.context=4", *square)
     """
-    env = os.environ | with_devices(8) | {"PYTHONPATH": "tests"}
+    here = pathlib.Path(__file__).parent
+    env = os.environ | with_devices(8) | {"PYTHONPATH": f"{here}:{here.parent}:{here.parent.parent}"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
