@@ -17,7 +17,7 @@ import pytest
 import pixelflow_jax as pf
 from pixelflow_jax import demo, sample
 from pixelflow_jax.common import UserError
-from pixelflow_jax.sampling.generate import read_image
+from pixelflow_jax.sampling.generate import png_settings, read_image
 
 BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -198,7 +198,7 @@ def test_in_a_browser(browser, trained, tmp_path):
         png = visit(browser, url, tmp_path / "downloads")
     sample.main([f"--checkpoint={trained}", f"--from_png={png}", f"--out={tmp_path / 'again'}"])
     np.testing.assert_array_equal(read_image(tmp_path / "again" / "000000.png"), read_image(png))
-    settings = sample.request.png_settings(png)
+    settings = png_settings(png)
     assert (settings["solver"], settings["seed"]) == ("heun", 11)
 
 
