@@ -20,7 +20,12 @@ from pixelflow_jax.training.start import claimed_workdir
 
 from conftest import TINY
 
-HOLD = "import sys, time; from pixelflow_jax.common import locks\nwith locks.held(sys.argv[1], '--x'): print(1, flush=True); time.sleep(600)"  # noqa: E501
+HOLD = """import sys, time
+from pixelflow_jax.common import locks
+with locks.held(sys.argv[1], '--x'):
+    print(1, flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture
