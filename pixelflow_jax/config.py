@@ -18,12 +18,12 @@ from pixelflow_jax.models.t5 import SPECIAL, T5Config
 from pixelflow_jax.models.transformer import PixelFlow
 
 # Keys that determine the results of a run: a resumed run must agree on these.
-IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "seed", "batch_size")
+IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "distill", "seed", "batch_size")
 # Exceptions: keys that change only the speed of a run, or the location of its data (training/start.py).
 FREE = {
     *("model.remat", "model.scan_unroll", "model.attention", "data.path"),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.max_broken_share"),
-    "text.cache",
+    *("text.cache", "distill.teacher"),
 }
 
 
@@ -107,6 +107,11 @@ def _training_and_sampling() -> dict[str, Any]:
             decays=(0.9999,),  # one average per decay
             half_lives=(),  # in images; one average per half-life
             warmup=False,  # a smaller decay in the first steps
+        ),
+        distill=dict(  # train a student for few steps; see docs/few.md
+            teacher="",  # checkpoint (ours or official) to begin from and to learn from
+            guidance_scale=2.4,  # of the teacher; the student needs none
+            guidance_schedule="stagewise",
         ),
         # -1 = the remaining devices; context devices share the tokens of their images
         mesh=dict(data=-1, fsdp=1, context=1),
@@ -258,13 +263,15 @@ def _check_context(config: ConfigDict, cascade: Cascade) -> None:
 
 def check_batch_size(config: ConfigDict, num_devices: int = 1) -> None:
     """Raise UserError unless every device gets equally many images of every stage in every part."""
-    unit = config.cascade.num_stages * num_devices * config.accumulation_steps
+    kinds = 2 if config.distill.teacher else 1  # of targets, see training/distillation.py
+    unit = config.cascade.num_stages * num_devices * config.accumulation_steps * kinds
     if config.batch_size % unit:
         below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
         raise UserError(
             f"config.batch_size {config.batch_size} must be a multiple of {unit} = "
             f"{config.cascade.num_stages} stages x {num_devices} devices x "
-            f"{config.accumulation_steps} accumulation steps: each gets an equal share; the next is "
+            f"{config.accumulation_steps} accumulation steps"
+            f"{' x 2 kinds of targets' if kinds > 1 else ''}: each gets an equal share; the next is "
             f"{above}" + (f", the one before {below}" if below else "")
         )
 
@@ -277,7 +284,8 @@ def build_cascade(config: ConfigDict) -> Cascade:
 def build_model(config: ConfigDict, dtype: str | None = None) -> PixelFlow:
     """Return the network of a config, computing in `dtype` (default: the config's)."""
     text = joint_encoder(config) if config.text.encoder == "joint" else None
-    return PixelFlow(**config.model.to_dict(), dtype=DTYPES[dtype or config.dtype], text=text)
+    dtype, intervals = DTYPES[dtype or config.dtype], bool(config.distill.teacher)
+    return PixelFlow(**config.model.to_dict(), intervals=intervals, dtype=dtype, text=text)
 
 
 def joint_encoder(config: ConfigDict) -> T5Config:

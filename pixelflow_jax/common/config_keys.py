@@ -44,7 +44,7 @@ INTERVALS = {
     "[1, 1000]": "cascade.num_stages",
     "[-1/3, 0)": "cascade.gamma",
     "[-1, inf)": "mesh.data mesh.fsdp",
-    "(-inf, inf)": "sample.guidance_scale",
+    "(-inf, inf)": "sample.guidance_scale distill.guidance_scale",
 }
 BOUNDS = {key: interval for interval, keys in INTERVALS.items() for key in keys.split()}
 CHOICES = {
@@ -62,8 +62,9 @@ CHOICES = {
     "sample.step_control": ("auto", "fixed", "per_image", "per_batch"),
     "sample.grid": ("uniform", "reference"),
     "sample.guidance_schedule": ("stagewise", "constant", "reference"),
+    "distill.guidance_schedule": ("stagewise", "constant", "reference"),
 }
-PATHS = ("init_from", "data.path", "text.cache", "text.encoder")
+PATHS = ("init_from", "distill.teacher", "data.path", "text.cache", "text.encoder")
 ENTRIES = {"ema.half_lives": 1.0, "text.words": ""}  # types of entries where the default tuple is empty
 
 

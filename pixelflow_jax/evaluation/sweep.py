@@ -18,9 +18,10 @@ from pixelflow_jax.common.config_keys import check
 from pixelflow_jax.evaluation.judge import Reference
 from pixelflow_jax.evaluation.sets import open_images
 from pixelflow_jax.requests import run as requests_run
-from pixelflow_jax.requests.job import NotFinite, params_hash
+from pixelflow_jax.requests.job import NotFinite
 from pixelflow_jax.requests.request import Request
 from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.fingerprints import params_hash
 
 AXES = ("guidance_scale", "ema", "solver", "num_steps", "num_images")
 BATCH = 50  # images at a time

@@ -28,7 +28,8 @@ def init_params(model: PixelFlow, seed: int) -> dict:
     context = jnp.zeros((1, count, 1, model.context_dim)) if model.context_dim else None
     mask = jnp.ones((1, count, 1), bool) if model.context_dim else None
     key = numerics.key(seed)
-    params = model.init(key, tokens, jnp.zeros((1, count)), layout, labels, context, mask)["params"]
+    none = jnp.zeros((1, count))
+    params = model.init(key, tokens, none, layout, labels, context, mask, none)["params"]
     if model.text is not None:
         ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
         encoder = T5Encoder(model.text)

@@ -87,12 +87,14 @@ class ScalarEmbedding(nn.Module):
     dim: int
     dtype: Dtype
     param_dtype: Dtype
+    last_init: Callable[..., Any] = small
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "... d"]:
         kwargs = dict(kernel_init=small, dtype=self.dtype, param_dtype=self.param_dtype)
         x = sincos(x, wide(self.dtype)).astype(self.dtype)
         x = nn.Dense(self.dim, name="linear_1", **kwargs)(x)
+        kwargs["kernel_init"] = self.last_init
         return nn.Dense(self.dim, name="linear_2", **kwargs)(nn.silu(x))
 
 
@@ -219,6 +221,8 @@ class PixelFlow(nn.Module):
       num_classes: classes of a class-conditional model (label num_classes is the null class), or 0.
       context_dim: width of the text states that a text model attends to, or 0.
       cross_gate: add a learned gate, initially 0, to the cross-attention; the released model has none.
+      intervals: predict the average velocity over an interval of time, given its length (a student, see
+        training/distillation.py). At first, the length has no effect.
       dtype, param_dtype: of computation and of parameters. With float32, products have the highest
         precision on every chip.
       text: sizes of a text encoder whose parameters are part of the model (conditioning.py), or None.
@@ -238,6 +242,7 @@ class PixelFlow(nn.Module):
     num_classes: int = 0
     context_dim: int = 0
     cross_gate: bool = False
+    intervals: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
@@ -257,6 +262,7 @@ class PixelFlow(nn.Module):
         labels: Int[Array, "rows s"] | None = None,
         context: Float[Array, "rows s t c"] | None = None,
         context_mask: Bool[Array, "rows s t"] | None = None,
+        interval: Float[Array, "rows s"] | None = None,
     ) -> list[Float[Array, "rows count length d"]]:
         """Return the velocity of every token, in the form of `tokens` and in at least float32.
 
@@ -269,6 +275,8 @@ class PixelFlow(nn.Module):
           layout: where each sequence stands in a row.
           labels: class of every sequence, 0..num_classes; class models only.
           context, context_mask: text states, and True where they are not padding; text models only.
+          interval: length of the interval of every sequence, in thousandths of its stage; models with
+            `intervals` only.
         """
         dim = self.num_heads * self.head_dim
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -283,7 +291,7 @@ class PixelFlow(nn.Module):
         runs = [*layout.by_patch_size(tokens)]
         embed = {p: dense("patch_embed", p, dim, xavier) for p in self.patch_sizes}
         x = jnp.concatenate([embed[p](run.pack(parts)) for p, run, parts in runs], axis=1)
-        conditioning = self._conditioning(timesteps, layout, labels)
+        conditioning = self._conditioning(timesteps, layout, labels, interval)
         rope = map(layout.local_row, rope_table(layout.positions(), self.head_dim))
         rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
 
@@ -333,11 +341,13 @@ class PixelFlow(nn.Module):
         """The smallest patch size."""
         return self.patch_sizes[0]
 
-    def _conditioning(self, timesteps, layout, labels) -> Float[Array, "rows s d"]:
-        """Return the sum of the embeddings of time, grid size (the mean over its sides) and class."""
+    def _conditioning(self, timesteps, layout, labels, interval) -> Float[Array, "rows s d"]:
+        """Return the sum of the embeddings of time, interval, grid size (mean of its sides) and class."""
         dim = self.num_heads * self.head_dim
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         embedded = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)
+        if self.intervals:
+            embedded += ScalarEmbedding(dim, **dtypes, last_init=zeros, name="interval_embed")(interval)
 
         grids = [
             (group.height * group.patch_size, group.width * group.patch_size) for group in layout.groups

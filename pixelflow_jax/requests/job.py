@@ -23,6 +23,7 @@ from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.fingerprints import params_hash
 
 PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "numpy")
 
@@ -144,15 +145,6 @@ def check_memory(flag: str, count: int, sampler: Sampler, size: int) -> None:
             f"{flag}={count}: that many images of {sampler.height}x{sampler.width} at once need "
             f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
         )
-
-
-def params_hash(params: dict) -> str:
-    """Return the SHA-256 of parameters: names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
-        digest.update(np.ascontiguousarray(x).data)
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

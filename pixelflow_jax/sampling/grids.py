@@ -45,6 +45,11 @@ class StageGrid:
         inside = np.sort(taus[(taus > low) & (taus < high)])
         return np.array([first, *(inside if first < last else inside[::-1]), last])
 
+    @property
+    def step(self) -> float:
+        """The length of the first step."""
+        return self.taus[1] - self.taus[0]
+
     def backwards(self) -> "StageGrid":
         """Return the same steps in reverse order."""
         return dataclasses.replace(self, taus=self.taus[::-1])

@@ -28,6 +28,7 @@ from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_control, solve_fixed
 
+STUDENT_STEPS = (1, 2, 4, 8)  # per stage, of a distilled model (training/distillation.py)
 MAX_TOKENS = 1 << 17  # per call of the network: enough to fill a chip, few enough to fit
 
 
@@ -90,7 +91,25 @@ class Sampler:
             if tokens % self.shards:
                 raise UserError(f"{self.shards} devices cannot share {tokens} tokens (stage {stage})")
         self.grid.steps(self.cascade.num_stages)
-        self.guidance.weights(self.cascade.num_stages)
+        weights = self.guidance.weights(self.cascade.num_stages)
+        if self.model.intervals:
+            self._check_student(weights)
+
+    def _check_student(self, weights) -> None:
+        """Raise UserError for what no step of distillation has seen."""
+        asked = {
+            "solver": (self.solver, "euler"),
+            "grid": (self.grid.kind, "uniform"),
+            "shift": (self.grid.shift, 1.0),
+        }
+        wrong = [f"{name} {one}, not {was}" for name, (was, one) in asked.items() if was != one]
+        if {*self.grid.steps(self.cascade.num_stages)} - {*STUDENT_STEPS}:
+            steps = ",".join(map(str, self.grid.num_steps))
+            wrong.append(f"num_steps {', '.join(map(str, STUDENT_STEPS))} per stage, not {steps}")
+        if {*weights} != {1.0}:
+            wrong.append(f"guidance_scale 0 (its own is built in), not {self.guidance.scale}")
+        if wrong:
+            raise UserError(f"a distilled model takes {'; '.join(wrong)}")
 
     @property
     def control(self) -> str:
@@ -257,6 +276,8 @@ class Sampler:
             p = layout.groups[0].patch_size
             tokens = jnp.stack([images.patchify(x, p)] * len(pair), axis=1)
             timesteps = jnp.full((batch, len(pair)), grid.timestep(tau), x.dtype)
+            if self.model.intervals:
+                inputs = {**inputs, "interval": jnp.full_like(timesteps, 1000 * grid.step)}
             (out,) = self.model.apply(
                 {"params": params}, [layout.local(tokens)], timesteps, layout, **inputs
             )

@@ -1,9 +1,11 @@
 """Checksums of arrays, which catch what a file format lets pass, such as a flipped bit."""
 
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.jit  # one program for the whole tree: several concurrent ones with collectives could deadlock
@@ -41,3 +43,12 @@ def check_fingerprints(name: str, tree: Any, meta: dict[str, Any]) -> None:
         was = known.get(path)
         if was is None or (was[0] == dtype and was[1] != value):
             raise ValueError(f"{name}{path} is not what was saved (its checksum differs)")
+
+
+def params_hash(params: dict) -> str:
+    """Return the SHA-256 of parameters: names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
+        digest.update(np.ascontiguousarray(x).data)
+    return digest.hexdigest()

@@ -33,6 +33,7 @@ from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.programs import workload
 from pixelflow_jax.training.start import claimed_workdir, data_of, holds_run, start_or_resume
 from pixelflow_jax.training.step import TrainState, make_train_step
+from pixelflow_jax.training.teacher import freeze, read_teacher
 from pixelflow_jax.training.writes import Saver, retried
 
 
@@ -71,17 +72,18 @@ def train(
         holds_run(workdir, config)  # before an index is written there
         scan = Scan(workdir, lambda what: watch(f"{STARTING}: {what}"))
         source = load_source(config, scan=scan)
-        data = data_of(source)
+        teacher = read_teacher(config)
+        data = data_of(source, teacher)
         watch(f"{STARTING}: taking {workdir}")
         with claimed_workdir(workdir, config, data) as claim:
             state, first = _train(
-                config, source, data["classes"], mesh, workdir, watch, preemption, claim
+                config, source, data["classes"], teacher, mesh, workdir, watch, preemption, claim
             )
     seconds = time.perf_counter() - started
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
 
 
-def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> tuple[TrainState, int]:
+def _train(config, source, classes, teacher, mesh, workdir, watch, preemption, claim) -> tuple[TrainState, int]:
     """Train in a claimed workdir; return the final state and the step that training began from."""
     resuming, check_claim = claim
 
@@ -92,7 +94,7 @@ def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> 
     manager = checkpoints.open_manager(workdir, config.keep_checkpoints, config.keep_every)
     with _closing(manager):
         starting(f"reading checkpoints of {workdir}, or the initial parameters")
-        state, meta = start_or_resume(config, model, optimizer, mesh, manager)
+        state, meta = start_or_resume(config, model, optimizer, mesh, manager, teacher)
         first = int(state.step)
         if first > config.num_train_steps:
             raise UserError(
@@ -105,6 +107,7 @@ def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> 
         if config.model.context_dim and not config.text.cache and not jax.process_index():
             look_at_captions(source, config)
         encoder = frozen_encoder(config, mesh)
+        frozen = freeze(config, teacher, mesh, encoder)
         draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
         costs = workload(config, mesh)
@@ -127,7 +130,7 @@ def _train(config, source, classes, mesh, workdir, watch, preemption, claim) -> 
                 (starting if step == first + 1 else watch)(f"step {step}")  # the first compiles
                 with metrics.waiting():
                     batch = encoder(next(batches))
-                state, numbers = train_step(state, batch)
+                state, numbers = train_step(state, batch, frozen)
                 metrics.add(step, numbers)
                 again = saver.due()
                 if step % config.log_every == 0 or last:
@@ -175,10 +178,12 @@ def prepare(
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
     source, model, optimizer = load_source(config), build_model(config), build_optimizer(config)
-    state, _ = start_or_resume(config, model, optimizer, mesh)
+    teacher, encoder = read_teacher(config), frozen_encoder(config, mesh)
+    state, _ = start_or_resume(config, model, optimizer, mesh, teacher=teacher)
     batches = device_batches(config, source, mesh, 0)
+    frozen = freeze(config, teacher, mesh, encoder)
     step = make_train_step(config, model, optimizer, mesh)
-    return state, step, map(frozen_encoder(config, mesh), batches)
+    return state, functools.partial(step, frozen=frozen), map(encoder, batches)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from pixelflow_jax.foreign.official import read_official
 from pixelflow_jax.models.conditioning import from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints
+from pixelflow_jax.training.fingerprints import params_hash
 from pixelflow_jax.training.step import TrainState, abstract_state, init_state
 
 CONFIG, DATA = "config.json", "data.json"  # in a workdir
@@ -40,11 +41,13 @@ def start_or_resume(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     manager: ocp.CheckpointManager | None = None,
+    teacher: dict | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return (state, meta) of the newest checkpoint, or of a new run, whose meta are empty.
 
-    Each device initializes or reads its own part, so no host holds a whole state. Only the parameters
-    that `config.init_from` names are whole on each host.
+    A student begins as its `teacher`. Each device initializes or reads its own part, so no host holds a
+    whole state. Only the parameters that `config.init_from` names, and a teacher's, are whole on each
+    host.
     """
     template = abstract_state(config, model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, template)
@@ -55,44 +58,51 @@ def start_or_resume(
     def fresh():
         return init_params(model, config.seed)
 
-    if not config.init_from:
+    if not config.init_from and teacher is None:
         begin = jax.jit(lambda: init_state(fresh(), optimizer), out_shardings=shardings)
         return begin(), {}
-    params = initial_params(config)
+    if teacher is not None:
+        params = {**teacher, "interval_embed": jax.jit(fresh)()["interval_embed"]}
+    else:
+        params = initial_params("init_from", config.init_from)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(fresh)())
-    check_shapes(params, template.params, config.init_from)
-    params = jax.tree.map(
-        lambda x, where: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__),
-        params,
-        shardings.params,
-    )
+    check_shapes(params, template.params, "init_from", config.init_from)
     begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
-    return begin(params), {}
+    return begin(placed(params, shardings.params)), {}
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Return arrays that every host holds whole as global arrays; each device receives its own part."""
+
+    def one(x, where):
+        return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def check_init_from(config: ConfigDict, workdir: str) -> None:
-    """Raise UserError if `config.init_from` is missing and the run has yet to begin."""
-    if not config.init_from or has_begun(epath.Path(workdir)):
-        return
-    if not epath.Path(config.init_from).exists():
-        raise UserError(f"--config.init_from={config.init_from}: there is no such file or folder")
+    """Raise UserError if the parameters that a run begins from, or its teacher, are missing."""
+    begun = has_begun(epath.Path(workdir))
+    for key, path in (("init_from", config.init_from), ("distill.teacher", config.distill.teacher)):
+        if path and not (begun and key == "init_from") and not epath.Path(path).exists():
+            raise UserError(f"--config.{key}={path}: there is no such file or folder")
 
 
-def initial_params(config: ConfigDict) -> dict:
-    """Return the parameters that `config.init_from` names: our checkpoint, or official weights."""
-    path, ours = epath.Path(config.init_from), True
+def initial_params(key: str, path: str) -> dict:
+    """Return the parameters that a config key names: our checkpoint's, or official weights."""
+    ours = True
     try:
         checkpoints.find_step(path)
     except UserError:
         ours = False
     try:
-        return checkpoints.load_params(path)[0] if ours else read_official(path)[0]
+        return checkpoints.load_params(path)[0] if ours else read_official(epath.Path(path))[0]
     except UserError as error:
-        raise UserError(f"config.init_from={config.init_from} cannot be read: {error}") from None
+        raise UserError(f"config.{key}={path} cannot be read: {error}") from None
 
 
-def check_shapes(params: dict, expected: dict, path: str) -> None:
+def check_shapes(params: dict, expected: dict, key: str, path: str) -> None:
     """Raise UserError unless `params` have the names and shapes of the config's model."""
     ours, theirs = (
         {name: x.shape for name, x in flatten_dict(tree, sep="/").items()} for tree in (expected, params)
@@ -100,7 +110,7 @@ def check_shapes(params: dict, expected: dict, path: str) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"config.init_from={path} does not fit config.model: {name} is "
+                f"config.{key}={path} does not fit config.model: {name} is "
                 f"{theirs.get(name, 'missing')} there, {ours.get(name, 'unknown')} here"
             )
 
@@ -126,8 +136,8 @@ def _described(config: ConfigDict) -> Description:
     )
 
 
-def data_of(source: Source) -> dict[str, Any]:
-    """Return what identifies data wherever they are: number of examples, digest and classes.
+def data_of(source: Source, teacher: dict | None = None) -> dict[str, Any]:
+    """Return what identifies data wherever they are: number of examples, digest, classes, teacher.
 
     The digest covers names (and labels) or, for examples without names, sizes and checksums. It needs
     nothing that the source has not read already. Raises UserError if the processes see different data.
@@ -136,6 +146,7 @@ def data_of(source: Source) -> dict[str, Any]:
         "examples": len(source),
         "digest": source.digest(),
         "classes": {str(label): name for label, name in class_names(source).items()},
+        **({} if teacher is None else {"teacher": params_hash(teacher)}),
     }
     check = hashlib.sha256(json.dumps(found).encode()).digest()[:16]
     checks = np.atleast_2d(multihost_utils.process_allgather(np.frombuffer(check, np.uint32)))
@@ -159,6 +170,8 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
     with blame(f"{path} does not say what a run's data are", (KeyError, TypeError, AttributeError)):
         if was["examples"] != data["examples"]:
             said.append(f"{data['examples']} examples, it had {was['examples']}")
+        if was.get("teacher") != data.get("teacher"):
+            said.append("config.distill.teacher holds other weights")
         for label in sorted(was["classes"].keys() | data["classes"].keys(), key=int):
             old, new = was["classes"].get(label), data["classes"].get(label)
             if old != new:

@@ -20,7 +20,9 @@ from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import abstract_params, encode_text
 from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.training import objective
+from pixelflow_jax.training.distillation import Distillation, interval_lengths
 
 
 @flax.struct.dataclass
@@ -87,8 +89,17 @@ def apply_gradients(
     return TrainState(state.step + 1, params, opt_state), norms
 
 
+def build_distillation(config: ConfigDict, student: PixelFlow) -> Distillation:
+    """Return how the targets of a student are made."""
+    guidance = Guidance(config.distill.guidance_scale, config.distill.guidance_schedule)
+    teacher = student.clone(intervals=False)
+    return Distillation(build_cascade(config), student, teacher, guidance)
+
+
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
     """Return a function of (params, batch, step key) that returns (mean loss per stage [S], gradients).
+
+    With a teacher, the third argument holds what `Frozen` does and the student's average.
 
     It runs under shard_map. A device packs its share of the images into one row per accumulation step;
     devices along the axis `context` hold the same images, and each a part of their tokens. Image i of
@@ -103,10 +114,17 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 
-    def row_loss(params, batch, keys):
+    distillation = build_distillation(config, model) if config.distill.teacher else None
+    given_specs = {}
+    if distillation:
+        teacher_specs = sharding.specs(abstract_params(distillation.teacher), mesh)
+        given_specs = {"average": specs, "teacher": teacher_specs, "null": P()}
+
+    def row_loss(params, batch, keys, index, given):
         """Return (loss summed over a device's images, sum per stage), as shares of the batch mean."""
         params = sharding.gather_rest(params, specs, model.dtype)
         batch = {name: x[None] for name, x in batch.items()}  # a row
+        lengths = interval_lengths(num_stages, index)[None] if distillation else None
         packed, layout = objective.corrupt(
             cascade,
             model.patch_size,
@@ -115,24 +133,32 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
             keys[None],
             model.num_classes,
             config.data.label_dropout,
+            lengths,
         )
         if shards > 1:
             layout = dataclasses.replace(layout, shards=shards)
             local = {name: [*map(layout.local, getattr(packed, name))] for name in ("tokens", "target")}
             packed = packed._replace(**local)
+        if distillation:
+            by_stage = jnp.concatenate([lengths[:, s::num_stages] for s in range(num_stages)], axis=1)
+            whole = {
+                name: sharding.gather_rest(given[name], given_specs[name], model.dtype)
+                for name in ("average", "teacher")
+            }
+            packed = distillation.retarget(packed, layout, by_stage, **whole, null=given["null"])
         per_image = packed_loss(model, params, packed, layout)
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total
 
-    def local(params, batch, index, step_key):
+    def local(params, batch, index, step_key, given):
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
 
         def grad_fn(*args):
             with numerics.precision(model.dtype):  # for kernels with a custom backward pass
-                return jax.value_and_grad(row_loss, has_aux=True)(*args)
+                return jax.value_and_grad(row_loss, has_aux=True)(*args, given)
 
         if parts == 1:
-            (_, stages), grads = grad_fn(params, batch, keys)
+            (_, stages), grads = grad_fn(params, batch, keys, index)
         else:
 
             def add(total, part):
@@ -140,20 +166,20 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
                 return jax.tree.map(jnp.add, total, (stages, grads)), None
 
             zeros = jnp.zeros(num_stages), jax.tree.map(jnp.zeros_like, params)
-            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys))
+            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys, index))
             (stages, grads), _ = jax.lax.scan(add, zeros, split)
         return jax.lax.psum(stages, mesh.axis_names), sharding.reduce_gradients(grads, specs)
 
     mapped = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(specs, sharding.BATCH, sharding.BATCH, P()),
+        in_specs=(specs, sharding.BATCH, sharding.BATCH, P(), given_specs),
         out_specs=(P(), specs),
         check_vma=False,  # reduce_gradients contains the sums over the mesh
     )
 
-    def loss_and_grads(params: dict, batch: dict[str, Array], step_key: Key[Array, ""]):
-        return mapped(params, batch, jnp.arange(total), step_key)
+    def loss_and_grads(params: dict, batch: dict[str, Array], step_key: Key[Array, ""], given=None):
+        return mapped(params, batch, jnp.arange(total), step_key, given or {})
 
     return loss_and_grads
 
@@ -170,10 +196,11 @@ def make_train_step(
     root = jax.random.fold_in(numerics.key(config.seed), 1)  # the init uses the unfolded key
     everywhere = NamedSharding(mesh, P())
 
-    def train_step(state, batch):
+    def train_step(state, batch, frozen=None):
         step_key = jax.random.fold_in(root, state.step)
         broken, batch = batch["broken"], {name: x for name, x in batch.items() if name != "broken"}
-        stages, grads = loss_and_grads(state.params, batch, step_key)
+        given = frozen and {**frozen, "average": state.opt_state["ema"].averages[0]}
+        stages, grads = loss_and_grads(state.params, batch, step_key, given)
         state, norms = apply_gradients(optimizer, state, grads)
         metrics = {"loss": stages.mean(), "loss_per_stage": stages, **norms}
         return state, {**metrics, "broken": broken}

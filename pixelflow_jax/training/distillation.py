@@ -1,0 +1,156 @@
+"""Distillation: a student that predicts average velocities, for one or a few evaluations per stage.
+
+The student u(x, tau, rho) predicts the average velocity over [tau, rho] within a stage's window:
+x_rho = x_tau + (rho - tau) u. At rho = tau it is the velocity, so that the teacher is an exact start.
+Intervals have dyadic lengths h. An interval's average is the mean of those of its halves, the second
+one beginning where the first one ends: these come from the student's own average (EMA), except on the
+lowest rung, where a midpoint step of the frozen, guided teacher spans the whole interval.
+
+Source: interval splitting as in SplitMeanFlow (arXiv 2507.16884) and shortcut models (2410.12557), here
+with a teacher as the bottom rung and within each stage of a cascade.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.models.conditioning import Condition, encode_text
+from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.sampling.guidance import Guidance
+from pixelflow_jax.training.objective import FlowBatch, Tokens
+
+# Lengths of intervals, in thousandths of a stage. A stage's images take a length from TAUGHT and one
+# from SPLIT in turn; each list is used cyclically.
+TAUGHT = (125, 0)  # by the teacher
+SPLIT = (1000, 500, 1000, 250)  # by the student's average
+KINDS = 2
+
+
+def interval_lengths(num_stages: int, index: Int[Array, "*b"]) -> Int[Array, "*b"]:
+    """Return the length of the interval of the images with these places in the global batch."""
+    place = index // num_stages
+    turn = place // KINDS
+    taught, split = (jnp.asarray(x)[turn % len(x)] for x in (TAUGHT, SPLIT))
+    return jnp.where(place % KINDS, split, taught)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What the targets are made with.
+
+    Attributes:
+      cascade: the stages.
+      student, teacher: the networks.
+      guidance: of the teacher, folded into the targets.
+    """
+
+    cascade: Cascade
+    student: PixelFlow
+    teacher: PixelFlow
+    guidance: Guidance
+
+    def retarget(
+        self,
+        batch: FlowBatch,
+        layout: PackLayout,
+        lengths: Int[Array, "rows s"],
+        average: dict,
+        teacher: dict,
+        null: Condition,
+    ) -> FlowBatch:
+        """Return a batch with average velocities as targets, and the intervals as a condition.
+
+        Args:
+          batch, layout: from `objective.corrupt`, with these lengths.
+          lengths: of the interval of each sequence, in thousandths; in the order of the layout.
+          average, teacher: parameters of the student's average and of the teacher.
+          null: the condition of the unconditional half, leaves [1, ...].
+        """
+        parts = [self._part(batch, layout, lengths, kind) for kind in range(KINDS)]
+        targets = self._taught(*parts[0], teacher, null), self._split(*parts[1], average)
+        target = [
+            jnp.stack(pair, axis=2).reshape(x.shape)
+            for x, *pair in zip(batch.tokens, *targets, strict=True)
+        ]
+        condition = {**batch.condition, "interval": lengths.astype(batch.timesteps.dtype)}
+        return jax.lax.stop_gradient(batch._replace(target=target, condition=condition))
+
+    def _part(self, batch, layout, lengths, kind):
+        """Return (tokens, T, condition, lengths, layout) of the images of one kind."""
+
+        def mine(x):
+            parts = layout.split_sequences(x)
+            return jnp.concatenate([part[:, kind::KINDS] for part in parts], axis=1)
+
+        groups = [dataclasses.replace(g, count=g.count // KINDS) for g in layout.groups]
+        half = dataclasses.replace(layout, groups=tuple(groups))
+        tokens = [x[:, kind::KINDS] for x in batch.tokens]
+        rest = jax.tree.map(mine, (batch.timesteps, batch.condition, lengths))
+        return tokens, *rest, half
+
+    def _taught(self, x, timesteps, condition, lengths, layout, params, null) -> Tokens:
+        """Return the teacher's average velocity over each interval by a midpoint step."""
+        condition, null = (encode_text(self.teacher, params, c) for c in (condition, null))
+        velocity = self._guided(params, layout, condition, null)
+        middle, times = self._advance(layout, x, timesteps, velocity(x, timesteps), lengths / 2)
+        return velocity(middle, times)
+
+    def _split(self, x, timesteps, condition, lengths, layout, params) -> Tokens:
+        """Return the mean of the student's average velocities over the halves of each interval."""
+        condition = encode_text(self.student, params, condition)
+        condition = {**condition, "interval": (lengths / 2).astype(timesteps.dtype)}
+
+        def velocity(x, timesteps):
+            return self.student.apply({"params": params}, x, timesteps, layout, **condition)
+
+        first = velocity(x, timesteps)
+        second = velocity(*self._advance(layout, x, timesteps, first, lengths / 2))
+        return [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+
+    def _advance(self, layout, x, timesteps, velocity, lengths):
+        """Return (x, T) after the intervals of these lengths."""
+        steps = layout.split_sequences(lengths / 1000)
+        slopes = [self.cascade.timestep_line(s)[1] for s in range(self.cascade.num_stages)]
+        counts = [group.count for group in layout.groups]
+        later = timesteps + jnp.asarray(np.repeat(slopes, counts), timesteps.dtype) * lengths / 1000
+        pairs = zip(x, steps, velocity, strict=True)
+        return [y + step[..., None, None] * v for y, step, v in pairs], later
+
+    def _guided(self, params, layout, condition, null):
+        """Return the guided velocity of the teacher as a function of (tokens, T)."""
+        weights = self.guidance.weights(self.cascade.num_stages)
+        groups = [
+            dataclasses.replace(group, count=group.count * (1 if w == 1 else 2))
+            for group, w in zip(layout.groups, weights, strict=True)
+        ]
+        doubled = dataclasses.replace(layout, groups=tuple(groups))
+
+        def double(parts, others):
+            """Join the unconditional half, from `others`, and the conditional one."""
+            triples = zip(parts, others, weights, strict=True)
+            return [x if w == 1 else jnp.concatenate([y, x], axis=1) for x, y, w in triples]
+
+        def joined(x, other):
+            parts = layout.split_sequences(x)
+            return jnp.concatenate(double(parts, layout.split_sequences(other)), axis=1)
+
+        null = jax.tree.map(lambda x, y: jnp.broadcast_to(y[None], x.shape), condition, null)
+        condition = jax.tree.map(joined, condition, null)
+
+        def velocity(x, timesteps):
+            both = double(x, x), joined(timesteps, timesteps)
+            out = self.teacher.apply({"params": params}, *both, doubled, **condition)
+            return [v if w == 1 else _extrapolate(v, w) for v, w in zip(out, weights, strict=True)]
+
+        return velocity
+
+
+def _extrapolate(v: Float[Array, "rows twice length d"], weight: float):
+    without, with_condition = jnp.split(v, 2, axis=1)
+    return without + weight * (with_condition - without)
