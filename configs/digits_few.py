@@ -1,13 +1,19 @@
-from pixelflow_jax.configs.digits import get_config as teacher
+"""Digits with one network evaluation per stage: distilled from a trained `digits` (docs/few.md).
+
+python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
+python -m pixelflow_jax.train --config=configs/digits_few.py --workdir=runs/digits_few
+
+TODO
+"""
+
+from pixelflow_jax.config import distilled
+from pixelflow_jax.configs import digits
 
 
 def get_config():
-    config = teacher()
-    config.num_train_steps = 2000
-    config.distill.guidance_scale = config.sample.guidance_scale
-    config.distill.guidance_schedule = config.sample.guidance_schedule
-    config.data.label_dropout = 0.0
+    config = distilled(digits.get_config(), "runs/digits")
+    config.num_train_steps = 1500
+    config.checkpoint_every = config.sample_every = 500
     config.optimizer.learning_rate = 1e-3
-    config.sample.num_steps = (1,)
-    config.sample.guidance_scale = 0.0
+    config.sample.num_steps = (1,)  # 2, 4 or 8 work too
     return config

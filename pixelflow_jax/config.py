@@ -137,6 +137,19 @@ def _training_and_sampling() -> dict[str, Any]:
     )
 
 
+def distilled(config: ConfigDict, teacher: str) -> ConfigDict:
+    """Return the config of a student of `teacher`, from that of the teacher; see docs/few.md.
+
+    The guidance of the teacher's samples becomes part of the student, which therefore needs no
+    unconditional half and no dropped labels.
+    """
+    config.distill.teacher = teacher
+    config.distill.guidance_scale = config.sample.guidance_scale
+    config.distill.guidance_schedule = config.sample.guidance_schedule
+    config.sample.guidance_scale = config.data.label_dropout = 0.0
+    return config
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Run `get_config()` of a config file, and apply overrides such as `model.depth=12`.
 
@@ -204,6 +217,9 @@ def differences(config: ConfigDict, values: dict[str, Any]) -> list[str]:
     `config_from_dict`.
     """
     new, old = (flatten_dict(x.to_dict(), sep=".") for x in (config, config_from_dict(values)))
+    if bool(new["distill.teacher"]) != bool(old["distill.teacher"]):
+        was = "distilled" if old["distill.teacher"] else "without a teacher"
+        return [f"distill.teacher: {new['distill.teacher']!r}, the run there is {was}"]
     _, effects = drop_removed(flatten_dict(values, sep="."))
     found = [f"{effect}, which was removed" for effect in effects]
     for key in sorted((new.keys() | old.keys()) - FREE):
@@ -244,8 +260,20 @@ def check_config(config: ConfigDict) -> ConfigDict:
             f"2^(stages - 1)), got {data.bucket_unit}"
         )
     _check_context(config, cascade)
+    _check_distillation(config)
     check_batch_size(config)
     return config
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    if not config.distill.teacher:
+        return
+    if config.init_from:
+        raise UserError("config.init_from does nothing with config.distill.teacher: leave it out")
+    if not (config.ema.decays or config.ema.half_lives):
+        raise UserError(
+            "config.distill.teacher needs an average of the student: config.ema.decays=0.999,"
+        )
 
 
 def _check_context(config: ConfigDict, cascade: Cascade) -> None:

@@ -32,6 +32,7 @@ from pixelflow_jax.config import build_cascade
 from pixelflow_jax.pipeline import Pipeline, Samples
 from pixelflow_jax.sampling.generate import save_png
 from pixelflow_jax.sampling.guidance import SCHEDULES
+from pixelflow_jax.sampling.sampler import STUDENT_STEPS
 from pixelflow_jax.sampling.solvers import ORDERS, SOLVERS
 from pixelflow_jax.text.encoder import trusted_encoder
 
@@ -246,19 +247,24 @@ class Demo:
             negative = gr.Dropdown(labels, value="none", label="Class to steer away from")
         info = ", ".join(name for name in SOLVERS if ORDERS[name] > 2) + " choose their own steps"
         solvers, sizes = list(SOLVERS), self.sizes()
-        solver = gr.Dropdown(solvers, value=sample.solver, label="Solver", elem_id="solver", info=info)
+        distilled = bool(self.pipeline.config.distill.teacher)  # has its own solver and guidance
+        free = dict(visible=not distilled)
+        named = dict(label="Solver", elem_id="solver", info=info)
+        solver = gr.Dropdown(solvers, value=sample.solver, **named, **free)
         most, steps = limits.max_steps, np.resize(sample.num_steps, self.num_stages).tolist()
         with gr.Row():
             sliders = [
-                gr.Slider(1, most, min(n, most), step=1, label=f"Steps, stage {i}")
+                gr.Dropdown([*STUDENT_STEPS], value=n, label=f"Steps, stage {i}")
+                if distilled
+                else gr.Slider(1, most, min(n, most), step=1, label=f"Steps, stage {i}")
                 for i, n in enumerate(steps, 1)
             ]
         with gr.Row():
             scale = dict(value=sample.guidance_scale, step=0.1, label="Guidance", elem_id="guidance")
-            guidance = gr.Slider(0, MAX_GUIDANCE, **scale)
+            guidance = gr.Slider(0, MAX_GUIDANCE, **scale, **free)
             schedules = [x for x in SCHEDULES if x != "reference" or self.num_stages <= 4]
             label = "Its schedule over the stages"
-            schedule = gr.Dropdown(schedules, value=sample.guidance_schedule, label=label)
+            schedule = gr.Dropdown(schedules, value=sample.guidance_schedule, label=label, **free)
         with gr.Row():
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", elem_id="seed")
             size = gr.Dropdown(sizes, value=sizes[0], label="Width x height", elem_id="size")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.config import build_model, check_config, default_config
 from pixelflow_jax.foreign.weights import INDEX, KINDS, State, read_state
-from pixelflow_jax.models.conditioning import TEXT, abstract_params
+from pixelflow_jax.models.conditioning import INTERVAL, TEXT, abstract_params
 from pixelflow_jax.models.public import Names, public_params, public_view
 
 Params = dict[str, Any]
@@ -93,10 +93,12 @@ def from_official(state: State, config: ConfigDict) -> Params:
 def to_official(params: Params, config: ConfigDict) -> State:
     """Return the official state dict (float32) from ours; folds in a gate on cross-attention.
 
-    Raises UserError if the model has a text encoder, for which official weights have no place.
+    Raises UserError if the model has a text encoder or is distilled, for which official weights have no
+    place.
     """
-    if TEXT in params:
-        raise UserError("this model contains a text encoder, which official weights cannot hold")
+    for part, known in {"contains a text encoder": TEXT, "is distilled": INTERVAL}.items():
+        if known in params:
+            raise UserError(f"this model {part}, which official weights cannot hold")
     model = config.model
     ours = {path: np.asarray(x) for path, x in flatten_dict(params).items()}
     if model.context_dim and model.cross_gate:

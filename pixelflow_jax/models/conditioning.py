@@ -15,6 +15,7 @@ from pixelflow_jax.models.transformer import PixelFlow
 # Keys are arguments of PixelFlow.__call__, or "text_ids" and "text_mask" for an encoder in the model.
 # The leading axes are those of the images.
 Condition = dict[str, Array]
+INTERVAL = "interval_embed"  # the key, in the parameters, of what a student has and its teacher lacks
 TEXT = "text_encoder"  # the key, in the parameters, of an encoder that is trained with the model
 
 

@@ -27,7 +27,8 @@ def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0)
         cross = sum(2 * g.count * g.length * context_length * dim for g in layout.groups)
         layer += 2 * (tokens * 2 * dim * dim + text * 2 * model.context_dim * dim + cross)
     sides = sum(1 if group.height == group.width else 2 for group in layout.groups)
-    embeddings = (sequences + sides) * (SINCOS_DIM + dim) * dim  # of time and of size
+    numbers = sequences * (1 + model.intervals) + sides  # times, lengths of intervals, sizes
+    embeddings = numbers * (SINCOS_DIM + dim) * dim
     ends = sum(2 * g.count * g.length * 3 * g.patch_size**2 for g in layout.groups)
     ends = (ends + sequences * 2 * dim) * dim
     return model.depth * layer + 2 * (embeddings + ends)

@@ -342,7 +342,7 @@ class PixelFlow(nn.Module):
         return self.patch_sizes[0]
 
     def _conditioning(self, timesteps, layout, labels, interval) -> Float[Array, "rows s d"]:
-        """Return the sum of the embeddings of time, interval, grid size (mean of its sides) and class."""
+        """Return the sum of the embeddings of time, interval, grid size (mean over sides) and class."""
         dim = self.num_heads * self.head_dim
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         embedded = ScalarEmbedding(dim, **dtypes, name="time_embed")(timesteps)

@@ -8,7 +8,6 @@ import os
 import sys
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
@@ -79,6 +78,7 @@ def prepare(request: Request, loaded: Loaded | None = None) -> Job:
     loaded = loaded or load(request.checkpoint, request.ema)
     config, meta = loaded.config.copy_and_resolve_references(), loaded.meta
     sampler = sampler_of(request, config)
+    _check_negative(request, sampler)
     start, described = _start(request, sampler)
     conditions = read_conditions(request, config, start, meta)
     if once:
@@ -121,6 +121,15 @@ def sampler_of(request: Request, config: ConfigDict) -> Sampler:
         if (value := getattr(request, name)) is not None:
             config.sample[name] = value
     return build_sampler(config, request.height, request.width, request.dtype)
+
+
+def _check_negative(request: Request, sampler: Sampler) -> None:
+    """Raise UserError if what to steer away from can have no effect."""
+    if {*sampler.guidance.weights(sampler.cascade.num_stages)} == {1.0}:
+        for name in ("negative_labels", "negative_prompt"):
+            if getattr(request, name):
+                own = "a distilled model" if sampler.model.intervals else "a guidance_scale of 0 or 1"
+                raise UserError(f"--{name} does nothing with {own}; leave it out")
 
 
 class NotFinite(UserError):

@@ -125,6 +125,8 @@ def invert(request: Request) -> str:
     found, _ = starts.read_pictures(request.invert, "invert")
     params, config, meta = load_params(request.checkpoint, request.ema)
     sampler = jobs.sampler_of(request, config)
+    if sampler.model.intervals:
+        raise UserError("--invert needs a velocity, and a distilled model has only averages of it")
     if config.model.num_classes and not request.labels:
         raise UserError("--invert needs the class of each image: --labels=3, or --labels=3,7 cyclically")
     conditions = read_conditions(request, config, None, meta, len(found))

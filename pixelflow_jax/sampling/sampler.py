@@ -97,19 +97,18 @@ class Sampler:
 
     def _check_student(self, weights) -> None:
         """Raise UserError for what no step of distillation has seen."""
-        asked = {
-            "solver": (self.solver, "euler"),
-            "grid": (self.grid.kind, "uniform"),
-            "shift": (self.grid.shift, 1.0),
+        grid, steps = self.grid, self.grid.steps(self.cascade.num_stages)
+        few, asked = ", ".join(map(str, STUDENT_STEPS)), ",".join(map(str, steps))
+        wrong = {
+            f"num_steps {few} per stage, not {asked}": {*steps} - {*STUDENT_STEPS},
+            f"solver euler, not {self.solver}": self.solver != "euler",
+            f"grid uniform, not {grid.kind}": grid.kind != "uniform",
+            f"shift 1, not {grid.shift}": grid.shift != 1,
+            f"guidance_scale 0 (its own is built in), not {self.guidance.scale}": {*weights} - {1.0},
         }
-        wrong = [f"{name} {one}, not {was}" for name, (was, one) in asked.items() if was != one]
-        if {*self.grid.steps(self.cascade.num_stages)} - {*STUDENT_STEPS}:
-            steps = ",".join(map(str, self.grid.num_steps))
-            wrong.append(f"num_steps {', '.join(map(str, STUDENT_STEPS))} per stage, not {steps}")
-        if {*weights} != {1.0}:
-            wrong.append(f"guidance_scale 0 (its own is built in), not {self.guidance.scale}")
-        if wrong:
-            raise UserError(f"a distilled model takes {'; '.join(wrong)}")
+        if any(wrong.values()):
+            said = "; ".join(line for line, is_wrong in wrong.items() if is_wrong)
+            raise UserError(f"a distilled model (config.distill.teacher) takes {said}")
 
     @property
     def control(self) -> str:

@@ -145,6 +145,12 @@ def from_images(
         )
     if size != full and strength != 1:
         raise UserError(f"upscaling runs all of stage {stage}: strength must be 1, got {strength}")
+    steps = sampler.grid.steps(stages)[stage]
+    if sampler.model.intervals and abs(strength * steps - round(strength * steps)) > 1e-6:
+        raise UserError(
+            f"strength must be a multiple of {1 / steps:g}: a distilled model takes whole steps, here "
+            f"{steps}; got {strength}"
+        )
     if stage == 0 and strength == 1:
         raise UserError("stage 0 at strength 1 is pure noise: nothing of the images would be left")
     return FromImages(seed, stage, 1 - strength, images=np.asarray(images, np.float32))

@@ -11,16 +11,19 @@ with a teacher as the bottom rung and within each stage of a cascade.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
-from pixelflow_jax.cascade.packing import Group, PackLayout
+from pixelflow_jax.cascade.packing import PackLayout
 from pixelflow_jax.cascade.stages import Cascade
+from pixelflow_jax.config import build_cascade
 from pixelflow_jax.models.conditioning import Condition, encode_text
+from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.training.objective import FlowBatch, Tokens
@@ -81,6 +84,17 @@ class Distillation:
         condition = {**batch.condition, "interval": lengths.astype(batch.timesteps.dtype)}
         return jax.lax.stop_gradient(batch._replace(target=target, condition=condition))
 
+    def target_flops(self, layout: PackLayout, context_length: int = 0) -> int:
+        """Return the FLOPs of the targets of one row; the layout is that of the whole row."""
+        half = _resized(layout, [0.5] * len(layout.groups))
+        guided = _resized(half, [1 if w == 1 else 2 for w in self._weights])
+        student, teacher = (self.student, half), (self.teacher, guided)
+        return 2 * sum(forward_flops(*pair, context_length) for pair in (student, teacher))
+
+    @property
+    def _weights(self) -> tuple[float, ...]:
+        return self.guidance.weights(self.cascade.num_stages)
+
     def _part(self, batch, layout, lengths, kind):
         """Return (tokens, T, condition, lengths, layout) of the images of one kind."""
 
@@ -88,11 +102,9 @@ class Distillation:
             parts = layout.split_sequences(x)
             return jnp.concatenate([part[:, kind::KINDS] for part in parts], axis=1)
 
-        groups = [dataclasses.replace(g, count=g.count // KINDS) for g in layout.groups]
-        half = dataclasses.replace(layout, groups=tuple(groups))
         tokens = [x[:, kind::KINDS] for x in batch.tokens]
         rest = jax.tree.map(mine, (batch.timesteps, batch.condition, lengths))
-        return tokens, *rest, half
+        return tokens, *rest, _resized(layout, [1 / KINDS] * len(layout.groups))
 
     def _taught(self, x, timesteps, condition, lengths, layout, params, null) -> Tokens:
         """Return the teacher's average velocity over each interval by a midpoint step."""
@@ -124,12 +136,8 @@ class Distillation:
 
     def _guided(self, params, layout, condition, null):
         """Return the guided velocity of the teacher as a function of (tokens, T)."""
-        weights = self.guidance.weights(self.cascade.num_stages)
-        groups = [
-            dataclasses.replace(group, count=group.count * (1 if w == 1 else 2))
-            for group, w in zip(layout.groups, weights, strict=True)
-        ]
-        doubled = dataclasses.replace(layout, groups=tuple(groups))
+        weights = self._weights
+        doubled = _resized(layout, [1 if w == 1 else 2 for w in weights])
 
         def double(parts, others):
             """Join the unconditional half, from `others`, and the conditional one."""
@@ -149,6 +157,19 @@ class Distillation:
             return [v if w == 1 else _extrapolate(v, w) for v, w in zip(out, weights, strict=True)]
 
         return velocity
+
+
+def build_distillation(config: ConfigDict, student: PixelFlow) -> Distillation:
+    """Return how a run makes the targets of its student."""
+    guidance = Guidance(config.distill.guidance_scale, config.distill.guidance_schedule)
+    return Distillation(build_cascade(config), student, student.clone(intervals=False), guidance)
+
+
+def _resized(layout: PackLayout, factors: Sequence[float]) -> PackLayout:
+    """Return a layout with as many times the sequences in each group."""
+    pairs = zip(layout.groups, factors, strict=True)
+    groups = [dataclasses.replace(group, count=int(group.count * factor)) for group, factor in pairs]
+    return dataclasses.replace(layout, groups=tuple(groups))
 
 
 def _extrapolate(v: Float[Array, "rows twice length d"], weight: float):

@@ -64,6 +64,7 @@ def train(
     """
     check_main_guard()
     config, started = check_config(config), time.perf_counter()
+    build_sampler(config)  # before minutes of work, what `sample` would refuse
     workdir = epath.Path(files.clean_text("workdir", os.fspath(workdir)))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
@@ -83,7 +84,9 @@ def train(
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
 
 
-def _train(config, source, classes, teacher, mesh, workdir, watch, preemption, claim) -> tuple[TrainState, int]:
+def _train(
+    config, source, classes, teacher, mesh, workdir, watch, preemption, claim
+) -> tuple[TrainState, int]:
     """Train in a claimed workdir; return the final state and the step that training began from."""
     resuming, check_claim = claim
 

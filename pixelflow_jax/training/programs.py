@@ -19,7 +19,9 @@ from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.sampling.generate import build_sampler, image_mesh, make_generate
 from pixelflow_jax.sampling.solvers import evaluations_per_step
 from pixelflow_jax.training import step
+from pixelflow_jax.training.distillation import build_distillation
 from pixelflow_jax.training.optimizer import build_optimizer
+from pixelflow_jax.training.teacher import abstract_frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ def workload(config: ConfigDict, mesh: Mesh) -> Workload:
     size = config.data.resolution
     layout = cascade_layout(cascade, counts, size, size, model.patch_size)
     flops = 3 * forward_flops(model, layout, config.text.max_length)
+    if config.distill.teacher:
+        flops += build_distillation(config, model).target_flops(layout, config.text.max_length)
     return Workload(config.batch_size, layout.row_length, flops, mesh.size)
 
 
@@ -48,6 +52,8 @@ def train_program(config: ConfigDict, devices: list) -> Program:
     check_batch_size(config, sharding.batch_shards(mesh))
     model, optimizer = build_model(config), build_optimizer(config)
     arguments = step.abstract_state(config, model, optimizer, mesh), step.abstract_batch(config, mesh)
+    if config.distill.teacher:
+        arguments += (abstract_frozen(config, mesh),)
     function = step.make_train_step(config, model, optimizer, mesh)
     return Program(function, arguments, mesh, workload(config, mesh).flops, "train")
 

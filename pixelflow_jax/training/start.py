@@ -26,7 +26,7 @@ from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.foreign.official import read_official
-from pixelflow_jax.models.conditioning import from_class_model, init_params
+from pixelflow_jax.models.conditioning import INTERVAL, from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.fingerprints import params_hash
@@ -62,9 +62,9 @@ def start_or_resume(
         begin = jax.jit(lambda: init_state(fresh(), optimizer), out_shardings=shardings)
         return begin(), {}
     if teacher is not None:
-        params = {**teacher, "interval_embed": jax.jit(fresh)()["interval_embed"]}
+        params = {**teacher, INTERVAL: jax.jit(fresh)()[INTERVAL]}
     else:
-        params = initial_params("init_from", config.init_from)
+        params, _ = initial_params("init_from", config.init_from)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(fresh)())
     check_shapes(params, template.params, "init_from", config.init_from)
@@ -89,15 +89,15 @@ def check_init_from(config: ConfigDict, workdir: str) -> None:
             raise UserError(f"--config.{key}={path}: there is no such file or folder")
 
 
-def initial_params(key: str, path: str) -> dict:
-    """Return the parameters that a config key names: our checkpoint's, or official weights."""
+def initial_params(key: str, path: str) -> tuple[dict, ConfigDict]:
+    """Return the parameters that a config key names, and their config: our own or official weights."""
     ours = True
     try:
         checkpoints.find_step(path)
     except UserError:
         ours = False
     try:
-        return checkpoints.load_params(path)[0] if ours else read_official(epath.Path(path))[0]
+        return checkpoints.load_params(path)[:2] if ours else read_official(epath.Path(path))
     except UserError as error:
         raise UserError(f"config.{key}={path} cannot be read: {error}") from None
 

@@ -20,9 +20,8 @@ from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import abstract_params, encode_text
 from pixelflow_jax.models.transformer import PixelFlow
-from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.training import objective
-from pixelflow_jax.training.distillation import Distillation, interval_lengths
+from pixelflow_jax.training.distillation import build_distillation, interval_lengths
 
 
 @flax.struct.dataclass
@@ -87,13 +86,6 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
     return TrainState(state.step + 1, params, opt_state), norms
-
-
-def build_distillation(config: ConfigDict, student: PixelFlow) -> Distillation:
-    """Return how the targets of a student are made."""
-    guidance = Guidance(config.distill.guidance_scale, config.distill.guidance_schedule)
-    teacher = student.clone(intervals=False)
-    return Distillation(build_cascade(config), student, teacher, guidance)
 
 
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:

@@ -10,25 +10,57 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pixelflow_jax.config import build_model
+from pixelflow_jax.common import UserError
+from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import Condition, abstract_params
 from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training.optimizer import is_matrix
 from pixelflow_jax.training.start import check_shapes, initial_params, placed
+from pixelflow_jax.training.step import abstract_condition
 
 
 def read_teacher(config: ConfigDict) -> dict | None:
     """Return the parameters of a config's teacher, whole on each host; None without a teacher.
 
-    Raises UserError if they cannot be read, or do not fit the config's model.
+    Raises UserError if they cannot be read, do not fit the config's model and cascade, or are a
+    student's.
     """
-    path = config.distill.teacher
+    key, path = "distill.teacher", config.distill.teacher
     if not path:
         return None
-    params = initial_params("distill.teacher", path)
-    check_shapes(params, abstract_params(build_model(config).clone(intervals=False)), "distill.teacher", path)
+    params, was = initial_params(key, path)
+    if was.distill.teacher:
+        raise UserError(f"config.{key}={path} is distilled itself: name the model that it learned from")
+    check_shapes(params, abstract_teacher(config), key, path)
+    sizes = [(c.model.num_heads, build_cascade(c), c.text.to_dict()["words"]) for c in (config, was)]
+    for name, new, old in zip(("model.num_heads", "cascade", "text.words"), *sizes, strict=True):
+        if new != old:
+            raise UserError(f"config.{name} is {new}, but that of config.{key}={path} is {old}")
     return params
+
+
+def abstract_teacher(config: ConfigDict) -> dict:
+    """Return the shapes and dtypes of the parameters of a config's teacher."""
+    return abstract_params(build_model(config).clone(intervals=False))
+
+
+def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
+    """Return the shapes, dtypes and shardings of what `freeze` returns."""
+    if not config.distill.teacher:
+        return None
+    teacher, dtype = abstract_teacher(config), build_model(config).dtype
+    null = abstract_condition(config, 1)
+
+    def one(x, where, dtype):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=where)
+
+    dtypes = jax.tree.map(lambda x, matrix: dtype if matrix else x.dtype, teacher, is_matrix(teacher))
+    whole = NamedSharding(mesh, P())
+    return {
+        "teacher": jax.tree.map(one, teacher, sharding.shardings(teacher, mesh), dtypes),
+        "null": jax.tree.map(lambda x: one(x, whole, x.dtype), null),
+    }
 
 
 def freeze(
@@ -36,26 +68,30 @@ def freeze(
 ) -> dict[str, Any] | None:
     """Return what a train step needs of a teacher, on the mesh; None without a teacher.
 
-    Its matrices are in the dtype of the computation. "null" is the condition of its unconditional half.
+    Its matrices are in the dtype of the computation. "null" is the condition of its unconditional half;
+    `encode` replaces token ids by text states.
     """
     if teacher is None:
         return None
-    dtype = build_model(config).dtype
+    dtype, whole = build_model(config).dtype, NamedSharding(mesh, P())
 
     def cast(x, matrix):
         return jnp.asarray(x, dtype) if matrix else x
 
     params = jax.tree.map(cast, teacher, is_matrix(teacher))
-    params = placed(params, sharding.shardings(params, mesh))
     null = null_condition(config, mesh, encode)
-    return {"teacher": params, "null": placed(null, jax.tree.map(lambda _: NamedSharding(mesh, P()), null))}
+    return {
+        "teacher": placed(params, sharding.shardings(params, mesh)),
+        "null": placed(null, jax.tree.map(lambda _: whole, null)),
+    }
 
 
 def null_condition(config: ConfigDict, mesh: Mesh, encode: Callable[[dict], dict]) -> Condition:
-    """Return the condition of one unconditional image, on the host; `encode` replaces token ids."""
+    """Return the condition of one image without a class or text, leaves [1, ...], on the host."""
     if not config.model.context_dim:
         return {"labels": np.full((1,), config.model.num_classes, np.int32)}
     split, count = NamedSharding(mesh, sharding.BATCH), sharding.batch_shards(mesh)
-    texts = make_text_reader(config)([""] * count)
-    whole = jax.jit(encode, out_shardings=NamedSharding(mesh, P()))
-    return jax.tree.map(lambda x: np.asarray(x[:1]), whole(sharding.place_batch(texts, split, count)))
+    texts = make_text_reader(config)([""] * len(sharding.local_rows(split, count)))
+    batch = encode(sharding.place_batch(texts, split, count))
+    first = jax.jit(lambda x: jax.tree.map(lambda y: y[:1], x), out_shardings=NamedSharding(mesh, P()))
+    return jax.tree.map(np.asarray, first(batch))

@@ -338,7 +338,7 @@ def test_other_commands(run, tmp_path, t5_folder, capsys):
     assert "official/config.yaml" in run.names()
     convert.main([f"--source={run.url}/official", f"--out={run.url}/converted"])
     config = load_config("configs/digits.py", [*TINY, f"init_from={run.url}/converted"])
-    ours = initial_params(config)
+    ours, _ = initial_params("init_from", config.init_from)
     theirs = load_params(f"{run.url}/run")[0]
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(one, other)

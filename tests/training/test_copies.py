@@ -41,7 +41,7 @@ def test_a_step_under_another_name(trained, tmp_path, name):
     assert config == own_config and meta["step"] == own_meta["step"] == 4
     for x, y in zip(values(params), values(expected), strict=True):
         np.testing.assert_array_equal(x, y)
-    initial = initial_params(pf.load_config("digits", [*TINY, f"init_from={place}"]))
+    initial, _ = initial_params("init_from", str(place))
     for x, y in zip(values(initial), values(expected), strict=True):
         np.testing.assert_array_equal(x, y)
 
