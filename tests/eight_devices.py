@@ -18,15 +18,16 @@ from pixelflow_jax.aot import hlo
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.distributed import sharding
-from pixelflow_jax.models.conditioning import abstract_params, init_params
+from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import FromSeed, image_keys
 from pixelflow_jax.training.loop import device_batches
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.step import init_state, make_train_step
+from pixelflow_jax.training.teacher import freeze
 
-from conftest import TINY
+from conftest import TINY, calm
 
 MESHES = {  # name: (data, fsdp, context, accumulation_steps)
     "one": (1, 1, 1, 1),
@@ -38,6 +39,7 @@ MESHES = {  # name: (data, fsdp, context, accumulation_steps)
     "accumulated": (1, 1, 1, 4),
     "mixed_accumulated": (2, 2, 2, 2),
 }
+DISTILLED = ("one", "context", "all", "mixed_accumulated")
 STEPS = 10
 
 
@@ -53,10 +55,12 @@ def run(data: int, fsdp: int, context: int, accumulation: int, *overrides: str) 
         return init_state(init_params(model, config.seed), optimizer)
 
     state = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init), mesh))()
-    step, losses = make_train_step(config, model, optimizer, mesh), []
+    step, losses, frozen = make_train_step(config, model, optimizer, mesh), [], None
+    if config.distill.teacher:
+        frozen = freeze(config, calm(model.clone(intervals=False)), mesh, lambda batch: batch)
     batches = device_batches(config, load_source(config), mesh, 0)
     for batch in itertools.islice(batches, STEPS):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, frozen)
         losses.append(float(metrics["loss"]))
     shares = {
         name: max(shard.data.size for shard in x.addressable_shards) / x.size
@@ -67,24 +71,19 @@ def run(data: int, fsdp: int, context: int, accumulation: int, *overrides: str) 
         "losses": losses,
         "shares": shares,
         "traces": step._cache_size(),
-        "collectives": hlo.summary(hlo.collectives(step.lower(state, batch).compile().as_text())),
+        "collectives": hlo.summary(
+            hlo.collectives(step.lower(state, batch, frozen).compile().as_text())
+        ),
         "block_bytes": sum(x.nbytes for name, x in _flat(state.params) if "blocks" in name),
         "bytes": sum(x.nbytes for _, x in _flat(state.params)),
     }
-
-
-def random_params(sampler) -> dict:
-    """Parameters that are nowhere zero."""
-    rng = np.random.default_rng(0)
-    shapes = abstract_params(sampler.model)
-    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
 
 
 def sampling(solver: str) -> float:
     """The largest difference between images made by eight devices and by one, in [-1, 1]."""
     config = load_config("configs/digits.py", [*TINY, f"sample.solver={solver}", "sample.num_steps=4"])
     sampler, index = build_sampler(config), np.arange(16)
-    params = random_params(sampler)
+    params = calm(sampler.model)
 
     def ends(params, index):
         conditions = class_conditions(index % 10, 10)
@@ -104,7 +103,7 @@ def shared_sampling() -> float:
     """The largest difference between the end images of one device and of 2 x 4 that share tokens."""
     config = load_config("configs/digits.py", [*TINY, "sample.num_steps=4"])
     sampler, index = build_sampler(config), np.arange(4)
-    params = random_params(sampler)
+    params = calm(sampler.model)
     mesh, start = sharding.make_mesh(1, 2, context=4), FromSeed(0)
     placed = jax.device_put(params, sharding.shardings(params, mesh))
     args = ({"index": index}, *class_conditions(index % 10, 10))
@@ -121,6 +120,8 @@ def _flat(tree) -> list[tuple[str, jax.Array]]:
 
 if __name__ == "__main__":
     results = {name: run(*mesh) for name, mesh in MESHES.items()}
+    for name in DISTILLED:
+        results[f"distilled_{name}"] = run(*MESHES[name], "distill.teacher=given")
     results["bfloat16"] = run(1, 1, 1, 1, "dtype=bfloat16")
     results["bfloat16_fsdp"] = run(1, 8, 1, 1, "dtype=bfloat16")
     results["remat_fsdp"] = run(1, 8, 1, 1, "model.remat=full", "model.scan_unroll=1")

@@ -47,6 +47,15 @@ def test_every_mesh_gives_the_losses_of_one_device(results, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["context", "all", "mixed_accumulated"])
+def test_every_mesh_distils_as_one_device(results, name):
+    """Catches targets that depend on the device, a teacher or an average gathered wrongly."""
+    ours, theirs = (results[f"distilled_{mesh}"] for mesh in (name, "one"))
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
+    assert ours["traces"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "ab2", "dopri5"])
 def test_eight_devices_make_the_images_of_one(results, solver):
     """Catches noise or steps that depend on an image's device."""

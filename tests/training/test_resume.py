@@ -85,17 +85,32 @@ def is_saving(workdir) -> bool:
 
 def test_killed_twice_it_ends_where_the_unkilled_run_does(whole, tmp_path):
     """Catches anything that a checkpoint leaves out, and a save that a kill can break."""
-    workdir = tmp_path / "run"
+    workdir = kill_twice(tmp_path / "run")
+    assert losses(workdir) == whole[1]
+    assert_same_params(workdir, whole)
+
+
+def kill_twice(workdir, *more):
+    """Run to the end, with a SIGKILL in a save and one between two."""
     for condition in (lambda: is_saving(workdir), lambda: rows(workdir) >= 4):
-        child = start(workdir)
+        child = start(workdir, *more)
         wait_for(child, condition)
         child.send_signal(signal.SIGKILL)
         child.communicate()
-    child = start(workdir)
+    child = start(workdir, *more)
     output = child.communicate(timeout=600)[0]
     assert child.returncode == 0 and "Resuming from step" in output, output
-    assert losses(workdir) == whole[1]
-    assert_same_params(workdir, whole)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_killed_student_ends_where_the_unkilled_one_does(whole, tmp_path):
+    """Catches a teacher or an average of the student that a killed run reads otherwise."""
+    more = [f"distill.teacher={whole[0]}", "sample.num_steps=1", "sample.guidance_scale=0"]
+    workdir = kill_twice(tmp_path / "killed", *more)
+    state, _ = loop.train(load_config("configs/digits.py", [*RUN, *more]), tmp_path / "whole")
+    assert losses(workdir) == losses(tmp_path / "whole")
+    assert_same_params(workdir, (None, None, jax.device_get(state)))
 
 
 def assert_same_params(workdir, whole):
