@@ -18,7 +18,7 @@ from pixelflow_jax.common import numerics
 from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
-from pixelflow_jax.models.conditioning import abstract_params, encode_text
+from pixelflow_jax.models.conditioning import INTERVAL, abstract_params, encode_text
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import objective
 from pixelflow_jax.training.distillation import build_distillation, interval_lengths
@@ -109,8 +109,8 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     distillation = build_distillation(config, model) if config.distill.teacher else None
     given_specs = {}
     if distillation:
-        teacher_specs = sharding.specs(abstract_params(distillation.teacher), mesh)
-        given_specs = {"average": specs, "teacher": teacher_specs, "null": P()}
+        of_teacher = {name: spec for name, spec in specs.items() if name != INTERVAL}
+        given_specs = {"average": specs, "teacher": of_teacher, "null": P()}
 
     def row_loss(params, batch, keys, index, given):
         """Return (loss summed over a device's images, sum per stage), as shares of the batch mean."""
