@@ -35,9 +35,11 @@ from pixelflow_jax.data.loader import look_at_captions, make_batches, why_broken
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.distributed import hosts, sharding
 from pixelflow_jax.distributed.rollcall import Cluster, code_digest
+from pixelflow_jax.sampling.generate import build_sampler
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.programs import train_program
 from pixelflow_jax.training.start import check_init_from, check_same_data, data_of, holds_run
+from pixelflow_jax.training.teacher import read_teacher
 
 BATCHES = 5  # read to measure the speed of the data
 FOLDERS = (checkpoints.FOLDER, "samples", "tensorboard", "profile", "damaged")  # of a workdir
@@ -160,7 +162,8 @@ def check_hosts(cluster: Cluster | None) -> str:
 
 
 def check_batch(config) -> str:
-    """Check that the batch splits over the mesh."""
+    """Check that the batch splits over the mesh, and that samples can be drawn."""
+    build_sampler(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, context=config.mesh.context)
     shards = sharding.batch_shards(mesh)
     check_batch_size(config, shards)
@@ -172,7 +175,7 @@ def check_data(config, workdir: str) -> str:
     begin = time.perf_counter()
     try:
         source = load_source(config)
-        check_same_data(epath.Path(workdir), data_of(source))
+        check_same_data(epath.Path(workdir), data_of(source, read_teacher(config)))
         squares = Shuffled(len(source), bucket_sizes(config.data)[:1], config.seed)  # no scan of sizes
         batches = make_batches(source, config, order=squares)
         bad = [i for i in next(batches)["broken"] if i >= 0]
@@ -288,6 +291,7 @@ def check_workdir(workdir: str, config, state_bytes: dict) -> str:
 def check_buckets(workdir: str, config) -> str:
     """Check that buckets can be reached and lie in this machine's region."""
     named = {"--workdir": workdir, "data.path": config.data.path, "init_from": config.init_from}
+    named["distill.teacher"] = config.distill.teacher
     named = {flag: path for flag, path in named.items() if files.is_remote(path)}
     if not named:
         return "no gs:// path is used"

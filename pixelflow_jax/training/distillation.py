@@ -35,11 +35,11 @@ SPLIT = (1000, 500, 1000, 250)  # by the student's average
 KINDS = 2
 
 
-def interval_lengths(num_stages: int, index: Int[Array, "*b"]) -> Int[Array, "*b"]:
+def interval_lengths(num_stages: int, index: Int[Array, "*b"]) -> Float[Array, "*b"]:
     """Return the length of the interval of the images with these places in the global batch."""
     place = index // num_stages
     turn = place // KINDS
-    taught, split = (jnp.asarray(x)[turn % len(x)] for x in (TAUGHT, SPLIT))
+    taught, split = (jnp.asarray(x, jnp.float32)[turn % len(x)] for x in (TAUGHT, SPLIT))
     return jnp.where(place % KINDS, split, taught)
 
 
@@ -62,27 +62,24 @@ class Distillation:
         self,
         batch: FlowBatch,
         layout: PackLayout,
-        lengths: Int[Array, "rows s"],
         average: dict,
         teacher: dict,
         null: Condition,
     ) -> FlowBatch:
-        """Return a batch with average velocities as targets, and the intervals as a condition.
+        """Return a batch whose targets are average velocities.
 
         Args:
-          batch, layout: from `objective.corrupt`, with these lengths.
-          lengths: of the interval of each sequence, in thousandths; in the order of the layout.
+          batch, layout: from `objective.corrupt`, with the condition "interval" of `interval_lengths`.
           average, teacher: parameters of the student's average and of the teacher.
           null: the condition of the unconditional half, leaves [1, ...].
         """
-        parts = [self._part(batch, layout, lengths, kind) for kind in range(KINDS)]
+        parts = [self._part(batch, layout, kind) for kind in range(KINDS)]
         targets = self._taught(*parts[0], teacher, null), self._split(*parts[1], average)
         target = [
             jnp.stack(pair, axis=2).reshape(x.shape)
             for x, *pair in zip(batch.tokens, *targets, strict=True)
         ]
-        condition = {**batch.condition, "interval": lengths.astype(batch.timesteps.dtype)}
-        return jax.lax.stop_gradient(batch._replace(target=target, condition=condition))
+        return jax.lax.stop_gradient(batch._replace(target=target))
 
     def target_flops(self, layout: PackLayout, context_length: int = 0) -> int:
         """Return the FLOPs of the targets of one row; the layout is that of the whole row."""
@@ -95,7 +92,7 @@ class Distillation:
     def _weights(self) -> tuple[float, ...]:
         return self.guidance.weights(self.cascade.num_stages)
 
-    def _part(self, batch, layout, lengths, kind):
+    def _part(self, batch, layout, kind):
         """Return (tokens, T, condition, lengths, layout) of the images of one kind."""
 
         def mine(x):
@@ -103,8 +100,9 @@ class Distillation:
             return jnp.concatenate([part[:, kind::KINDS] for part in parts], axis=1)
 
         tokens = [x[:, kind::KINDS] for x in batch.tokens]
-        rest = jax.tree.map(mine, (batch.timesteps, batch.condition, lengths))
-        return tokens, *rest, _resized(layout, [1 / KINDS] * len(layout.groups))
+        timesteps, condition = jax.tree.map(mine, (batch.timesteps, batch.condition))
+        lengths = condition.pop("interval")
+        return tokens, timesteps, condition, lengths, _resized(layout, [1 / KINDS] * len(layout.groups))
 
     def _taught(self, x, timesteps, condition, lengths, layout, params, null) -> Tokens:
         """Return the teacher's average velocity over each interval by a midpoint step."""
@@ -116,7 +114,7 @@ class Distillation:
     def _split(self, x, timesteps, condition, lengths, layout, params) -> Tokens:
         """Return the mean of the student's average velocities over the halves of each interval."""
         condition = encode_text(self.student, params, condition)
-        condition = {**condition, "interval": (lengths / 2).astype(timesteps.dtype)}
+        condition = {**condition, "interval": lengths / 2}
 
         def velocity(x, timesteps):
             return self.student.apply({"params": params}, x, timesteps, layout, **condition)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.packing import PackLayout, cascade_layout
@@ -37,7 +37,6 @@ def corrupt(
     keys: Key[Array, "rows b"],
     num_classes: int,
     label_dropout: float,
-    lengths: Int[Array, "rows b"] | None = None,
 ) -> tuple[FlowBatch, PackLayout]:
     """Draw noise, time and label dropout per image from its own key, and cut the images into tokens.
 
@@ -48,12 +47,11 @@ def corrupt(
       cascade, patch_size: the stages, and one patch size for all or one each.
       x1: clean images in [-1, 1].
       condition: leaves [rows, b, ...]. Only "labels" are dropped here; the loader drops captions, before
-        they become numbers.
+        they become numbers. The tau of an image with an "interval", in thousandths of its stage, is
+        rounded down to a multiple of it.
       keys: one per image.
       num_classes: the label of the null class, which replaces dropped ones.
       label_dropout: the probability of that.
-      lengths: of an interval that begins at an image's tau, in thousandths of its stage; tau is rounded
-        down to a multiple. 0 is no interval.
     """
     per_row, num_stages, channels = x1.shape[1], cascade.num_stages, x1.shape[-1]
     if per_row % num_stages:
@@ -66,13 +64,13 @@ def corrupt(
         mine = slice(stage, None, num_stages)
         shape = (*cascade.size(stage, *x1.shape[2:4]), channels)
         noise, time_index, drop = _draw(keys[:, mine], shape, label_dropout)
-        if lengths is not None:
-            time_index -= time_index % jnp.maximum(lengths[:, mine], 1)
+        kept = {name: x[:, mine] for name, x in condition.items()}
+        if "interval" in kept:
+            time_index -= time_index % jnp.maximum(kept["interval"], 1).astype(int)
         x_tau, velocity, timestep = corrupt_stage(cascade, stage, x1[:, mine], noise, time_index)
         tokens.append(images.patchify(x_tau, group.patch_size))
         target.append(images.patchify(velocity, group.patch_size))
         timesteps.append(timestep)
-        kept = {name: x[:, mine] for name, x in condition.items()}
         if "labels" in kept:
             kept["labels"] = jnp.where(drop, num_classes, kept["labels"])
         conditions.append(kept)

@@ -91,32 +91,27 @@ def apply_gradients(
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
     """Return a function of (params, batch, step key) that returns (mean loss per stage [S], gradients).
 
-    With a teacher, the third argument holds what `Frozen` does and the student's average.
+    A student's function also takes what `teacher.freeze` returns, and the student's average.
 
     It runs under shard_map. A device packs its share of the images into one row per accumulation step;
     devices along the axis `context` hold the same images, and each a part of their tokens. Image i of
     the batch has the key fold_in(step key, i) and the stage i mod S, on any mesh.
     """
-    cascade, parts = build_cascade(config), config.accumulation_steps
-    total, num_stages = config.batch_size, cascade.num_stages
-    shards = mesh.shape[CONTEXT]
-    shapes = abstract_params(model)
-    specs = sharding.specs(shapes, mesh)
+    cascade, parts, total = build_cascade(config), config.accumulation_steps, config.batch_size
+    num_stages, shards = cascade.num_stages, mesh.shape[CONTEXT]
+    specs = sharding.specs(abstract_params(model), mesh)
     model = model.clone(platform=platform_of(mesh.devices.flat[0]))
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
 
     distillation = build_distillation(config, model) if config.distill.teacher else None
-    given_specs = {}
-    if distillation:
-        of_teacher = {name: spec for name, spec in specs.items() if name != INTERVAL}
-        given_specs = {"average": specs, "teacher": of_teacher, "null": P()}
+    of_teacher = {name: spec for name, spec in specs.items() if name != INTERVAL}
+    given_specs = {"average": specs, "teacher": of_teacher, "null": P()} if distillation else {}
 
-    def row_loss(params, batch, keys, index, given):
+    def row_loss(params, batch, keys, given):
         """Return (loss summed over a device's images, sum per stage), as shares of the batch mean."""
         params = sharding.gather_rest(params, specs, model.dtype)
         batch = {name: x[None] for name, x in batch.items()}  # a row
-        lengths = interval_lengths(num_stages, index)[None] if distillation else None
         packed, layout = objective.corrupt(
             cascade,
             model.patch_size,
@@ -125,32 +120,31 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
             keys[None],
             model.num_classes,
             config.data.label_dropout,
-            lengths,
         )
-        if shards > 1:
-            layout = dataclasses.replace(layout, shards=shards)
-            local = {name: [*map(layout.local, getattr(packed, name))] for name in ("tokens", "target")}
-            packed = packed._replace(**local)
+        layout = dataclasses.replace(layout, shards=shards)
+        tokens, target = ([*map(layout.local, x)] for x in (packed.tokens, packed.target))
+        packed = packed._replace(tokens=tokens, target=target)
         if distillation:
-            by_stage = jnp.concatenate([lengths[:, s::num_stages] for s in range(num_stages)], axis=1)
-            whole = {
-                name: sharding.gather_rest(given[name], given_specs[name], model.dtype)
+            average, teacher = (
+                sharding.gather_rest(given[name], given_specs[name], model.dtype)
                 for name in ("average", "teacher")
-            }
-            packed = distillation.retarget(packed, layout, by_stage, **whole, null=given["null"])
+            )
+            packed = distillation.retarget(packed, layout, average, teacher, given["null"])
         per_image = packed_loss(model, params, packed, layout)
         stages = jnp.stack([part.sum() for part in layout.split_sequences(per_image)])
         return per_image.sum() / total, stages * num_stages / total
 
     def local(params, batch, index, step_key, given):
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
+        if distillation:
+            batch = {**batch, "interval": interval_lengths(num_stages, index)}
 
         def grad_fn(*args):
             with numerics.precision(model.dtype):  # for kernels with a custom backward pass
                 return jax.value_and_grad(row_loss, has_aux=True)(*args, given)
 
         if parts == 1:
-            (_, stages), grads = grad_fn(params, batch, keys, index)
+            (_, stages), grads = grad_fn(params, batch, keys)
         else:
 
             def add(total, part):
@@ -158,7 +152,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
                 return jax.tree.map(jnp.add, total, (stages, grads)), None
 
             zeros = jnp.zeros(num_stages), jax.tree.map(jnp.zeros_like, params)
-            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys, index))
+            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys))
             (stages, grads), _ = jax.lax.scan(add, zeros, split)
         return jax.lax.psum(stages, mesh.axis_names), sharding.reduce_gradients(grads, specs)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import pixelflow_jax as pf
-from pixelflow_jax import convert, sample
+from pixelflow_jax import convert, doctor, sample
 from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import UserError, arrays
@@ -95,17 +95,15 @@ def exact_errors(length: int) -> tuple[float, float]:
     """Largest errors of targets of (the teacher's midpoint over `length`, the student's halves)."""
     cascade = Cascade(2)
     exact = Exact(cascade)
-    lengths = jnp.array([[length] * 4 + [1000, 500, 250, 500] * 2])  # alternately, below
-    lengths = jnp.stack([lengths[:, :4], lengths[:, 4:8]], axis=2).reshape(1, 8)  # of a stage
-    lengths = jnp.concatenate([lengths, lengths], axis=1)  # in the layout's order
-    mixed = jnp.stack([lengths[:, :8], lengths[:, 8:]], axis=2).reshape(1, 16)  # of the images
+    of_a_stage = jnp.array([length, 1000.0, length, 500, length, 250, length, 500])
+    lengths = jnp.repeat(of_a_stage, cascade.num_stages)[None]  # stage i mod 2
     keys = jax.random.split(jax.random.key(0), (1, 16))
     clean = 0.5 * jax.random.normal(jax.random.key(1), (1, 16, 8, 8, 3))
-    labels = {"labels": jnp.zeros((1, 16), jnp.int32)}
-    batch, layout = objective.corrupt(cascade, 2, clean, labels, keys, 10, 0.0, mixed)
+    given = {"labels": jnp.zeros((1, 16), jnp.int32), "interval": lengths}
+    batch, layout = objective.corrupt(cascade, 2, clean, given, keys, 10, 0.0)
     distillation = Distillation(cascade, exact, exact, Guidance(3.0, "constant"))
     null = {"labels": jnp.full((1,), 10)}
-    made = distillation.retarget(batch, layout, lengths, {}, {}, null)
+    made = distillation.retarget(batch, layout, {}, {}, null)
     right = exact.apply({}, made.tokens, made.timesteps, layout, **made.condition)
     gaps = [jnp.abs(x - y) for x, y in zip(made.target, right, strict=True)]
     return tuple(max(float(gap[:, kind::2].max()) for gap in gaps) for kind in range(2))
@@ -128,9 +126,9 @@ def test_lengths_follow_from_the_place_in_the_batch():
     assert (lengths == lengths[:, :1]).all()  # all stages alike
     assert {*lengths[::2].ravel()} == {0, 125} and {*lengths[1::2].ravel()} == {250, 500, 1000}
     keys = jax.random.split(jax.random.key(0), (1, 64))
-    clean, labels = jnp.zeros((1, 64, 16, 16, 3)), {"labels": jnp.zeros((1, 64), jnp.int32)}
-    given = interval_lengths(4, index)[None]
-    batch, layout = objective.corrupt(Cascade(4), 2, clean, labels, keys, 10, 0.0, given)
+    clean, given = jnp.zeros((1, 64, 16, 16, 3)), interval_lengths(4, index)[None]
+    condition = {"labels": jnp.zeros((1, 64), jnp.int32), "interval": given}
+    batch, layout = objective.corrupt(Cascade(4), 2, clean, condition, keys, 10, 0.0)
     for stage, times in enumerate(layout.split_sequences(batch.timesteps)):
         start, slope = Cascade(4).timestep_line(stage)
         tau, length = (times[0] - start) / slope, given[0, stage::4] / 1000
@@ -229,6 +227,17 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path, overrides, sa
     with pytest.raises(UserError, match=said):
         loop.train(few(teacher, *overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_knows_a_students_run(student, teacher, trained, capsys):
+    """Catches a check-up that takes a run's own teacher for other data, or another one for its own."""
+    flags = [f"--config.{x}" for x in FEW]
+    command = ["--config=configs/digits_few.py", f"--workdir={student}", "--no_compile", *flags]
+    doctor.main([*command, f"--config.distill.teacher={teacher}"])
+    assert "all is well" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        doctor.main([*command, f"--config.distill.teacher={trained}"])
+    assert "config.distill.teacher holds other weights" in capsys.readouterr().out
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
