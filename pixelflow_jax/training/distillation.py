@@ -108,29 +108,32 @@ class Distillation:
         """Return the teacher's average velocity over each interval by a midpoint step."""
         condition, null = (encode_text(self.teacher, params, c) for c in (condition, null))
         velocity = self._guided(params, layout, condition, null)
-        middle, times = self._advance(layout, x, timesteps, velocity(x, timesteps), lengths / 2)
-        return velocity(middle, times)
+        return [v[1] for v in self._halves(velocity, x, timesteps, lengths, layout)]
 
     def _split(self, x, timesteps, condition, lengths, layout, params) -> Tokens:
         """Return the mean of the student's average velocities over the halves of each interval."""
-        condition = encode_text(self.student, params, condition)
-        condition = {**condition, "interval": lengths / 2}
+        condition = {**encode_text(self.student, params, condition), "interval": lengths / 2}
 
         def velocity(x, timesteps):
             return self.student.apply({"params": params}, x, timesteps, layout, **condition)
 
-        first = velocity(x, timesteps)
-        second = velocity(*self._advance(layout, x, timesteps, first, lengths / 2))
-        return [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+        return [v.mean(axis=0) for v in self._halves(velocity, x, timesteps, lengths, layout)]
 
-    def _advance(self, layout, x, timesteps, velocity, lengths):
-        """Return (x, T) after the intervals of these lengths."""
-        steps = layout.split_sequences(lengths / 1000)
+    def _halves(self, velocity, x, timesteps, lengths, layout) -> Tokens:
+        """Return the velocities [2, ...] at the start of each interval, and half of it later."""
+        steps = [h[..., None, None] / 2000 for h in layout.split_sequences(lengths)]
         slopes = [self.cascade.timestep_line(s)[1] for s in range(self.cascade.num_stages)]
-        counts = [group.count for group in layout.groups]
-        later = timesteps + jnp.asarray(np.repeat(slopes, counts), timesteps.dtype) * lengths / 1000
-        pairs = zip(x, steps, velocity, strict=True)
-        return [y + step[..., None, None] * v for y, step, v in pairs], later
+        slopes = np.repeat(slopes, [group.count for group in layout.groups])
+        forth = jnp.asarray(slopes, timesteps.dtype) * lengths / 2000
+
+        def step(point, _):
+            x, timesteps = point
+            found = velocity(x, timesteps)
+            moved = [y + h * v for y, h, v in zip(x, steps, found, strict=True)]
+            return (moved, timesteps + forth), found
+
+        # A loop, so that the network is compiled once
+        return jax.lax.scan(step, (x, timesteps), length=2)[1]
 
     def _guided(self, params, layout, condition, null):
         """Return the guided velocity of the teacher as a function of (tokens, T)."""
