@@ -14,11 +14,15 @@ from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import UserError, arrays
 from pixelflow_jax.config import build_model, load_config
+from pixelflow_jax.data.sources import load_source
+from pixelflow_jax.distributed import sharding
+from pixelflow_jax.models.conditioning import INTERVAL, encode_text
 from pixelflow_jax.sampling.generate import build_sampler
 from pixelflow_jax.sampling.guidance import Guidance
+from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training import checkpoints, loop, objective
-from pixelflow_jax.training.distillation import Distillation, interval_lengths
-from pixelflow_jax.training.teacher import read_teacher
+from pixelflow_jax.training.distillation import Distillation, build_distillation, interval_lengths
+from pixelflow_jax.training.teacher import freeze, read_teacher
 
 from conftest import TINY, calm
 
@@ -238,6 +242,42 @@ def test_the_doctor_knows_a_students_run(student, teacher, trained, capsys):
     with pytest.raises(SystemExit):
         doctor.main([*command, f"--config.distill.teacher={trained}"])
     assert "config.distill.teacher holds other weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoder", ["joint", "frozen"])
+def test_guided_targets_of_texts(encoder, t5_folder, tmp_path):
+    """Catches an unconditional half without the empty text, or of the student's encoder.
+
+    Where there is no interval, the target is the teacher's guided velocity.
+    """
+    small = [x for x in FEW if "sample" not in x] + ["model.context_dim=16", "text.max_length=8"]
+    kept = ["text.num_heads=2", "text.head_dim=4", "text.mlp_dim=24"]
+    kept = kept if encoder == "joint" else [f"text.encoder={t5_folder}", "text.words=()"]
+    config = load_config("configs/t2i_tiny_few.py", [*small, *kept, "distill.teacher=given"])
+    mesh, student = sharding.make_mesh(devices=jax.devices()[:1]), build_model(config)
+    params, encode = calm(student), loop.frozen_encoder(config, mesh)
+    given = {name: x for name, x in params.items() if name != INTERVAL}
+    frozen = freeze(config, given, mesh, encode)
+    batch = encode(next(loop.device_batches(config, load_source(config), mesh, 0)))
+    condition = {name: x[None] for name, x in batch.items() if name not in ("image", "broken")}
+    condition["interval"] = jnp.zeros((1, 8))
+    keys, clean = jax.random.split(jax.random.key(0), (1, 8)), images.from_uint8(batch["image"])[None]
+    packed, layout = objective.corrupt(Cascade(2), 4, clean, condition, keys, 0, 0.0)
+    made = build_distillation(config, student).retarget(
+        packed, layout, params, frozen["teacher"], frozen["null"]
+    )
+    teacher, cond = student.clone(intervals=False), packed.condition
+    none = make_text_reader(config)([""] * 8)
+    none = encode({name: jnp.asarray(x) for name, x in none.items()})
+    none = {name: x[None] for name, x in none.items()}
+    halves = []
+    for one in (none, {name: x for name, x in cond.items() if name != "interval"}):
+        one = encode_text(teacher, given, one)
+        halves.append(teacher.apply({"params": given}, packed.tokens, packed.timesteps, layout, **one))
+    for target, without, with_text in zip(made.target, *halves, strict=True):
+        right = without + config.distill.guidance_scale * (with_text - without)
+        np.testing.assert_allclose(target[:, ::2], right[:, ::2], rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(halves[0][0]) - np.asarray(halves[1][0])).max() > 1e-3
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
