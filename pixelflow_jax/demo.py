@@ -237,18 +237,19 @@ class Demo:
     def _controls(self, gr) -> list:
         """Return the controls in the order of the arguments of `settings`."""
         sample, limits = self.pipeline.config.sample, self.limits
+        distilled = bool(self.pipeline.config.distill.teacher)  # has its own solver and guidance
+        free = dict(visible=not distilled)
         if self.text:
             what = gr.Textbox(label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
-            negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT, elem_id="negative")
+            named = dict(label="Negative prompt", elem_id="negative")
+            negative = gr.Textbox(max_length=MAX_PROMPT, **named, **free)
         else:
             labels = list(self._labels().items())
             what = gr.Dropdown(labels, value=labels[0][1], label="Class", elem_id="class")
             labels = [("none", "none"), *labels]
-            negative = gr.Dropdown(labels, value="none", label="Class to steer away from")
+            negative = gr.Dropdown(labels, value="none", label="Class to steer away from", **free)
         info = ", ".join(name for name in SOLVERS if ORDERS[name] > 2) + " choose their own steps"
         solvers, sizes = list(SOLVERS), self.sizes()
-        distilled = bool(self.pipeline.config.distill.teacher)  # has its own solver and guidance
-        free = dict(visible=not distilled)
         named = dict(label="Solver", elem_id="solver", info=info)
         solver = gr.Dropdown(solvers, value=sample.solver, **named, **free)
         most, steps = limits.max_steps, np.resize(sample.num_steps, self.num_stages).tolist()

@@ -17,7 +17,11 @@ import pytest
 import pixelflow_jax as pf
 from pixelflow_jax import demo, sample
 from pixelflow_jax.common import UserError
+from pixelflow_jax.config import build_model
 from pixelflow_jax.sampling.generate import png_settings, read_image
+from pixelflow_jax.training.checkpoints import save_params
+
+from conftest import TINY, calm
 
 BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -82,6 +86,25 @@ def test_prompts():
         for prompt in (None, "", "  ", "x" * 1001, 7):
             with pytest.raises(UserError, match="say what|at most"):
                 page.settings(prompt, "", *GOOD[2:])
+    finally:
+        shutil.rmtree(page.folder)
+
+
+def test_the_page_of_a_student(tmp_path):
+    """Catches controls whose first request a student refuses."""
+    gradio = pytest.importorskip("gradio")
+    overrides = [x for x in TINY if not x.startswith("sample.num_steps")]
+    config = pf.load_config("configs/digits_few.py", overrides)
+    save_params(tmp_path, calm(build_model(config)), config)
+    limits = argparse.Namespace(max_images=4, max_steps=50, text_encoder=None)
+    page = demo.Demo(pf.load(tmp_path), limits)
+    try:
+        with gradio.Blocks():
+            controls = page._controls(gradio)
+        assert [control.visible for control in controls[1:5]] == [False] * 4
+        assert [number for number, _ in controls[-1].choices] == ["1", "2", "4", "8"]
+        *_, (_, status, _) = page.stages(page.settings(*(control.value for control in controls)))
+        assert "2 evaluations" in status
     finally:
         shutil.rmtree(page.folder)
 
