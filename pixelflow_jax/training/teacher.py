@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,7 +20,7 @@ from pixelflow_jax.training.step import abstract_condition
 
 
 def read_teacher(config: ConfigDict) -> dict | None:
-    """Return the parameters of a config's teacher, whole on each host; None without a teacher.
+    """Return the parameters of a config's teacher, in each host's memory; None without a teacher.
 
     Raises UserError if they cannot be read, do not fit the config's model and cascade, or are a
     student's.
@@ -37,7 +36,7 @@ def read_teacher(config: ConfigDict) -> dict | None:
     for name, new, old in zip(("model.num_heads", "cascade", "text.words"), *sizes, strict=True):
         if new != old:
             raise UserError(f"config.{name} is {new}, but that of config.{key}={path} is {old}")
-    return params
+    return jax.tree.map(np.asarray, params)  # kept for the whole run: not on a device
 
 
 def abstract_teacher(config: ConfigDict) -> dict:
@@ -46,7 +45,10 @@ def abstract_teacher(config: ConfigDict) -> dict:
 
 
 def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
-    """Return the shapes, dtypes and shardings of what `freeze` returns."""
+    """Return the shapes, dtypes and shardings of what `freeze` returns.
+
+    The matrices of the teacher are in the dtype of the computation.
+    """
     if not config.distill.teacher:
         return None
     teacher, dtype = abstract_teacher(config), build_model(config).dtype
@@ -68,22 +70,14 @@ def freeze(
 ) -> dict[str, Any] | None:
     """Return what a train step needs of a teacher, on the mesh; None without a teacher.
 
-    Its matrices are in the dtype of the computation. "null" is the condition of its unconditional half;
-    `encode` replaces token ids by text states.
+    "null" is the condition of its unconditional half; `encode` replaces token ids by text states.
     """
     if teacher is None:
         return None
-    dtype, whole = build_model(config).dtype, NamedSharding(mesh, P())
-
-    def cast(x, matrix):
-        return jnp.asarray(x, dtype) if matrix else x
-
-    params = jax.tree.map(cast, teacher, is_matrix(teacher))
-    null = null_condition(config, mesh, encode)
-    return {
-        "teacher": placed(params, sharding.shardings(params, mesh)),
-        "null": placed(null, jax.tree.map(lambda _: whole, null)),
-    }
+    shapes = abstract_frozen(config, mesh)
+    given = {"teacher": teacher, "null": null_condition(config, mesh, encode)}
+    cast = jax.tree.map(lambda x, shape: x.astype(shape.dtype), given, shapes)
+    return placed(cast, jax.tree.map(lambda shape: shape.sharding, shapes))
 
 
 def null_condition(config: ConfigDict, mesh: Mesh, encode: Callable[[dict], dict]) -> Condition:
