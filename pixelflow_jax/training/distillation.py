@@ -50,21 +50,16 @@ class Distillation:
     Attributes:
       cascade: the stages.
       student, teacher: the networks.
-      guidance: of the teacher, folded into the targets.
+      weights: of the teacher's guidance in each stage, folded into the targets.
     """
 
     cascade: Cascade
     student: PixelFlow
     teacher: PixelFlow
-    guidance: Guidance
+    weights: tuple[float, ...]
 
     def retarget(
-        self,
-        batch: FlowBatch,
-        layout: PackLayout,
-        average: dict,
-        teacher: dict,
-        null: Condition,
+        self, batch: FlowBatch, layout: PackLayout, average: dict, teacher: dict, null: Condition
     ) -> FlowBatch:
         """Return a batch whose targets are average velocities.
 
@@ -83,14 +78,10 @@ class Distillation:
 
     def target_flops(self, layout: PackLayout, context_length: int = 0) -> int:
         """Return the FLOPs of the targets of one row; the layout is that of the whole row."""
-        half = _resized(layout, [0.5] * len(layout.groups))
-        guided = _resized(half, [1 if w == 1 else 2 for w in self._weights])
+        half = _resized(layout, [1 / KINDS] * len(layout.groups))
+        guided = _resized(half, [1 if w == 1 else 2 for w in self.weights])
         student, teacher = (self.student, half), (self.teacher, guided)
         return 2 * sum(forward_flops(*pair, context_length) for pair in (student, teacher))
-
-    @property
-    def _weights(self) -> tuple[float, ...]:
-        return self.guidance.weights(self.cascade.num_stages)
 
     def _part(self, batch, layout, kind):
         """Return (tokens, T, condition, lengths, layout) of the images of one kind."""
@@ -137,7 +128,7 @@ class Distillation:
 
     def _guided(self, params, layout, condition, null):
         """Return the guided velocity of the teacher as a function of (tokens, T)."""
-        weights = self._weights
+        weights = self.weights
         doubled = _resized(layout, [1 if w == 1 else 2 for w in weights])
 
         def double(parts, others):
@@ -162,8 +153,9 @@ class Distillation:
 
 def build_distillation(config: ConfigDict, student: PixelFlow) -> Distillation:
     """Return how a run makes the targets of its student."""
-    guidance = Guidance(config.distill.guidance_scale, config.distill.guidance_schedule)
-    return Distillation(build_cascade(config), student, student.clone(intervals=False), guidance)
+    cascade, distill = build_cascade(config), config.distill
+    weights = Guidance(distill.guidance_scale, distill.guidance_schedule).weights(cascade.num_stages)
+    return Distillation(cascade, student, student.clone(intervals=False), weights)
 
 
 def _resized(layout: PackLayout, factors: Sequence[float]) -> PackLayout:

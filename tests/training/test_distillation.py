@@ -18,7 +18,6 @@ from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import INTERVAL, encode_text
 from pixelflow_jax.sampling.generate import build_sampler
-from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training import checkpoints, loop, objective
 from pixelflow_jax.training.distillation import Distillation, build_distillation, interval_lengths
@@ -105,7 +104,7 @@ def exact_errors(length: int) -> tuple[float, float]:
     clean = 0.5 * jax.random.normal(jax.random.key(1), (1, 16, 8, 8, 3))
     given = {"labels": jnp.zeros((1, 16), jnp.int32), "interval": lengths}
     batch, layout = objective.corrupt(cascade, 2, clean, given, keys, 10, 0.0)
-    distillation = Distillation(cascade, exact, exact, Guidance(3.0, "constant"))
+    distillation = Distillation(cascade, exact, exact, (3.0, 3.0))
     null = {"labels": jnp.full((1,), 10)}
     made = distillation.retarget(batch, layout, {}, {}, null)
     right = exact.apply({}, made.tokens, made.timesteps, layout, **made.condition)
