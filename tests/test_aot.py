@@ -34,6 +34,25 @@ def test_the_schedule_of_the_class_model_is_clean(tmp_path, capsys):
 
 
 @needs_libtpu
+def test_the_distillation_of_the_class_model_fits(tmp_path, capsys):
+    """Catches a teacher that is replicated, and targets that the compiler reshards."""
+    path = tmp_path / "figures.json"
+    flags = ["--config=configs/imagenet256_xl_few.py", "--topology=v5e:4x4", f"--json={path}"]
+    compile_check.main([*flags, "--batch_per_chip=8"])
+    print(capsys.readouterr().out)
+    figures = json.loads(path.read_text())
+    for kind in ("all-to-all", "collective-permute"):
+        assert figures["collectives"][kind]["ops"] == 0
+    # twice each: the student, its average and the teacher
+    assert 5 < figures["gathered_per_parameter_byte"] <= 6.1
+    assert 0.95 < figures["reduced_per_gradient_byte"] <= 1.05
+    # float32 parameters, two moments and one average, and the teacher in bfloat16: a sixteenth of each
+    state = (4 * 4 + 2) * figures["parameters"] / 16
+    assert 1 <= figures["memory_per_device"]["arguments"] / state < 1.05
+    assert figures["memory_per_device"]["peak"] < 16 * 2**30
+
+
+@needs_libtpu
 def test_topologies_that_do_not_exist():
     """Catches a traceback from libtpu."""
     with pytest.raises(UserError, match="write it as v5e:4x4"):
