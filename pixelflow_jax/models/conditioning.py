@@ -64,4 +64,5 @@ def encode_text(model: PixelFlow, params: dict, condition: Condition) -> Conditi
     ids, mask = condition["text_ids"], condition["text_mask"]
     flat = (x.reshape(-1, x.shape[-1]) for x in (ids, mask))
     states = T5Encoder(model.text, model.dtype).apply({"params": params[TEXT]}, *flat)
-    return {"context": states.reshape(*ids.shape, -1), "context_mask": mask}
+    rest = {name: x for name, x in condition.items() if name not in ("text_ids", "text_mask")}
+    return {**rest, "context": states.reshape(*ids.shape, -1), "context_mask": mask}

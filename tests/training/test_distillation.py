@@ -21,6 +21,7 @@ from pixelflow_jax.sampling.generate import build_sampler
 from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training import checkpoints, loop, objective
 from pixelflow_jax.training.distillation import Distillation, build_distillation, interval_lengths
+from pixelflow_jax.training.step import packed_loss
 from pixelflow_jax.training.teacher import freeze, read_teacher
 
 from conftest import TINY, calm
@@ -277,6 +278,7 @@ def test_guided_targets_of_texts(encoder, t5_folder, tmp_path):
         right = without + config.distill.guidance_scale * (with_text - without)
         np.testing.assert_allclose(target[:, ::2], right[:, ::2], rtol=1e-4, atol=1e-5)
     assert np.abs(np.asarray(halves[0][0]) - np.asarray(halves[1][0])).max() > 1e-3
+    assert np.isfinite(packed_loss(student, params, made, layout)).all()
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
