@@ -6,7 +6,7 @@ Each student is judged with 1, 2 and 4 calls of the network per stage and as its
 (config.distill.teacher) with as many calls by each solver, where a guided evaluation counts as two, and
 with its config's number of steps. Class models are judged as in quality.py, text models as in
 text_steering.py. "Distance" is the rms over images in [-1, 1] from what the teacher's flow gives for the
-same noise (64 midpoint steps per stage). With several students the numbers are medians. The speed is
+same noise (32 midpoint steps per stage). With several students the numbers are medians. The speed is
 that of the compiled samplers at batch 100, in turn, beside the load of the machine.
 """
 
@@ -110,7 +110,7 @@ def rows_of(
     student = Model(path)
     teacher = Model(student.config.distill.teacher)
     asked = (Classes if student.config.model.num_classes else Texts)(teacher.config, count)
-    flow, _ = teacher.draw(asked, count, solver="midpoint", num_steps=(64,))
+    flow, _ = teacher.draw(asked, count, solver="midpoint", num_steps=(32,))
 
     def row(model, **changes):
         pixels, evaluations = model.draw(asked, count, **changes)
@@ -130,7 +130,8 @@ def rows_of(
     rows["teacher, as its config says"] = row(teacher)
     rows[f"teacher, midpoint, {theirs[0]} steps"] = row(teacher, solver="midpoint")
     for other in others:
-        rows[f"{other}, as its config says"] = row(Model(other))
+        rows["other, euler, 1 steps"] = row(Model(other), solver="euler", num_steps=(1,))
+        rows["other, as its config says"] = row(Model(other))
     return rows, student, teacher
 
 
@@ -164,9 +165,7 @@ def main() -> None:
     for place, path in enumerate(args.students):
         others = args.others[place : place + 1]
         rows, student, teacher = rows_of(path, others, args.num_samples)
-        found.append(
-            {name.replace(others[0], "other") if others else name: x for name, x in rows.items()}
-        )
+        found.append(rows)
         print(
             path,
             {name: {k: round(v, 3) for k, v in row.items()} for name, row in rows.items()},
