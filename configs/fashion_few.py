@@ -12,8 +12,8 @@ from pixelflow_jax.configs import fashion
 
 def get_config():
     config = distilled(fashion.get_config(), "runs/fashion")
-    config.num_train_steps = 1500
-    config.checkpoint_every = config.sample_every = 500
+    config.num_train_steps = 900
+    config.checkpoint_every = config.sample_every = 300
     config.optimizer.learning_rate = 1e-3
     config.sample.num_steps = (2, 2, 1)
     return config

@@ -3,7 +3,9 @@
 python -m pixelflow_jax.train --config=configs/t2i_tiny.py --workdir=runs/t2i_tiny
 python -m pixelflow_jax.train --config=configs/t2i_tiny_few.py --workdir=runs/t2i_tiny_few
 
-TODO
+2,000 steps. Measured with one seed (benchmarks/few.py; the teacher was t2i_tiny at its last step): the
+digit is right in 84.1% of samples (its teacher: 88.6%), with two evaluations per stage in 86.6%, every
+other attribute in at least 99.6%.
 """
 
 from pixelflow_jax.config import distilled
