@@ -67,7 +67,7 @@ def start_or_resume(
         params, _ = initial_params("init_from", config.init_from)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(fresh)())
-    check_shapes(params, template.params, "init_from", config.init_from)
+    check_shapes(params, template.params, f"config.init_from={config.init_from}")
     begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
     return begin(placed(params, shardings.params)), {}
 
@@ -102,15 +102,15 @@ def initial_params(key: str, path: str) -> tuple[dict, ConfigDict]:
         raise UserError(f"config.{key}={path} cannot be read: {error}") from None
 
 
-def check_shapes(params: dict, expected: dict, key: str, path: str) -> None:
-    """Raise UserError unless `params` have the names and shapes of the config's model."""
+def check_shapes(params: dict, expected: dict, where: str) -> None:
+    """Raise UserError unless `params`, from `where`, have the names and shapes of the config's model."""
     ours, theirs = (
         {name: x.shape for name, x in flatten_dict(tree, sep="/").items()} for tree in (expected, params)
     )
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"config.{key}={path} does not fit config.model: {name} is "
+                f"{where} does not fit config.model: {name} is "
                 f"{theirs.get(name, 'missing')} there, {ours.get(name, 'unknown')} here"
             )
 

@@ -31,7 +31,7 @@ def read_teacher(config: ConfigDict) -> dict | None:
     params, was = initial_params(key, path)
     if was.distill.teacher:
         raise UserError(f"config.{key}={path} is distilled itself: name the model that it learned from")
-    check_shapes(params, abstract_teacher(config), key, path)
+    check_shapes(params, abstract_teacher(config), f"config.{key}={path}")
     sizes = [(c.model.num_heads, build_cascade(c), c.text.to_dict()["words"]) for c in (config, was)]
     for name, new, old in zip(("model.num_heads", "cascade", "text.words"), *sizes, strict=True):
         if new != old:

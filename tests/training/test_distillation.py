@@ -263,22 +263,29 @@ def test_guided_targets_of_texts(encoder, t5_folder, tmp_path):
     condition["interval"] = jnp.zeros((1, 8))
     keys, clean = jax.random.split(jax.random.key(0), (1, 8)), images.from_uint8(batch["image"])[None]
     packed, layout = objective.corrupt(Cascade(2), 4, clean, condition, keys, 0, 0.0)
-    made = build_distillation(config, student).retarget(
-        packed, layout, params, frozen["teacher"], frozen["null"]
-    )
-    teacher, cond = student.clone(intervals=False), packed.condition
-    none = make_text_reader(config)([""] * 8)
+    teacher, none = student.clone(intervals=False), make_text_reader(config)([""] * 8)
     none = encode({name: jnp.asarray(x) for name, x in none.items()})
-    none = {name: x[None] for name, x in none.items()}
-    halves = []
-    for one in (none, {name: x for name, x in cond.items() if name != "interval"}):
-        one = encode_text(teacher, given, one)
-        halves.append(teacher.apply({"params": given}, packed.tokens, packed.timesteps, layout, **one))
+    with_text = {name: x for name, x in packed.condition.items() if name != "interval"}
+
+    @jax.jit
+    def targets(params, frozen):
+        made = build_distillation(config, student).retarget(
+            packed, layout, params, frozen["teacher"], frozen["null"]
+        )
+        return made, packed_loss(student, params, made, layout)
+
+    @jax.jit
+    def velocity(params, condition):
+        condition = encode_text(teacher, params, condition)
+        return teacher.apply({"params": params}, packed.tokens, packed.timesteps, layout, **condition)
+
+    made, loss = targets(params, frozen)
+    halves = [velocity(given, x) for x in ({name: x[None] for name, x in none.items()}, with_text)]
     for target, without, with_text in zip(made.target, *halves, strict=True):
         right = without + config.distill.guidance_scale * (with_text - without)
         np.testing.assert_allclose(target[:, ::2], right[:, ::2], rtol=1e-4, atol=1e-5)
     assert np.abs(np.asarray(halves[0][0]) - np.asarray(halves[1][0])).max() > 1e-3
-    assert np.isfinite(packed_loss(student, params, made, layout)).all()
+    assert np.isfinite(loss).all()
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
