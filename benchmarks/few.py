@@ -21,7 +21,6 @@ import quality
 import text_steering
 from ml_collections import ConfigDict
 
-from pixelflow_jax.data import captioned_digits
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import FromSeed
@@ -51,10 +50,8 @@ class Texts:
     """What text models are asked for: unseen combinations, and their judges."""
 
     def __init__(self, config: ConfigDict, count: int):
-        rng, self.read = np.random.default_rng(1), make_text_reader(config)
-        self.wanted = [captioned_digits.draw_attributes(rng, held_out=True) for _ in range(count)]
-        wordings = len(captioned_digits.WORDINGS)
-        self.prompts = [a.captions()[i % wordings] for i, a in enumerate(self.wanted)]
+        self.read = make_text_reader(config)
+        self.wanted, self.prompts = text_steering.held_out_prompts(count)
         self.judges = text_steering.Judges((config.data.resolution,) * 2)
 
     def conditions(self, index):

@@ -96,6 +96,13 @@ class Judges:
         }
 
 
+def held_out_prompts(count: int) -> tuple[list, list[str]]:
+    """Return (attributes, captions) of combinations that training never showed."""
+    rng = np.random.default_rng(1)
+    wanted = [digits.draw_attributes(rng, held_out=True) for _ in range(count)]
+    return wanted, [a.captions()[i % len(digits.WORDINGS)] for i, a in enumerate(wanted)]
+
+
 def draw(checkpoint: str, prompts: list[str], scale: float | None, size=(None, None), batch: int = 100):
     """Return (one image per prompt, config); `scale` and `size` override those of the config."""
     params, config, _ = load_params(checkpoint)
@@ -145,9 +152,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="default: the trained size")
     parser.add_argument("--grid", help="PNG file to write, with 12 samples and their prompts")
     args = parser.parse_args()
-    rng = np.random.default_rng(1)
-    wanted = [digits.draw_attributes(rng, held_out=True) for _ in range(args.num_samples)]
-    prompts = [a.captions()[i % len(digits.WORDINGS)] for i, a in enumerate(wanted)]
+    wanted, prompts = held_out_prompts(args.num_samples)
     judges = None
     for scale in args.guidance_scales or [None]:
         pictures, config = draw(args.checkpoint, prompts, scale, (args.height, args.width))

@@ -29,8 +29,8 @@ def init_params(model: PixelFlow, seed: int) -> dict:
     context = jnp.zeros((1, count, 1, model.context_dim)) if model.context_dim else None
     mask = jnp.ones((1, count, 1), bool) if model.context_dim else None
     key = numerics.key(seed)
-    none = jnp.zeros((1, count))
-    params = model.init(key, tokens, none, layout, labels, context, mask, none)["params"]
+    zero = jnp.zeros((1, count))  # as the time and the interval
+    params = model.init(key, tokens, zero, layout, labels, context, mask, zero)["params"]
     if model.text is not None:
         ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
         encoder = T5Encoder(model.text)

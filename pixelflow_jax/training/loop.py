@@ -73,7 +73,7 @@ def train(
         holds_run(workdir, config)  # before an index is written there
         scan = Scan(workdir, lambda what: watch(f"{STARTING}: {what}"))
         source = load_source(config, scan=scan)
-        watch(f"{STARTING}: reading {config.distill.teacher or 'no teacher'}")
+        watch(f"{STARTING}: reading the teacher, if there is one")
         teacher = read_teacher(config)
         data = data_of(source, teacher)
         watch(f"{STARTING}: taking {workdir}")

@@ -28,6 +28,7 @@ from pixelflow_jax.distributed import hosts
 from pixelflow_jax.foreign.official import read_official
 from pixelflow_jax.models.conditioning import INTERVAL, from_class_model, init_params
 from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.text.encoder import JOINT
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.fingerprints import params_hash
 from pixelflow_jax.training.step import TrainState, abstract_state, init_state
@@ -64,7 +65,8 @@ def start_or_resume(
     if teacher is not None:
         params = {**teacher, INTERVAL: jax.jit(fresh)()[INTERVAL]}
     else:
-        params, _ = initial_params("init_from", config.init_from)
+        params, was = initial_params("init_from", config.init_from)
+        check_heads(config, was, "init_from", config.init_from)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(fresh)())
     check_shapes(params, template.params, f"config.init_from={config.init_from}")
@@ -112,6 +114,17 @@ def check_shapes(params: dict, expected: dict, where: str) -> None:
             raise UserError(
                 f"{where} does not fit config.model: {name} is "
                 f"{theirs.get(name, 'missing')} there, {ours.get(name, 'unknown')} here"
+            )
+
+
+def check_heads(config: ConfigDict, was: ConfigDict, key: str, path: str) -> None:
+    """Raise UserError if parameters were trained with other heads, which their shapes do not show."""
+    joint = [c.text.encoder == JOINT for c in (config, was)]
+    for section in ("model", "text") if all(joint) else ("model",):
+        new, old = (c[section].num_heads for c in (config, was))
+        if new != old:
+            raise UserError(
+                f"config.{section}.num_heads is {new}, but that of config.{key}={path} is {old}"
             )
 
 

@@ -18,6 +18,7 @@ from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import INTERVAL, encode_text
 from pixelflow_jax.sampling.generate import build_sampler
+from pixelflow_jax.sampling.sampler import STUDENT_STEPS
 from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training import checkpoints, loop, objective
 from pixelflow_jax.training.distillation import Distillation, build_distillation, interval_lengths
@@ -129,6 +130,7 @@ def test_lengths_follow_from_the_place_in_the_batch():
     lengths = np.asarray(interval_lengths(4, index)).reshape(-1, 4)
     assert (lengths == lengths[:, :1]).all()  # all stages alike
     assert {*lengths[::2].ravel()} == {0, 125} and {*lengths[1::2].ravel()} == {250, 500, 1000}
+    assert {*lengths.ravel()} == {0, *(1000 / steps for steps in STUDENT_STEPS)}
     keys = jax.random.split(jax.random.key(0), (1, 64))
     clean, given = jnp.zeros((1, 64, 16, 16, 3)), interval_lengths(4, index)[None]
     condition = {"labels": jnp.zeros((1, 64), jnp.int32), "interval": given}
@@ -218,7 +220,7 @@ def test_a_run_keeps_its_teacher(student, teacher, tmp_path, trained):
         (["distill.teacher=nowhere"], "config.distill.teacher=nowhere cannot be read"),
         (["model.depth=3"], "does not fit config.model"),
         (["model.num_heads=1", "model.head_dim=16"], "config.model.num_heads is 1, but"),
-        (["cascade.gamma=-0.3"], "config.cascade is"),
+        (["cascade.gamma=-0.3"], "config.cascade is not that of"),
         (["init_from=somewhere"], "init_from does nothing"),
         (["ema.decays=()"], "needs an average"),
         (["batch_size=10"], "2 kinds of targets"),

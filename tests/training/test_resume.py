@@ -240,6 +240,9 @@ def test_a_new_run_can_start_from_old_weights(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, by_hand, theirs)
     with pytest.raises(UserError, match="does not fit config.model: blocks/"):
         train.main([f"--workdir={tmp_path / 'deep'}", *flags, "--config.model.depth=3"])
+    heads = ["--config.model.num_heads=1", "--config.model.head_dim=16"]  # of the same shapes
+    with pytest.raises(UserError, match="config.model.num_heads is 1, but that of config.init_from"):
+        train.main([f"--workdir={tmp_path / 'heads'}", *flags, *heads])
 
 
 def test_resume_does_not_need_init_from(whole, tmp_path):
