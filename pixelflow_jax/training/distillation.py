@@ -123,8 +123,9 @@ class Distillation:
             moved = [y + h * v for y, h, v in zip(x, steps, found, strict=True)]
             return (moved, timesteps + forth), found
 
-        # A loop, so that the network is compiled once
-        return jax.lax.scan(step, (x, timesteps), length=2)[1]
+        # A loop, so that the network is compiled once; as with its layers, slower on CPU unless unrolled
+        unroll = min(2, self.student.scan_unroll)
+        return jax.lax.scan(step, (x, timesteps), length=2, unroll=unroll)[1]
 
     def _guided(self, params, layout, condition, null):
         """Return the guided velocity of the teacher as a function of (tokens, T)."""

@@ -59,6 +59,7 @@ class Exact:
     """
 
     SPREAD = 0.5  # of the clean image's pixels
+    scan_unroll = 1
 
     def __init__(self, cascade: Cascade):
         self.cascade = cascade
