@@ -93,7 +93,9 @@ def _model_and_data() -> dict[str, Any]:
 def _training_and_sampling() -> dict[str, Any]:
     return dict(
         optimizer=dict(
-            learning_rate=1e-4,
+            name="adamw",  # or muon, which takes the matrices of the blocks; AdamW the rest
+            learning_rate=1e-4,  # of AdamW
+            muon_learning_rate=1e-3,
             schedule="constant",  # constant, or cosine or linear to 0 at num_train_steps
             warmup_steps=0,
             b1=0.9,

@@ -122,6 +122,8 @@ if __name__ == "__main__":
     results = {name: run(*mesh) for name, mesh in MESHES.items()}
     for name in DISTILLED:
         results[f"distilled_{name}"] = run(*MESHES[name], "distill.teacher=given")
+    for name in ("one", "mixed_accumulated"):
+        results[f"muon_{name}"] = run(*MESHES[name], "optimizer.name=muon")
     results["bfloat16"] = run(1, 1, 1, 1, "dtype=bfloat16")
     results["bfloat16_fsdp"] = run(1, 8, 1, 1, "dtype=bfloat16")
     results["remat_fsdp"] = run(1, 8, 1, 1, "model.remat=full", "model.scan_unroll=1")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from pixelflow_jax.cascade.stages import Cascade
 
@@ -112,12 +112,17 @@ class PackLayout:
             parts.append(jnp.broadcast_to(part[:, :, None], shape))
         return self.pack(parts)
 
-    def positions(self) -> Int[np.ndarray, "n 2"]:
-        """Return the (row, column) of every token of a whole row in its own grid, from 0."""
-        grids = [np.indices((group.height, group.width)).reshape(2, -1).T for group in self.groups]
-        return np.concatenate(
-            [np.tile(grid, (group.count, 1)) for group, grid in zip(self.groups, grids, strict=True)]
-        )
+    def positions(self, unit: int = 1) -> Float[np.ndarray, "n 2"]:
+        """Return the (row, column) of the middle of every token of a whole row, from 0.
+
+        They count patches of `unit` pixels per side, the middle of the first of which is at 0.
+        """
+        grids = []
+        for group in self.groups:
+            grid = np.indices((group.height, group.width)).reshape(2, -1).T
+            times = group.patch_size / unit
+            grids.append(np.tile(grid * times + (times - 1) / 2, (group.count, 1)))
+        return np.concatenate(grids)
 
 
 def cascade_layout(

@@ -35,7 +35,7 @@ INTERVALS = {
     "[0, 100000]": "model.context_dim",
     "[0, 10000000]": "model.num_classes",
     "[1, 10000000]": "sample.num_images",
-    "[0, 100]": "optimizer.learning_rate optimizer.weight_decay",
+    "[0, 100]": "optimizer.learning_rate optimizer.muon_learning_rate optimizer.weight_decay",
     "[0, 1]": "data.label_dropout data.max_broken_share optimizer.eps sample.guidance_interval",
     "[0, 1)": "optimizer.b1 optimizer.b2 ema.decays",
     "(0, 1)": "sample.rtol sample.atol",
@@ -49,6 +49,7 @@ INTERVALS = {
 BOUNDS = {key: interval for interval, keys in INTERVALS.items() for key in keys.split()}
 CHOICES = {
     "dtype": tuple(DTYPES),
+    "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "optimizer.weight_decay_on": ("matrices", "all"),
     "data.crop": ("none", "random", "center"),

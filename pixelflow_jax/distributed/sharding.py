@@ -145,7 +145,9 @@ def reduce_gradients(grads: Any, param_specs: Any) -> Any:
     """Inside shard_map: sum the gradients over the devices."""
 
     def one(grad, spec):
-        return jax.lax.psum(grad, ("data", CONTEXT) if "fsdp" in spec else (*AXES, CONTEXT))
+        axes = ("data", CONTEXT) if "fsdp" in spec else (*AXES, CONTEXT)
+        # On CPU, the sum over one device is a copy
+        return jax.lax.psum(grad, axes) if jax.lax.axis_size(axes) > 1 else grad
 
     return jax.tree.map(one, grads, param_specs, is_leaf=lambda x: isinstance(x, P))
 

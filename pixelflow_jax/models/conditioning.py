@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from pixelflow_jax.cascade.packing import Group, PackLayout
@@ -42,19 +41,6 @@ def init_params(model: PixelFlow, seed: int) -> dict:
 def abstract_params(model: PixelFlow) -> dict:
     """Return the shapes and dtypes of a model's parameters, not to be changed in place."""
     return jax.eval_shape(lambda: init_params(model, 0))
-
-
-def from_class_model(params: dict, fresh: dict) -> dict:
-    """Return a text model's parameters from those of a class model of the same size.
-
-    Parameters that only a text model has come from `fresh`. The embedding of the null class is added to
-    the bias of the size embedding. With `cross_gate`, the initial velocity is therefore the class
-    model's for the null class.
-    """
-    size, classes = params["size_embed"], params["class_embed"]["embedding"]
-    last = {**size["linear_2"], "bias": size["linear_2"]["bias"] + classes[-1]}
-    old = flatten_dict({**params, "size_embed": {**size, "linear_2": last}})
-    return unflatten_dict({path: old.get(path, x) for path, x in flatten_dict(fresh).items()})
 
 
 def encode_text(model: PixelFlow, params: dict, condition: Condition) -> Condition:

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 
 def rope_table(
-    positions: Int[np.ndarray, "n 2"], head_dim: int, theta: float = 10000.0
+    positions: Float[np.ndarray, "n 2"], head_dim: int, theta: float = 10000.0
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
     """Return (cos, sin) in float64 for positions (row, column).
 

@@ -56,6 +56,11 @@ def sincos(x: Float[Array, "..."], dtype: Dtype) -> Float[Array, "... d"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def layer_name(name: str, patch_size: int, patch_sizes: Sequence[int]) -> str:
+    """Return the key, in the parameters, of the embedding or output layer of a patch size."""
+    return name if patch_size == min(patch_sizes) else f"{name}_{patch_size}"
+
+
 def wide(dtype: Dtype) -> Dtype:
     """Return the dtype for norms, modulation and gates: `dtype`, but at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -282,7 +287,7 @@ class PixelFlow(nn.Module):
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
         def dense(name, p, width, init):
-            name = name if p == self.base_patch else f"{name}_{p}"
+            name = layer_name(name, p, self.patch_sizes)
             return nn.Dense(width, kernel_init=init, name=name, **dtypes)
 
         unknown = {group.patch_size for group in layout.groups} - {*self.patch_sizes}
@@ -292,7 +297,7 @@ class PixelFlow(nn.Module):
         embed = {p: dense("patch_embed", p, dim, xavier) for p in self.patch_sizes}
         x = jnp.concatenate([embed[p](run.pack(parts)) for p, run, parts in runs], axis=1)
         conditioning = self._conditioning(timesteps, layout, labels, interval)
-        rope = map(layout.local_row, rope_table(layout.positions(), self.head_dim))
+        rope = map(layout.local_row, rope_table(layout.positions(self.base_patch), self.head_dim))
         rope = tuple(jnp.asarray(table, wide(self.dtype)) for table in rope)
 
         block = Block

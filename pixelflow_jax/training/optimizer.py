@@ -1,4 +1,4 @@
-"""The optimizer chain: gradient clipping, AdamW with a schedule, averages of the parameters (EMA)."""
+"""The optimizer chain: gradient clipping, AdamW or Muon, averages of the parameters (EMA)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,32 +13,63 @@ from pixelflow_jax.distributed import sharding
 
 
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Return clip -> AdamW -> EMA as one transformation; its state is a dict with these names."""
+    """Return clip -> AdamW or Muon -> EMA as one; its state is a dict with these names."""
     opt = config.optimizer
-    mask = is_matrix if opt.weight_decay_on == "matrices" else None
-    rate, decay = build_schedule(config), opt.weight_decay
-    adamw = optax.adamw(rate, opt.b1, opt.b2, opt.eps, weight_decay=decay, mask=mask)
     return optax.named_chain(
         ("clip", clip_by_global_norm(opt.clip_norm) if opt.clip_norm else optax.identity()),
-        ("adamw", adamw),
+        (opt.name, {"adamw": _adamw, "muon": _muon}[opt.name](config)),
         ("ema", params_ema(ema_decays(config), config.ema.warmup)),
     )
 
 
-def build_schedule(config: ConfigDict) -> optax.Schedule:
-    """Return the learning rate by step: linear warmup, then constant or decaying to 0 at the end."""
+def _adamw(config: ConfigDict) -> optax.GradientTransformation:
+    opt = config.optimizer
+    mask = is_matrix if opt.weight_decay_on == "matrices" else None
+    rate, decay = build_schedule(config, opt.learning_rate), opt.weight_decay
+    return optax.adamw(rate, opt.b1, opt.b2, opt.eps, weight_decay=decay, mask=mask)
+
+
+def _muon(config: ConfigDict) -> optax.GradientTransformation:
+    """Return Muon for the blocks' matrices, and AdamW (with Nesterov momentum) for the rest.
+
+    Source: https://kellerjordan.github.io/posts/muon, by Optax.
+    """
+    opt = config.optimizer
+    return optax.contrib.muon(
+        build_schedule(config, opt.muon_learning_rate),
+        eps=opt.eps,
+        weight_decay=opt.weight_decay,
+        adam_b1=opt.b1,
+        adam_b2=opt.b2,
+        adam_weight_decay=opt.weight_decay if opt.weight_decay_on == "all" else 0.0,
+        adam_learning_rate=build_schedule(config, opt.learning_rate),
+        muon_weight_dimension_numbers=block_matrices,
+    )
+
+
+def block_matrices(params: dict) -> dict:
+    """Return the axes [in, out] of each matrix of the blocks [depth, in, out]; None for other leaves."""
+
+    def one(path, leaf):
+        mine = path[0].key == sharding.SCANNED and leaf.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(1, 2) if mine else None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def build_schedule(config: ConfigDict, peak: float) -> optax.Schedule:
+    """Return a rate by step: linear warmup to `peak`, then constant or decaying to 0 at the end."""
     opt = config.optimizer
     steps = max(config.num_train_steps - opt.warmup_steps, 1)
     main = {
-        "constant": optax.constant_schedule(opt.learning_rate),
-        "cosine": optax.cosine_decay_schedule(opt.learning_rate, steps),
-        "linear": optax.linear_schedule(opt.learning_rate, 0.0, steps),
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, steps),
+        "linear": optax.linear_schedule(peak, 0.0, steps),
     }[opt.schedule]
     if not opt.warmup_steps:
         return main
     # The first step has a nonzero rate, 1/warmup_steps of the full one.
-    first = opt.learning_rate / opt.warmup_steps
-    warmup = optax.linear_schedule(first, opt.learning_rate, max(opt.warmup_steps - 1, 1))
+    warmup = optax.linear_schedule(peak / opt.warmup_steps, peak, max(opt.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, main], [opt.warmup_steps])
 
 

@@ -20,14 +20,15 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.config import differences
+from pixelflow_jax.config import build_model, differences
 from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.foreign.official import read_official
-from pixelflow_jax.models.conditioning import INTERVAL, from_class_model, init_params
+from pixelflow_jax.models.conditioning import INTERVAL, init_params
 from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.models.warm_start import from_class_model, with_patch_sizes
 from pixelflow_jax.text.encoder import JOINT
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.fingerprints import params_hash
@@ -67,6 +68,8 @@ def start_or_resume(
     else:
         params, was = initial_params("init_from", config.init_from)
         check_heads(config, was, "init_from", config.init_from)
+        sizes = (build_model(c).patch_sizes for c in (was, config))
+        params = with_patch_sizes(params, *sizes)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(fresh)())
     check_shapes(params, template.params, f"config.init_from={config.init_from}")

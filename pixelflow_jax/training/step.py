@@ -30,7 +30,7 @@ class TrainState:
 
     step: Array  # int32: the number of updates so far
     params: dict
-    opt_state: dict  # "clip", "adamw" and "ema", see optimizer.py
+    opt_state: dict  # "clip", "adamw" or "muon", and "ema", see optimizer.py
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:

@@ -56,6 +56,15 @@ def test_every_mesh_distils_as_one_device(results, name):
 
 
 @pytest.mark.slow
+def test_muon_on_a_mesh_is_muon_on_one_device(results):
+    """Catches a shard of a matrix that is orthogonalized by itself, and a replicated momentum."""
+    ours, theirs = (results[f"muon_{name}"] for name in ("mixed_accumulated", "one"))
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
+    momenta = [x for name, x in ours["shares"].items() if "muon/inner_state" in name]
+    assert momenta and set(momenta) == {1 / 2}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "ab2", "dopri5"])
 def test_eight_devices_make_the_images_of_one(results, solver):
     """Catches noise or steps that depend on an image's device."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pixelflow_jax.cascade import images
 from pixelflow_jax.cascade.packing import Group, PackLayout
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import UserError
@@ -13,10 +14,12 @@ from pixelflow_jax.config import build_model, config_from_dict, load_config
 from pixelflow_jax.models.conditioning import init_params
 from pixelflow_jax.models.flops import forward_flops, traced_flops
 from pixelflow_jax.models.transformer import PixelFlow
+from pixelflow_jax.models.warm_start import with_patch_sizes
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.training import objective
-from pixelflow_jax.training.loop import train
+from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.loop import prepare, train
 
 from conftest import TINY
 
@@ -132,6 +135,58 @@ def test_a_patch_size_that_the_model_lacks(noisy_params):
     zero = jnp.zeros((1, 1))
     with pytest.raises(ValueError, match=r"patch sizes \[2, 4\], the layout also \{8\}"):
         model.apply({"params": noisy_params(model)}, [jnp.zeros((1, 1, 4, 192))], zero, layout, zero)
+
+
+def test_a_larger_patch_begins_as_the_smaller_ones_that_tile_it(noisy_params):
+    """Catches pixels, channels or biases that land elsewhere, and a size that loses its own layers."""
+    params = noisy_params(PixelFlow(2, 8, 2, (2, 4), 5))
+    grown = with_patch_sizes(params, (2, 4), (4, 8, 2))
+    assert jax.tree.map(jnp.shape, init_params(PixelFlow(2, 8, 2, (2, 4, 8), 5), 0)) == jax.tree.map(
+        jnp.shape, grown
+    )
+    for name in params:
+        assert grown[name] is params[name]
+    image = jax.random.normal(jax.random.key(0), (16, 16, 3))
+
+    def embedded(p, layer):  # [rows, columns, width]
+        return (images.patchify(image, p) @ layer["kernel"] + layer["bias"]).reshape(
+            16 // p, 16 // p, -1
+        )
+
+    small, large = embedded(4, grown["patch_embed_4"]), embedded(8, grown["patch_embed_8"])
+    np.testing.assert_allclose(large, images.down(small), atol=1e-5)
+
+    def drawn(p, layer, states):
+        tokens = states.reshape(-1, states.shape[-1]) @ layer["kernel"] + layer["bias"]
+        return images.unpatchify(tokens, 16, 16, p)
+
+    np.testing.assert_allclose(
+        drawn(8, grown["head_8"], large), drawn(4, grown["head_4"], images.up(large)), atol=1e-5
+    )
+    assert with_patch_sizes(params, (2, 4), (4, 4))["patch_embed"] is params["patch_embed_4"]
+    with pytest.raises(UserError, match="patch_size 6 must be a multiple of a size .* 4"):
+        with_patch_sizes(params, (4,), (4, 6))
+
+
+def test_a_token_stands_at_the_middle_of_its_patch():
+    """Catches larger patches that are told other places than the smaller ones that tile them."""
+    small, large = (PackLayout((Group(2, 8 // p, 4 // p, p),)).positions(2) for p in (2, 4))
+    assert (small[:8] == np.indices((4, 2)).reshape(2, -1).T).all()
+    tiles = small[:8].reshape(2, 2, 1, 2, 2).swapaxes(1, 2).reshape(2, 4, 2)
+    assert (large[:2] == tiles.mean(axis=1)).all() and (large[2:] == large[:2]).all()
+
+
+def test_a_run_begins_from_other_patch_sizes(tmp_path):
+    """Catches init_from that refuses them, averages without the new layers, or other changes."""
+    train(load_config("configs/digits.py", [*TINY, "model.patch_size=2"]), str(tmp_path / "old"))
+    old = load_params(tmp_path / "old")[0]
+    config = load_config("configs/digits.py", [*MIXED, f"init_from={tmp_path / 'old'}"])
+    state = prepare(config)[0]
+    assert state.step == 0 and state.params.keys() == {*old, "patch_embed_4", "head_4"}
+    for average in state.opt_state["ema"].averages:
+        jax.tree.map(np.testing.assert_array_equal, average, state.params)
+    for name in old:
+        jax.tree.map(np.testing.assert_array_equal, old[name], state.params[name])
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.data import captioned_digits as digits
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.foreign.official import from_official, to_official
-from pixelflow_jax.models.conditioning import abstract_params, from_class_model, init_params
+from pixelflow_jax.models.conditioning import abstract_params, init_params
 from pixelflow_jax.models.t5 import T5Encoder, t5_params
+from pixelflow_jax.models.warm_start import from_class_model
 from pixelflow_jax.requests import conditions
 from pixelflow_jax.requests.layouts import read_prompts_file, write_layout
 from pixelflow_jax.sampling.generate import build_sampler, read_image

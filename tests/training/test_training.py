@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.common import UserError
@@ -132,7 +133,7 @@ def test_schedule_and_ema(tiny_config):
     """Catches a warm-up that starts at 0, a decay that ends early, and a wrong EMA recursion."""
     opt = tiny_config.optimizer
     opt.warmup_steps, tiny_config.num_train_steps = 4, 10
-    schedule = build_schedule(tiny_config)
+    schedule = build_schedule(tiny_config, tiny_config.optimizer.learning_rate)
     rates = np.array([schedule(step) for step in range(11)]) / opt.learning_rate
     np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
     assert (np.diff(rates[4:]) < 0).all() and rates[10] == pytest.approx(0, abs=1e-6)
@@ -152,8 +153,36 @@ def test_schedule_and_ema(tiny_config):
         np.testing.assert_allclose([a["w"] for a in state["ema"].averages], expected, rtol=1e-6)
 
 
-def test_resume_is_bit_identical(tiny_config, tmp_path):
+def test_muon_gets_each_matrix_of_the_blocks(tiny_config, noisy_params):
+    """Catches a matrix that Adam updates, a stack that is one matrix, and a rate that is not its own.
+
+    An update by Muon is nearly orthogonal; all entries of the first one by Adam are equally large.
+    """
+    opt = tiny_config.optimizer
+    opt.name, opt.muon_learning_rate, opt.learning_rate, opt.eps = "muon", 0.5, 0.25, 0.0
+    opt.warmup_steps = 0
+    first = opt.learning_rate * (1 + opt.b1 / (1 + opt.b1))  # with Nesterov momentum
+    tiny_config.model.num_heads = 3  # 24 wide: other sizes than the 16 of a head
+    params = noisy_params(build_model(tiny_config))
+    optimizer = build_optimizer(tiny_config)
+    grads = jax.tree.map(lambda x: x + 1, noisy_params(build_model(tiny_config), 1))
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    flat = flatten_dict(updates, sep="/")
+    ours = {name for name in flat if name.startswith("blocks/") and name.endswith("/kernel")}
+    assert len(ours) == 7
+    for name, update in flat.items():
+        if name not in ours:
+            np.testing.assert_allclose(np.abs(update), first, rtol=1e-4, err_msg=name)
+            continue
+        scale = opt.muon_learning_rate * max(1, update.shape[2] / update.shape[1]) ** 0.5
+        singular = np.linalg.svd(np.asarray(update), compute_uv=False) / scale
+        assert 0.6 < np.median(singular) and np.max(singular) < 1.3, name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_resume_is_bit_identical(tiny_config, tmp_path, name):
     """Catches anything left out of a checkpoint: 2 + 2 steps must equal 4, in state and in metrics."""
+    tiny_config.optimizer.name = name
     tiny_config.optimizer.schedule = "constant"  # a cosine over other steps would be another run
     whole, _ = loop.train(tiny_config, tmp_path / "whole")
     tiny_config.num_train_steps = 2
