@@ -21,6 +21,7 @@ import quality
 import text_steering
 from ml_collections import ConfigDict
 
+from pixelflow_jax.common.memory import restart_with_huge_pages
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
 from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import FromSeed
@@ -182,4 +183,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as the commands do
     main()

@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from pixelflow_jax.common import cli
+from pixelflow_jax.common.memory import restart_with_huge_pages
 
 SHAPE = dict(num_heads=6, head_dim=64, depth=6, patch_size=4, num_classes=1000, num_stages=4)
 SHAPE |= dict(resolution=128, batch_size=16, num_samples=8, num_steps=10, guidance_scale=2.4)
@@ -30,8 +30,10 @@ class Official:
     def __init__(self, python: str, checkout: str, threads: int):
         worker = os.path.join(os.path.dirname(os.path.abspath(__file__)), "official_worker.py")
         command = [python, worker, "--checkout", checkout, "--shape", json.dumps(SHAPE)]
+        environ = {name: x for name, x in os.environ.items() if name != "GLIBC_TUNABLES"}
         self.process = subprocess.Popen(
             [*command, "--threads", str(threads)],
+            env=environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -148,7 +150,6 @@ def main() -> None:
     parser.add_argument("--only", choices=("train", "sample"))
     parser.add_argument("--config", action="append", default=[], help="KEY=VALUE for our config")
     args = parser.parse_args()
-    cli.keep_freed_memory()  # as the commands do
     threads = len(os.sched_getaffinity(0))
     official = Official(args.python, args.checkout, threads)
     config = our_config(args.config)
@@ -159,4 +160,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as the commands do
     main()

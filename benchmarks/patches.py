@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+from pixelflow_jax.common.memory import restart_with_huge_pages
+
 FORMS = {"(2, 2, 2)": "(2,2,2)", "(2, 2, 4)": "(2,2,4)"}
 HERE = pathlib.Path(__file__).resolve().parent
 BATCH = 100  # images per call of the sampler in timings
@@ -54,10 +56,8 @@ def print_step_seconds(form: str) -> None:
     """Print the median seconds of a train step; this command runs it for each variant."""
     from official import our_train
 
-    from pixelflow_jax.common.cli import keep_freed_memory
     from pixelflow_jax.config import load_config
 
-    keep_freed_memory()
     step = our_train(load_config("fashion", overrides(form)))
     step()
     times = []
@@ -170,4 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as the commands do
     main()

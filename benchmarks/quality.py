@@ -22,6 +22,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
+from pixelflow_jax.common.memory import restart_with_huge_pages
 from pixelflow_jax.config import load_config
 from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
@@ -134,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as the commands do
     main()

@@ -16,6 +16,9 @@ if sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sy
     # A command that has yet to import: until cli.run takes over, Ctrl-C has nothing to save or to say.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from pixelflow_jax.common.memory import restart_with_huge_pages
+
+    restart_with_huge_pages()
 
 if TYPE_CHECKING:  # what _HOMES says, for editors and type checkers
     from pixelflow_jax.cascade.packing import PackLayout as PackLayout

@@ -2,9 +2,7 @@
 
 import argparse
 import contextlib
-import ctypes
 import errno
-import importlib.util
 import inspect
 import logging
 import os
@@ -23,7 +21,6 @@ from pixelflow_jax.common import Explained, UserError, ends, files, hardware, nu
 # Flags that take free text
 WORDS = ("prompt", "negative_prompt", "labels", "negative_labels")
 LITTLE = 1 << 16  # a disk with fewer free bytes is full
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,7 +61,6 @@ def run(main: Callable[[], None]) -> None:
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     sys.unraisablehook = _unraisable
     mend_streams()
-    keep_freed_memory()
     ends.end_at_signals()
     try:
         if callable(signal.getsignal(signal.SIGINT)):
@@ -138,23 +134,6 @@ def usual_cause(error: Exception) -> str:
     except UserError as cause:
         return sentence(cause)
     return ""
-
-
-def keep_freed_memory() -> None:
-    """On CPU, keep the memory that XLA frees after a step for the next step.
-
-    glibc would return large arrays to the kernel and get zeroed pages again: a quarter of the
-    CPU time of a small training. On hosts with accelerators the loader's threads need separate heaps.
-    """
-    plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin")
-    if any(importlib.util.find_spec(name) for name in plugins):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for option, value in ((M_ARENA_MAX, 1), (M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0)):
-        mallopt(option, value)
 
 
 def _unraisable(what) -> None:

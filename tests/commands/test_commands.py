@@ -235,7 +235,7 @@ def test_reports_end_as_errors_do(monkeypatch, capsys):
     """Catches a process that says what is wrong and then waits for the others of its run for minutes."""
     left = []
     monkeypatch.setattr(cli.ends, "leave", left.append)
-    for name in ("cli.keep_freed_memory", "cli.mend_streams", "ends.end_at_signals"):
+    for name in ("cli.mend_streams", "ends.end_at_signals"):
         monkeypatch.setattr(f"pixelflow_jax.common.{name}", lambda: None)
     cli.run(lambda: sys.exit("error: image 3 is not finite"))
     assert left == [1]

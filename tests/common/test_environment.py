@@ -1,5 +1,6 @@
 """What the environment brings: devices, proxies, a notebook's settings, home folders, libraries."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 import pixelflow_jax as pf
-from pixelflow_jax.common import UserError, cli, optional
+from pixelflow_jax.common import UserError, cli, memory, optional
 from pixelflow_jax.evaluation import sweep
 from pixelflow_jax.requests import request
 from pixelflow_jax.training.checkpoints import find_step
@@ -147,3 +148,47 @@ def test_home(trained, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a run of another config"):
         pf.fit(pf.load_config("digits"), "~/run")
     assert cli.parser("").parse_args([]) is not None
+
+
+@pytest.mark.parametrize(
+    "change", ["nothing", "the kernel's own policy", "the user's variable", "an accelerator"]
+)
+def test_huge_pages_are_asked_for_where_they_help(change, monkeypatch, tmp_path):
+    """Catches a process that starts again for ever or for nothing, or with other arguments."""
+    started, policy = [], tmp_path / "enabled"
+    policy.write_text("[always] madvise" if change == "the kernel's own policy" else "always [madvise]")
+    monkeypatch.setattr(memory, "HUGE_PAGES", policy)
+    monkeypatch.setattr(memory, "PLUGINS", ("json",) if change == "an accelerator" else ("nowhere",))
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(os, "execve", lambda *args: started.append(args))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-P", "-m", "pixelflow_jax.train", "--help"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if change == "the user's variable":
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    memory.restart_with_huge_pages()
+    if change != "nothing":
+        assert not started
+        return
+    ((program, argv, environ),) = started
+    assert program == argv[0] == sys.executable and argv[1:] == sys.orig_argv[1:]
+    assert environ["GLIBC_TUNABLES"] == memory.TUNABLE
+    monkeypatch.setattr(os, "environ", environ)
+    memory.restart_with_huge_pages()
+    assert len(started) == 1
+
+
+def test_a_command_starts_again_with_huge_pages(tmp_path):
+    """Catches a command that does not, and one that loses its arguments."""
+    wanted = memory.HUGE_PAGES.is_file() and "[madvise]" in memory.HUGE_PAGES.read_text()
+    wanted &= memory.platform.libc_ver() >= ("glibc", "2.35") and sys.platform == "linux"
+    wanted &= not any(importlib.util.find_spec(name) for name in memory.PLUGINS)
+    config = tmp_path / "config.py"
+    config.write_text("import os\nraise ValueError(os.environ.get('GLIBC_TUNABLES'))\n")
+    environ = {name: x for name, x in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = ["-m", "pixelflow_jax.train", f"--config={config}", "--workdir=never"]
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=HERE, env=environ, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert f"ValueError: {memory.TUNABLE if wanted else None}" in ended.stderr, ended.stderr
