@@ -24,8 +24,10 @@ def restart_with_huge_pages() -> None:
     library, version = platform.libc_ver()
     if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
         return
-    if not HUGE_PAGES.is_file() or "[madvise]" not in HUGE_PAGES.read_text():
+    try:
+        policy = HUGE_PAGES.read_text()
+    except OSError:
         return
-    if not any(importlib.util.find_spec(name) for name in PLUGINS):
+    if "[madvise]" in policy and not any(importlib.util.find_spec(name) for name in PLUGINS):
         environ = {**os.environ, "GLIBC_TUNABLES": TUNABLE}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)

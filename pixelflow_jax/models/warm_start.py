@@ -32,6 +32,8 @@ def with_patch_sizes(params: dict, old: Sequence[int], new: Sequence[int]) -> di
 
     Raises UserError for a new size that no old one divides.
     """
+    if {*old} == {*new}:
+        return params
     layers = {}
     for size in {*new}:
         fitting = [q for q in old if size % q == 0]

@@ -69,7 +69,9 @@ def start_or_resume(
         params, was = initial_params("init_from", config.init_from)
         check_heads(config, was, "init_from", config.init_from)
         sizes = (build_model(c).patch_sizes for c in (was, config))
-        params = with_patch_sizes(params, *sizes)
+        unlike = f"config.init_from={config.init_from}: its parameters are not what its config says"
+        with blame(unlike, (KeyError, TypeError, ValueError, AttributeError)):
+            params = with_patch_sizes(params, *sizes)
     if model.context_dim and "class_embed" in params:
         params = from_class_model(params, jax.jit(fresh)())
     check_shapes(params, template.params, f"config.init_from={config.init_from}")
