@@ -30,4 +30,4 @@ def restart_with_huge_pages() -> None:
         return
     if "[madvise]" in policy and not any(importlib.util.find_spec(name) for name in PLUGINS):
         environ = {**os.environ, "GLIBC_TUNABLES": TUNABLE}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
+        os.execve(sys.executable, sys.orig_argv, environ)  # the same name for ps and pgrep
