@@ -2,7 +2,7 @@
 
 python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
 
-4,200 steps take 6 to 8 minutes on an otherwise idle machine. Expected (benchmarks/quality.py, medians
+4,200 steps take 5 to 8 minutes on an otherwise idle machine. Expected (benchmarks/quality.py, medians
 of three seeds): conditional accuracy 98.0% (held-out real digits: 99.8%), Frechet ratio 1.82, nearest
 ratio 1.09. Shorter, with one seed: 2,100 steps (228 s) 95.6%, 1.81, 1.21; 1,400 (165 s) 93.5%, 2.21,
 1.33.
