@@ -64,7 +64,7 @@ def _model_and_data() -> dict[str, Any]:
             encoder="",  # T5 folder or hub id; joint: a small T5 that is trained with the model
             cache="",  # folder of states that `encode` wrote, instead of running the encoder
             max_length=128,  # tokens, including the end token; longer texts are cut
-            words=(),  # a joint encoder's vocabulary
+            words=(),  # a joint encoder's vocabulary; empty: the words of the captions
             num_layers=2,  # sizes of a joint encoder; its width is model.context_dim
             num_heads=4,
             head_dim=32,
@@ -222,6 +222,7 @@ def differences(config: ConfigDict, values: dict[str, Any]) -> list[str]:
     if bool(new["distill.teacher"]) != bool(old["distill.teacher"]):
         was = "distilled" if old["distill.teacher"] else "without a teacher"
         return [f"distill.teacher: {new['distill.teacher']!r}, the run there is {was}"]
+    new["text.words"] = new["text.words"] or old["text.words"]  # a run keeps what it collected
     _, effects = drop_removed(flatten_dict(values, sep="."))
     found = [f"{effect}, which was removed" for effect in effects]
     for key in sorted((new.keys() | old.keys()) - FREE):
@@ -251,8 +252,8 @@ def check_config(config: ConfigDict) -> ConfigDict:
     text = config.text
     if text.encoder == "joint" and text.cache:
         raise UserError("config.text.cache is for frozen encoders; text.encoder=joint has no cache")
-    if text.encoder == "joint" and not (config.model.context_dim and text.words):
-        raise UserError("config.text.encoder=joint needs model.context_dim above 0 and text.words")
+    if text.encoder == "joint" and not config.model.context_dim:
+        raise UserError("config.text.encoder=joint needs model.context_dim above 0")
     cascade = build_cascade(config)
     cascade.check_size(config.data.resolution, config.data.resolution, config.model.patch_size)
     data, unit = config.data, cascade.unit(config.model.patch_size)

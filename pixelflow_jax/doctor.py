@@ -38,7 +38,13 @@ from pixelflow_jax.distributed.rollcall import Cluster, code_digest
 from pixelflow_jax.sampling.generate import build_sampler
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.programs import train_program
-from pixelflow_jax.training.start import check_init_from, check_same_data, data_of, holds_run
+from pixelflow_jax.training.start import (
+    check_init_from,
+    check_same_data,
+    data_of,
+    fill_in_words,
+    holds_run,
+)
 from pixelflow_jax.training.teacher import read_teacher
 
 BATCHES = 5  # read to measure the speed of the data
@@ -175,6 +181,7 @@ def check_data(config, workdir: str) -> str:
     begin = time.perf_counter()
     try:
         source = load_source(config)
+        fill_in_words(config, source, workdir)
         check_same_data(epath.Path(workdir), data_of(source, read_teacher(config)))
         squares = Shuffled(len(source), bucket_sizes(config.data)[:1], config.seed)  # no scan of sizes
         batches = make_batches(source, config, order=squares)

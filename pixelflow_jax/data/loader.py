@@ -186,7 +186,12 @@ def _guard_worker(index: int, count: int) -> None:
 
 def look_at_captions(source: Source, config: ConfigDict) -> None:
     """Warn of captions above the length limit among LOOKED_AT spread over the data."""
-    every = max(len(source) // LOOKED_AT, 1)
+    texts, length = captions(source, max(len(source) // LOOKED_AT, 1)), config.text.max_length
+    warn_of_cuts(texts, make_tokenizer(config)(texts, length).cut, length, "caption")
+
+
+def captions(source: Source, every: int = 1) -> list[str]:
+    """Return all captions that can be read of every so many examples."""
 
     def read(index: int) -> tuple[str, ...]:
         with contextlib.suppress(OSError):
@@ -194,9 +199,7 @@ def look_at_captions(source: Source, config: ConfigDict) -> None:
         return ()
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        texts = [text for found in pool.map(read, range(0, len(source), every)) for text in found]
-    length = config.text.max_length
-    warn_of_cuts(texts, make_tokenizer(config)(texts, length).cut, length, "caption")
+        return [text for found in pool.map(read, range(0, len(source), every)) for text in found]
 
 
 def why_broken(source: Source, index: int, data: ConfigDict) -> str:

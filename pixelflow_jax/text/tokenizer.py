@@ -1,7 +1,7 @@
 """Tokenizers: that of a T5 folder, or whole words for an encoder that is trained with the model."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,9 +70,19 @@ def word_tokenizer(words: Sequence[str]) -> Tokenizer:
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *words))}
     model = library.models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN])
     tokenizer = library.Tokenizer(model)
-    tokenizer.normalizer = library.normalizers.Lowercase()
-    tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _into_words()
     return _of_library(tokenizer)
+
+
+def distinct_words(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the words and punctuation marks of texts as `word_tokenizer` sees them, sorted."""
+    normalizer, splitter = _into_words()
+    found = {word for x in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(x))}
+    return tuple(sorted(found.difference(SPECIAL)))
+
+
+def _into_words():
+    return _library().normalizers.Lowercase(), _library().pre_tokenizers.Whitespace()
 
 
 def read_tokenizer(folder: epath.PathLike) -> Tokenizer:

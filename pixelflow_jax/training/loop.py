@@ -31,7 +31,13 @@ from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.metrics import Metrics
 from pixelflow_jax.training.optimizer import build_optimizer
 from pixelflow_jax.training.programs import workload
-from pixelflow_jax.training.start import claimed_workdir, data_of, holds_run, start_or_resume
+from pixelflow_jax.training.start import (
+    claimed_workdir,
+    data_of,
+    fill_in_words,
+    holds_run,
+    start_or_resume,
+)
 from pixelflow_jax.training.step import TrainState, make_train_step
 from pixelflow_jax.training.teacher import freeze, read_teacher
 from pixelflow_jax.training.writes import Saver, retried
@@ -73,6 +79,7 @@ def train(
         holds_run(workdir, config)  # before an index is written there
         scan = Scan(workdir, lambda what: watch(f"{STARTING}: {what}"))
         source = load_source(config, scan=scan)
+        fill_in_words(config, source, workdir)
         watch(f"{STARTING}: reading the teacher, if there is one")
         teacher = read_teacher(config)
         data = data_of(source, teacher)
@@ -181,7 +188,9 @@ def prepare(
     config = check_config(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.context)
     check_batch_size(config, sharding.batch_shards(mesh))
-    source, model, optimizer = load_source(config), build_model(config), build_optimizer(config)
+    source = load_source(config)
+    fill_in_words(config, source)
+    model, optimizer = build_model(config), build_optimizer(config)
     teacher, encoder = read_teacher(config), frozen_encoder(config, mesh)
     state, _ = start_or_resume(config, model, optimizer, mesh, teacher=teacher)
     batches = device_batches(config, source, mesh, 0)

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.common.claims import Description, claim
-from pixelflow_jax.config import build_model, differences
+from pixelflow_jax.config import build_model, config_from_dict, differences
 from pixelflow_jax.data.buckets import SIZES
+from pixelflow_jax.data.loader import captions
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.distributed import hosts
@@ -30,6 +31,7 @@ from pixelflow_jax.models.conditioning import INTERVAL, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.models.warm_start import from_class_model, with_patch_sizes
 from pixelflow_jax.text.encoder import JOINT
+from pixelflow_jax.text.tokenizer import distinct_words
 from pixelflow_jax.training import checkpoints
 from pixelflow_jax.training.fingerprints import params_hash
 from pixelflow_jax.training.step import TrainState, abstract_state, init_state
@@ -67,7 +69,7 @@ def start_or_resume(
         params = {**teacher, INTERVAL: jax.jit(fresh)()[INTERVAL]}
     else:
         params, was = initial_params("init_from", config.init_from)
-        check_heads(config, was, "init_from", config.init_from)
+        check_meaning(config, was, "init_from", config.init_from)
         sizes = (build_model(c).patch_sizes for c in (was, config))
         unlike = f"config.init_from={config.init_from}: its parameters are not what its config says"
         with blame(unlike, (KeyError, TypeError, ValueError, AttributeError)):
@@ -122,10 +124,12 @@ def check_shapes(params: dict, expected: dict, where: str) -> None:
             )
 
 
-def check_heads(config: ConfigDict, was: ConfigDict, key: str, path: str) -> None:
-    """Raise UserError if parameters were trained with other heads, which their shapes do not show."""
-    joint = [c.text.encoder == JOINT for c in (config, was)]
-    for section in ("model", "text") if all(joint) else ("model",):
+def check_meaning(config: ConfigDict, was: ConfigDict, key: str, path: str) -> None:
+    """Raise UserError if parameters were trained with other heads or words: shapes do not show that."""
+    joint = all(c.text.encoder == JOINT for c in (config, was))
+    if joint and config.text.words != was.text.words:
+        raise UserError(f"config.text.words are not those of config.{key}={path}")
+    for section in ("model", "text") if joint else ("model",):
         new, old = (c[section].num_heads for c in (config, was))
         if new != old:
             raise UserError(
@@ -152,6 +156,19 @@ def _described(config: ConfigDict) -> Description:
     return Description(
         config.to_dict(), "a run of another config", CONFIG, "--workdir", "run", (INDEX,), changes
     )
+
+
+def fill_in_words(config: ConfigDict, source: Source, workdir: epath.PathLike | None = None) -> None:
+    """Set the vocabulary of a joint encoder if `config` has none: the words of the captions.
+
+    A run keeps the words that it began with, also after its captions have been corrected.
+    """
+    if config.text.encoder != JOINT or config.text.words:
+        return
+    if workdir and CONFIG in files.list_files(workdir):
+        config.text.words = config_from_dict(files.read_json(epath.Path(workdir) / CONFIG)).text.words
+    else:
+        config.text.words = distinct_words(captions(source))
 
 
 def data_of(source: Source, teacher: dict | None = None) -> dict[str, Any]:

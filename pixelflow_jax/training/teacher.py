@@ -15,7 +15,7 @@ from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import Condition, abstract_params
 from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training.optimizer import is_matrix
-from pixelflow_jax.training.start import check_heads, check_shapes, initial_params, placed
+from pixelflow_jax.training.start import check_meaning, check_shapes, initial_params, placed
 from pixelflow_jax.training.step import abstract_condition
 
 
@@ -32,12 +32,10 @@ def read_teacher(config: ConfigDict) -> dict | None:
     if was.distill.teacher:
         raise UserError(f"config.{key}={path} is distilled itself: name the model that it learned from")
     check_shapes(params, abstract_teacher(config), f"config.{key}={path}")
-    check_heads(config, was, key, path)
-    cascade, words = build_cascade(was), was.text.words
+    check_meaning(config, was, key, path)
+    cascade = build_cascade(was)
     if build_cascade(config) != cascade:
         raise UserError(f"config.cascade is not that of config.{key}={path}: {cascade}")
-    if config.text.words != words:
-        raise UserError(f"config.text.words are not those of config.{key}={path}")
     return jax.tree.map(np.asarray, params)  # kept for the whole run: not on a device
 
 

@@ -19,7 +19,7 @@ from pixelflow_jax.models.t5 import T5Encoder, t5_params
 from pixelflow_jax.models.warm_start import from_class_model
 from pixelflow_jax.requests import conditions
 from pixelflow_jax.requests.layouts import read_prompts_file, write_layout
-from pixelflow_jax.sampling.generate import build_sampler, read_image
+from pixelflow_jax.sampling.generate import build_sampler, read_image, save_png
 from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.text.encoder import TextEncoder
 from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, Tokenizer, read_tokenizer, word_tokenizer
@@ -181,6 +181,43 @@ def test_from_training_to_prompts(kind, tmp_path, t5_folder, capsys):
     )
     with np.load(tmp_path / "out" / "samples.npz") as file:
         assert file["arr_0"].shape == (2, 16, 16, 3) and file["prompt"].tolist() == [0, 1]
+
+
+def test_words_of_the_captions(tmp_path):
+    """Catches words that are lost, split unlike prompts, or others after a resume."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    captions = ["A red  cat", "cat, red", "Ein Größe-Test", "dog"]
+
+    def describe(captions):
+        for number, text in enumerate(captions):
+            save_png(folder / f"{number}.png", np.full((16, 16, 3), 40 * number, np.uint8))
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+
+    describe(captions)
+    own = ["--config.data.source=caption_folder", f"--config.data.path={folder}"]
+    own += ["--config.text.words=()", "--config.sample_every=0"]
+    flags = ["--config=t2i_tiny", f"--workdir={tmp_path / 'run'}", *TINY, *own]
+    train.main([*flags, "--config.num_train_steps=2"])
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    words = described["text"]["words"]
+    assert words == [",", "-", "a", "cat", "dog", "ein", "größe", "red", "test"]
+    ids = word_tokenizer(words)(captions, 8).ids
+    assert not (ids == UNKNOWN).any()
+
+    describe(["corrected", *captions[1:]])
+    train.main(flags)
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert described["text"]["words"] == words and described["num_train_steps"] == 4
+    with pytest.raises(UserError, match="text.words are not those of config.init_from"):
+        train.main(
+            [
+                *flags[:1],
+                f"--workdir={tmp_path / 'new'}",
+                *flags[2:],
+                f"--config.init_from={tmp_path / 'run'}",
+            ]
+        )
 
 
 def test_bad_prompts(tmp_path):
