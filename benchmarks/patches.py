@@ -1,12 +1,15 @@
-"""Compare one patch size for all stages with a larger one in the last stage, in equal training time.
+"""Compare ways to a model with larger patches in its last stage: from a trained one, and from scratch.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/patches.py --minutes=10 --workdir=runs/patches
+    python -m pixelflow_jax.train --config=configs/fashion_p2.py --workdir=runs/fashion_p2 \\
+        --config.keep_every=1000
+    python benchmarks/patches.py --teacher=runs/fashion_p2 --workdir=runs/patches
 
-Both variants of `fashion` train side by side, each on its own core, for as many steps as fit into the
-given minutes; the steps are timed in the same way first. Then 1000 samples of each are judged as in
-quality.py, and the samplers are timed in alternation on all cores. Prints a Markdown table. Takes
-`--seeds` times the minutes, plus about ten.
+Fine-tunes the teacher's weights to patches of (2, 2, 4) for a tenth of its steps, from several seeds,
+and trains the same model from scratch for as many steps as the teacher had. Samples of each, at several
+steps, are judged as in quality.py, and so are the teacher's. The samplers are timed in turn on all
+cores. Prints a Markdown table; what the workdir holds already is not trained again. On two cores this
+takes one and a half hours, beside the teacher's training.
 """
 
 import argparse
@@ -14,115 +17,94 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from quality import Judge, draw
+
 from pixelflow_jax.common.memory import restart_with_huge_pages
+from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
+from pixelflow_jax.sampling.sampler import class_conditions
+from pixelflow_jax.sampling.starts import FromSeed
+from pixelflow_jax.training.checkpoints import load_params
+from pixelflow_jax.training.loop import train
 
-FORMS = {"(2, 2, 2)": "(2,2,2)", "(2, 2, 4)": "(2,2,4)"}
-HERE = pathlib.Path(__file__).resolve().parent
 BATCH = 100  # images per call of the sampler in timings
+POINTS = (0.1, 0.25, 0.5, 1.0)  # parts of a run that are judged
+FINE_TUNING = {
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 20,
+    "ema.decays": (0.98,),
+}
 
 
-def together(commands: list[list[str]]) -> list[str]:
-    """Run commands simultaneously, each on its own core; return their output."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < len(commands):
-        raise SystemExit(f"error: {len(commands)} cores are needed, there are {len(cores)}")
-    running = [
-        subprocess.Popen(
-            ["taskset", "--cpu-list", str(core), sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for core, command in zip(cores, commands, strict=False)
-    ]
-    printed = [process.communicate()[0] for process in running]
-    for command, process in zip(commands, running, strict=True):
-        if process.returncode:
-            raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}")
-    return printed
+class Run:
+    """A run that was trained: its steps, and the seconds that training took up to them."""
+
+    def __init__(self, folder: pathlib.Path, before: float = 0.0):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        self.folder, self.before = folder, before
+        self.config = load_params(folder)[1]
+        rate = statistics.median(line["images_per_s"] for line in lines)
+        self.step_seconds = self.config.batch_size / rate
+
+    def kept(self, point: float) -> int:
+        """Return the step of the checkpoint nearest to a part of the run."""
+        steps = [int(x.name) for x in (self.folder / "checkpoints").iterdir() if x.name.isdigit()]
+        return min(steps, key=lambda step: abs(step - point * self.config.num_train_steps))
+
+    def seconds(self, step: int) -> float:
+        """Return the seconds of training up to a step, those of the weights it began from included."""
+        return self.before + step * self.step_seconds
 
 
-def overrides(form: str) -> list[str]:
-    """Return the config overrides of a variant."""
-    return [f"model.patch_size={FORMS[form]}", "sample_every=0"]
+def trained(base: Run, folder: pathlib.Path, steps: int, changes: dict, before: float = 0.0) -> Run:
+    """Train the base's config with changes, unless that is done; keep checkpoints for POINTS."""
+    every = max(int(steps * min(POINTS) / 2), 1)
+    kept = {"checkpoint_every": every, "keep_every": every, "log_every": 10, "sample_every": 0}
+    config = base.config.copy_and_resolve_references()
+    with config.ignore_type():  # patch_size may be a number or a tuple
+        config.update_from_flattened_dict({**kept, "num_train_steps": steps, **changes})
+    train(config, folder)
+    return Run(folder, before)
 
 
-def print_step_seconds(form: str) -> None:
-    """Print the median seconds of a train step; this command runs it for each variant."""
-    from official import our_train
-
-    from pixelflow_jax.config import load_config
-
-    step = our_train(load_config("fashion", overrides(form)))
-    step()
-    times = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    print(json.dumps(statistics.median(times)))
-
-
-def train(folder: pathlib.Path, minutes: float, seeds: int) -> dict[str, int]:
-    """Train every variant from every seed, unless it exists; return the steps of each variant."""
-    kept = folder / "steps.json"
-    if kept.exists():
-        steps = json.loads(kept.read_text())
-    else:
-        timed = together([[str(HERE / "patches.py"), "--time", form] for form in FORMS])
-        steps = {
-            form: int(60 * minutes / json.loads(seconds))
-            for form, seconds in zip(FORMS, timed, strict=True)
-        }
-        kept.write_text(json.dumps(steps))
-    print(f"steps in {minutes} minutes: {steps}", flush=True)
-    for seed in range(seeds):
-        begin = time.perf_counter()
-        commands = []
-        for form, count in steps.items():
-            own = [*overrides(form), f"seed={seed}", f"num_train_steps={count}"]
-            own += [f"checkpoint_every={count}"]
-            where = f"--workdir={workdir(folder, form, seed)}"
-            module = ["-m", "pixelflow_jax.train", "--config=fashion", where]
-            commands.append([*module, *(f"--config.{entry}" for entry in own)])
-        together(commands)
-        print(f"seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
-    return steps
-
-
-def workdir(folder: pathlib.Path, form: str, seed: int) -> pathlib.Path:
-    """Return the workdir of a run."""
-    return folder / f"{form.strip('()').replace(', ', '')}_{seed}"
-
-
-def sampling_seconds(folder: pathlib.Path, runs: int = 5) -> dict[str, float]:
-    """Return seconds per image for each variant's sampler: medians of alternating calls."""
-    import jax
-    import numpy as np
-
-    from pixelflow_jax.sampling.generate import build_sampler, make_generate
-    from pixelflow_jax.sampling.sampler import class_conditions
-    from pixelflow_jax.sampling.starts import FromSeed
-    from pixelflow_jax.training.checkpoints import load_params
-
+def sampling_seconds(folders: dict[str, pathlib.Path], runs: int = 3) -> dict[str, float]:
+    """Return seconds per image of each run's sampler: medians of calls in turn."""
     calls, start, index = {}, FromSeed(0), np.arange(BATCH)
     conditions = class_conditions((index % 10).astype(np.int32), 10)
-    for form in FORMS:
-        params, config, _ = load_params(workdir(folder, form, 0), None)
-        calls[form] = (make_generate(build_sampler(config), start), params)
-    found = {form: [] for form in FORMS}
+    for name, folder in folders.items():
+        params, config, _ = load_params(folder)
+        calls[name] = (make_generate(build_sampler(config), start), params)
+    found = {name: [] for name in folders}
     for number in range(runs + 1):  # the first compiles
-        for form, (generate, params) in calls.items():
+        for name, (generate, params) in calls.items():
             begin = time.perf_counter()
             jax.block_until_ready(generate(params, start.inputs(index), *conditions))
             if number:
-                found[form].append((time.perf_counter() - begin) / BATCH)
-    return {form: statistics.median(times) for form, times in found.items()}
+                found[name].append((time.perf_counter() - begin) / BATCH)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+class Table:
+    """Rows of what was judged, printed as they come."""
+
+    def __init__(self, config: ConfigDict, count: int):
+        self.judge, self.count = Judge(config), count
+        print("| run | steps | minutes | accuracy | Frechet ratio | nearest |")
+        print("| --- | --- | --- | --- | --- | --- |", flush=True)
+
+    def row(self, name: str, run: Run, point: float) -> dict[str, float]:
+        """Judge a run at a part of its steps."""
+        step = run.kept(point)
+        images, labels, _ = draw(str(run.folder / "checkpoints" / str(step)), self.count)
+        scores = self.judge.scores(images, labels)
+        save_grid(run.folder / f"quality_{step}.png", images[:100])
+        said = "{accuracy:.1%} | {frechet:.2f} | {nearest:.2f}".format(**scores)
+        print(f"| {name} | {step} | {run.seconds(step) / 60:.1f} | {said} |", flush=True)
+        return scores
 
 
 def main() -> None:
@@ -130,43 +112,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10, help="training time per variant")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--workdir", help="where to train (default: a temporary folder)")
-    parser.add_argument("--time", choices=FORMS, help=argparse.SUPPRESS)
+    parser.add_argument("--teacher", required=True, help="workdir of configs/fashion_p2.py")
+    parser.add_argument("--workdir", required=True, help="where to train")
+    parser.add_argument("--patch_size", type=int, nargs="+", default=[2, 2, 4])
+    parser.add_argument("--seeds", type=int, default=3, help="of the fine-tuning, from 0 on")
+    parser.add_argument("--num_samples", type=int, default=1000, help="of models trained to the end")
+    parser.add_argument("--num_between", type=int, default=500, help="samples at the steps between")
     args = parser.parse_args()
-    if args.time:
-        print_step_seconds(args.time)
-        return
-    folder = pathlib.Path(args.workdir or tempfile.mkdtemp(prefix="patches-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = train(folder, args.minutes, args.seeds)
+    teacher, workdir = Run(pathlib.Path(args.teacher)), pathlib.Path(args.workdir)
+    steps = teacher.config.num_train_steps
+    larger = {"model.patch_size": tuple(args.patch_size)}
+    start = {**larger, **FINE_TUNING, "init_from": args.teacher}
+    tenth, before = max(steps // 10, 1), teacher.seconds(steps)
+    warm = [
+        trained(teacher, workdir / f"warm{seed}", tenth, {**start, "seed": seed}, before)
+        for seed in range(args.seeds)
+    ]
+    scratch = trained(teacher, workdir / "scratch", steps, larger)
 
-    from quality import Judge, draw
-
-    from pixelflow_jax.sampling.generate import save_grid
-
-    judge, scores = None, {form: [] for form in FORMS}
-    for form in FORMS:
-        for seed in range(args.seeds):
-            images, labels, config = draw(str(workdir(folder, form, seed)), args.num_samples)
-            judge = judge or Judge(config)
-            scores[form].append(judge.scores(images, labels))
-            save_grid(workdir(folder, form, seed) / "quality.png", images)
-    seconds = sampling_seconds(folder)
+    table = Table(teacher.config, args.num_samples)
+    first = table.row("patch 2", teacher, 1)
+    ends = [table.row(f"warm start, seed {seed}", run, 1) for seed, run in enumerate(warm)]
+    table.row("from scratch", scratch, 1)
+    table.count = args.num_between
+    for point in POINTS[:-1]:
+        for name, run in (("warm start", warm[0]), ("from scratch", scratch), ("patch 2", teacher)):
+            table.row(f"{name}, {table.count} samples", run, point)
+    accuracy = statistics.median(end["accuracy"] for end in ends) - first["accuracy"]
+    ratio = statistics.median(end["frechet"] for end in ends) / first["frechet"]
+    seconds = sampling_seconds({"patch 2": teacher.folder, "larger": warm[0].folder})
     print(
-        "\n| patch sizes | steps | accuracy | Frechet ratio | ms per image |"
-        "\n| --- | --- | --- | --- | --- |"
+        f"\nheld-out real images: accuracy {table.judge.real_accuracy:.1%}; medians of the warm starts: "
+        f"accuracy {100 * accuracy:+.1f} points, Frechet ratio {ratio:.2f} times patch 2's; ms per "
+        f"sample {1e3 * seconds['larger']:.0f} against {1e3 * seconds['patch 2']:.0f}, "
+        f"{seconds['larger'] / seconds['patch 2']:.2f} times, load {os.getloadavg()[0]:.1f}"
     )
-    for form in FORMS:
-        cells = [form, str(steps[form])]
-        for name, style in (("accuracy", "{:.1%}"), ("frechet", "{:.2f}")):
-            each = [one[name] for one in scores[form]]
-            spread = ", ".join(style.format(x) for x in each)
-            cells.append(f"{style.format(statistics.median(each))} ({spread})")
-        print("| " + " | ".join([*cells, f"{1e3 * seconds[form]:.1f}"]) + " |")
-    print(f"\nheld-out real images: accuracy {judge.real_accuracy:.1%}, Frechet ratio 1 by definition")
 
 
 if __name__ == "__main__":
