@@ -13,18 +13,18 @@ from pixelflow_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.num_train_steps = 4200
+    config.num_train_steps = 3600
     config.batch_size = 32
     config.log_every = 100
-    config.checkpoint_every = 1400
-    config.sample_every = 1400
+    config.checkpoint_every = 1200
+    config.sample_every = 1200
 
     config.model.num_heads = 3
     config.model.head_dim = 64
-    config.model.depth = 6
+    config.model.depth = 4
     config.model.patch_size = 4
     config.model.num_classes = 10
-    config.model.scan_unroll = 6
+    config.model.scan_unroll = 4
 
     config.cascade.num_stages = 2
     config.data.source = "digits"
@@ -33,8 +33,8 @@ def get_config():
     config.data.flip = False
     config.data.num_threads = 1
 
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.schedule = "cosine"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.ema.decays = (0.998,)
