@@ -135,11 +135,12 @@ def main() -> None:
     parser.add_argument("--out", default=str(HERE), help="folder to write (default: %(default)s)")
     parser.add_argument("--browser", action="store_true", help="also make demo.png")
     args = parser.parse_args()
-    model, makers = Pipeline(args.checkpoint), (samples, cascade, renoising, guidance)
+    model = Pipeline(args.checkpoint)
+    makers = {make.__name__: make for make in (samples, cascade, renoising, guidance)}
     if args.prompts:
-        makers = (functools.wraps(cascade)(functools.partial(cascade, wanted=args.prompts)),)
-    for make in makers:
-        path = pathlib.Path(args.out) / f"{make.__name__}.png"
+        makers = {"cascade": functools.partial(cascade, wanted=args.prompts)}
+    for name, make in makers.items():
+        path = pathlib.Path(args.out) / f"{name}.png"
         save_png(path, make(model))
         print(path)
     if args.browser:
