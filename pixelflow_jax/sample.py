@@ -17,6 +17,7 @@ Other starts than the noise of --seed:
 
     --init_image=cat.png --from_stage=2 --strength=0.7     variations of an image
     --init_image=small.png --from_stage=2                  upscaling, of an image of stage 1's size
+    --init_image=cat.png --mask=mask.png                   what is white in the mask is drawn anew
     --invert=cat.png --labels=3                            an image's noise, and back again with
     --from_noise=OUT/noise.npz                             the noise.npz that --invert wrote
     --interpolate=3,4                                      from one seed's noise to another's

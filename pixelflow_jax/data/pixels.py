@@ -82,7 +82,7 @@ def report_left_out(root: str, names: Iterable[str]) -> None:
         log.warning("%s: %d files are not taken as images: %s", root, kinds.total(), listed)
 
 
-def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
+def decode(data: bytes | np.ndarray | Image.Image, opaque: bool = False) -> Image.Image:
     """Return RGB as a viewer shows it; the first frame of an animation.
 
     Follows EXIF orientation, puts transparent pixels over BEHIND, and scales 16 bits and floats in
@@ -90,16 +90,17 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
 
     Args:
       data: an encoded image; pixels [H, W] or [H, W, 1 to 4], uint8, uint16 or floating; or Pillow's.
+      opaque: refuse transparency.
 
     Raises BrokenImage for whatever is wrong, including floats outside [0, 1] and 32-bit integers.
     """
     try:
         if isinstance(data, np.ndarray):
-            return _opaque(_of_array(data))
+            return _opaque(_of_array(data), opaque=opaque)
         image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
         raw = _raw_mode(getattr(image, "tile", None))  # which loading empties
         image.load()
-        turn, image = _orientation(image), _opaque(image, raw)
+        turn, image = _orientation(image), _opaque(image, raw, opaque)
         if turn in _TURNS:
             image = image.transpose(_TURNS[turn])
             image.info.clear()  # do not turn it again
@@ -154,8 +155,11 @@ def _raw_mode(tiles: list | None) -> str:
     return args if isinstance(args, str) else ""
 
 
-def _opaque(image: Image.Image, raw: str = "") -> Image.Image:
-    """Return RGB from any mode; `raw` is the format in the file (see _raw_mode)."""
+def _opaque(image: Image.Image, raw: str = "", opaque: bool = False) -> Image.Image:
+    """Return RGB from any mode; `raw` is the format in the file (see _raw_mode).
+
+    With `opaque`, raise BrokenImage for transparency.
+    """
     key = image.info.get("transparency")
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
@@ -170,6 +174,8 @@ def _opaque(image: Image.Image, raw: str = "") -> Image.Image:
         image.info["transparency"] = tuple(x >> 8 for x in key)
     if image.mode.endswith("a"):  # colours are premultiplied by alpha
         image = image.convert(image.mode.upper())
+    if image.has_transparency_data and opaque:
+        raise BrokenImage("it has an alpha channel: save it without")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BEHIND), image)

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 
 from pixelflow_jax import __version__
 from pixelflow_jax.cascade.images import UINT8_RULE
 from pixelflow_jax.common import UserError, arrays, files, numerics
 from pixelflow_jax.requests.conditions import Conditions, forget_encoder, read_conditions
-from pixelflow_jax.requests.request import BATCH, FROM_CONFIG, Request
+from pixelflow_jax.requests.request import BATCH, FROM_CONFIG, IMAGE_STARTS, Request
 from pixelflow_jax.sampling import starts
-from pixelflow_jax.sampling.generate import build_sampler, fit_image, png_settings
+from pixelflow_jax.sampling.generate import build_sampler, fit_image, fit_mask, png_settings
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.fingerprints import params_hash
@@ -49,7 +49,12 @@ class Job:
         one = {"first_image": self.settings["first_image"] + index, "num_images": 1}
         one["batch_size"] = self.batch_size  # another batch size may change a last bit
         one = {**self.settings, **self.conditions.described_of(index), **one}
-        one["start"] = next(iter(one["start"])) if one["start"] else None
+        start = one["start"]
+        if isinstance(self.start, starts.FromImages):
+            one["start"] = {name: start[name] for name in IMAGE_STARTS if name in start}
+            one["start"] |= self.start.digests(one["first_image"])
+        else:
+            one["start"] = next(iter(start)) if start else None
         return _plain({name: x for name, x in one.items() if name not in ("checkpoint", "text_encoder")})
 
 
@@ -104,12 +109,22 @@ def prepare(request: Request, loaded: Loaded | None = None) -> Job:
         "versions": {"pixelflow_jax": __version__}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    if request.from_png and png_settings(request.from_png).get("checkpoint_sha256") != loaded.sha256:
-        print(f"warning: {request.from_png} was made with other weights", file=sys.stderr)
+    if request.from_png:
+        _compare(request, png_settings(request.from_png), loaded.sha256, start)
     few = 1 << (len(conditions) - 1).bit_length()  # a power of two: a session's requests share programs
     batch_size = request.batch_size or min(BATCH, few)
     check_memory("--batch_size", batch_size, sampler, 4)
     return Job(loaded.params, sampler, start, conditions, _plain(settings), batch_size)
+
+
+def _compare(request: Request, kept: dict[str, Any], sha256: str, start: Any) -> None:
+    """Warn of other weights than a picture's. Raises UserError for another image or mask than its."""
+    if kept.get("checkpoint_sha256") != sha256:
+        print(f"warning: {request.from_png} was made with other weights", file=sys.stderr)
+    if isinstance(kept.get("start"), dict):
+        for name, digest in start.digests(request.first_image or 0).items():
+            if kept["start"].get(name) != digest:
+                raise UserError(f"--{name} is not what {request.from_png} began from")
 
 
 def sampler_of(request: Request, config: ConfigDict) -> Sampler:
@@ -120,7 +135,8 @@ def sampler_of(request: Request, config: ConfigDict) -> Sampler:
     for name in FROM_CONFIG:
         if (value := getattr(request, name)) is not None:
             config.sample[name] = value
-    return build_sampler(config, request.height, request.width, request.dtype)
+    sampler = build_sampler(config, request.height, request.width, request.dtype)
+    return dataclasses.replace(sampler, resample=request.resample or 0)
 
 
 def _check_negative(request: Request, sampler: Sampler) -> None:
@@ -173,15 +189,46 @@ def _start(request: Request, sampler: Sampler) -> tuple[Any, dict[str, Any] | No
         return starts.FromNoise(kept), {"from_noise": request.from_noise, "sha256": digest}
     if request.init_image is None:
         return starts.FromSeed(seed, first=request.first_image or 0), None
-    stage = sampler.cascade.num_stages - 1 if request.from_stage is None else request.from_stage
+    usual = 0 if request.mask is not None else sampler.cascade.num_stages - 1
+    stage = usual if request.from_stage is None else request.from_stage
     strength = 1.0 if request.strength is None else request.strength
     pixels, place = starts.read_pictures(request.init_image, "init_image")
     before = sampler.stage_size(stage - 1)[:2] if stage > 0 else None
     size = before if all(x.shape[:2] == before for x in pixels) else (sampler.height, sampler.width)
-    fitted = np.stack([fit_image(x, *size) for x in pixels])
-    start = starts.from_images(sampler, seed, fitted, stage, strength)
+    fitted, kept = np.stack([fit_image(x, *size) for x in pixels]), None
     described = {"init_image": place, "from_stage": stage, "strength": strength}
-    return start, described | {"sha256": hashlib.sha256(fitted.tobytes()).hexdigest()}
+    described["sha256"] = hashlib.sha256(fitted.tobytes()).hexdigest()
+    if request.mask is not None:
+        kept, described["mask"] = _read_masks(request.mask, pixels, *size)
+        described["mask_sha256"] = hashlib.sha256(kept.tobytes()).hexdigest()
+        described["resample"] = sampler.resample
+    first = request.first_image or 0
+    return starts.from_images(sampler, seed, fitted, stage, strength, kept, first), described
+
+
+def _read_masks(
+    value: Any, pictures: list[UInt8[np.ndarray, "h w 3"]], height: int, width: int
+) -> tuple[Bool[np.ndarray, "m h w 1"], str]:
+    """Return (where each of these pictures is kept, at this size; path or digest) from --mask.
+
+    White is drawn anew, black is kept; in Python, a mask may also be bool [H, W], True where it is drawn
+    anew. There is one mask for all pictures, or one each. Raises UserError as `read_pictures`; also for
+    transparent masks, another number or size than the pictures have, and masks of one colour.
+    """
+    masks, place = starts.read_pictures(value, "mask")
+    if len(masks) not in (1, len(pictures)):
+        raise UserError(f"--mask={place} holds {len(masks)} masks for {len(pictures)} images")
+    for number, picture in enumerate(pictures):
+        mask = masks[number % len(masks)]
+        if mask.shape != picture.shape:
+            sizes = "{}x{}, its image {}x{}".format(*mask.shape[:2], *picture.shape[:2])
+            raise UserError(f"--mask={place} is {sizes}: give both the same size")
+    kept = np.stack([fit_mask(x, height, width) for x in masks])
+    for one in kept:
+        if one.all() or not one.any():
+            colour, why = ("black", "nothing is drawn") if one.all() else ("white", "nothing is kept")
+            raise UserError(f"--mask={place} is {colour} everywhere at {height}x{width}: {why}")
+    return kept, place
 
 
 def read_noise(path: str, sampler: Sampler) -> Noise:

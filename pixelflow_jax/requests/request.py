@@ -23,15 +23,16 @@ LABEL = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)')  # an entry of 
 # Sources of a setting: the command line only, if it concerns files, hosts and devices; also Python; or
 # also a PNG file's settings, which are not trusted: no paths.
 COMMAND, PYTHON, PNG = range(3)
-AT_ONCE, NUMBERS, NUM_PNG = "[1, 65536]", "[0, 2147483647]", "[0, 10000000]"
+AT_ONCE, NUMBERS, NUM_PNG, TIMES = "[1, 65536]", "[0, 2147483647]", "[0, 10000000]", "[0, 1000]"
 # Starts other than the noise of a seed, and the settings that do nothing beside each
 WITHOUT_EFFECT = {
-    "init_image": ("first_image",),
+    "init_image": (),
     "from_noise": ("first_image", "seed"),
     "interpolate": ("first_image", "seed"),
     "invert": ("first_image", "seed", "num_images", "num_png", "save_stages", "layout", "context"),
 }
 STARTS = tuple(WITHOUT_EFFECT)
+IMAGE_STARTS = ("from_stage", "strength", "resample")  # numbers that go with an image to start from
 
 
 def labels(text: str) -> tuple[int | str, ...]:
@@ -160,6 +161,12 @@ class Request:
     init_image: Images = _flag(PYTHON, "an image, or a folder of images, to start from")
     from_stage: Whole = _flag(PYTHON, "with --init_image: the stage to start at (default: the last)")
     strength: Number = _flag(PYTHON, "share of that stage to run (default: 1)")
+    mask: Images = _flag(
+        PYTHON, "with --init_image: white is drawn anew, black is kept (stage: from the first)"
+    )
+    resample: Whole = _flag(
+        PYTHON, "with --mask: repeat each step, so that the new part fits better (default: 0)", TIMES
+    )
     invert: Text = _flag(COMMAND, "an image, or a folder of images: writes the noise they come from")
     from_noise: Text = _flag(PYTHON, "noise.npz that --invert wrote")
     interpolate: Wholes = _flag(PYTHON, "two seeds, such as 3,4", BOUNDS["seed"])
@@ -181,8 +188,10 @@ class Request:
         for name in WITHOUT_EFFECT[begun[0]] if begun else ():
             if name in given:
                 raise UserError(f"--{name} does nothing with --{begun[0]}; leave it out")
-        if self.init_image is None and given.keys() & {"from_stage", "strength"}:
-            raise UserError("--from_stage and --strength go with --init_image")
+        if self.init_image is None and given.keys() & {"from_stage", "strength", "mask"}:
+            raise UserError("--from_stage, --strength and --mask go with --init_image")
+        if self.mask is None and self.resample is not None:
+            raise UserError("--resample goes with --mask")
         if self.interpolate is not None and len(self.interpolate) != 2:
             raise UserError(f"--interpolate needs two seeds, got {len(self.interpolate)}")
 
@@ -237,9 +246,16 @@ def fill(**given: Any) -> Request:
 def _of_png(path: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a PNG file brings along; it may come from anywhere."""
     kept, found = png_settings(path), {}
-    if kept.get("start") is not None:
+    begun, files = kept.get("start"), {}
+    if isinstance(begun, dict) and "init_image" in begun:
+        files = {name: given.get(name) for name in ("init_image", "mask") if name in begun}
+        if None in files.values():
+            flags = " ".join(f"--{name}=FILE" for name in files)
+            raise UserError(f"--from_png={path} began from an image, which it lacks: add {flags}")
+        found = {name: begun[name] for name in IMAGE_STARTS if name in begun and name not in given}
+    elif begun is not None:
         raise UserError(
-            f"--from_png={path} began from {kept['start']}, not from a seed alone: it needs that image "
+            f"--from_png={path} began from {begun}, not from a seed alone: it needs that image "
             f"or noise, which a picture does not carry; repeat the request that made it"
         )
     idle = {name for start in STARTS if start in given for name in WITHOUT_EFFECT[start]}
@@ -250,7 +266,7 @@ def _of_png(path: str, given: dict[str, Any]) -> dict[str, Any]:
     if not (isinstance(size := found.get("batch_size"), int) and size <= MAX_BATCH):
         found.pop("batch_size", None)
     try:
-        Request("", **found)
+        Request("", **found, **files)
     except UserError as error:
         raise UserError(f"--from_png={path} carries settings that do not fit: {error}") from None
     return found

@@ -136,19 +136,15 @@ def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[G
         return start.noise(sampler, inputs), texts
 
     @functools.partial(jax.jit, static_argnums=0)
-    def advance(stage, params, x, block, conditions):
-        if stage > first:
-            x = sampler.step_up(stage, x, block)
-        grid = sampler.stage_grid(stage).after(start.tau if stage == first else 0.0)
-        x, nfe = sampler.solve_stage(params, x, grid, *conditions)
+    def advance(stage, params, x, noise, conditions):
+        x, nfe = sampler.run_stage(params, x, noise, *conditions, stage, first, start.tau)
         return x, Generated(images.to_uint8(x), jnp.isfinite(x).all((1, 2, 3)), nfe[:, None], [])
 
     def run(params, inputs, condition, null_condition):
         noise, conditions = begin(params, inputs, condition, null_condition)
         x = noise.start
         for stage in range(first, sampler.cascade.num_stages):
-            block = noise.blocks[stage - 1] if stage > first else None
-            x, end = advance(stage, params, x, block, conditions)
+            x, end = advance(stage, params, x, noise, conditions)
             yield end
 
     return run
@@ -163,10 +159,18 @@ def fit_image(
     pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int
 ) -> Float[np.ndarray, "h2 w2 3"]:
     """Return pixels in [-1, 1], center-cropped to the aspect ratio and resized (Lanczos)."""
-    if pixels.shape[:2] != (height, width):
-        image = Image.fromarray(pixels)
-        pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-    return np.asarray(images.from_uint8(pixels))
+    return np.asarray(images.from_uint8(_fit(pixels, height, width, Image.Resampling.LANCZOS)))
+
+
+def fit_mask(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> Bool[np.ndarray, "h2 w2 1"]:
+    """Return where a mask is black (below 128), cropped as `fit_image` does, the nearest pixels."""
+    return _fit(pixels, height, width, Image.Resampling.NEAREST).mean(-1, keepdims=True) < 128
+
+
+def _fit(pixels, height: int, width: int, method: Image.Resampling) -> UInt8[np.ndarray, "h2 w2 3"]:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), method))
 
 
 def png_bytes(image: UInt8[np.ndarray, "h w 3"], settings: dict[str, Any] | None = None) -> bytes:

@@ -26,6 +26,7 @@ from pixelflow_jax.models.flops import forward_flops
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling.grids import StageGrid, TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
+from pixelflow_jax.sampling.inpainting import Given, GivenAtStage, at_stage
 from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_control, solve_fixed
 
 STUDENT_STEPS = (1, 2, 4, 8)  # per stage, of a distilled model (training/distillation.py)
@@ -33,10 +34,14 @@ MAX_TOKENS = 1 << 17  # per call of the network: enough to fill a chip, few enou
 
 
 class Noise(NamedTuple):
-    """All randomness of a sample: the start, and one block noise for each step up a stage."""
+    """All randomness of a sample: the start, and one block noise for each step up a stage.
+
+    `given` holds what is kept of given images, for inpainting.
+    """
 
     start: Float[Array, "b h w c"]
     blocks: list[Float[Array, "b hs ws c"]]
+    given: Given | None = None
 
 
 class Trajectory(NamedTuple):
@@ -64,6 +69,7 @@ class Sampler:
         solver's error estimate for each image or the whole batch; "auto": see `resolve_control`.
       rtol, atol: tolerances of the error control.
       shards: devices along the mesh axis `context` that share each image's tokens; all hold the image.
+      resample: how often each step is repeated where a part of the image is given (inpainting.py).
 
     Raises:
       UserError: for sizes, solvers, grids or schedules that do not fit the cascade.
@@ -80,6 +86,7 @@ class Sampler:
     atol: float = 1e-6
     step_control: str = "auto"
     shards: int = 1
+    resample: int = 0
 
     def __post_init__(self):
         self.cascade.check_size(self.height, self.width, self.model.patch_size)
@@ -171,13 +178,34 @@ class Sampler:
         """
         x, ends, nfe = noise.start, [], []
         for stage in range(first_stage, self.cascade.num_stages):
-            if stage > first_stage:
-                x = self.step_up(stage, x, noise.blocks[stage - 1])
-            grid = self.stage_grid(stage).after(first_tau if stage == first_stage else 0.0)
-            x, count = self.solve_stage(params, x, grid, condition, null_condition)
+            point = stage, first_stage, first_tau
+            x, count = self.run_stage(params, x, noise, condition, null_condition, *point)
             ends.append(x)
             nfe.append(count)
         return Trajectory(ends, jnp.stack(nfe, axis=1))
+
+    def run_stage(
+        self,
+        params: dict,
+        x: Float[Array, "b h w c"],
+        noise: Noise,
+        condition: Condition,
+        null_condition: Condition,
+        stage: int,
+        first_stage: int = 0,
+        first_tau: float = 0.0,
+    ) -> tuple[Float[Array, "b h2 w2 c"], Int[Array, " b"]]:
+        """Return (x at the end of `stage`, evaluations); x is the end of the stage before.
+
+        At `first_stage`, it is x at `first_tau`. The other arguments are those of `run`.
+        """
+        if stage > first_stage:
+            x = self.step_up(stage, x, noise.blocks[stage - 1])
+        grid, given = self.stage_grid(stage), None
+        if noise.given is not None:
+            given = at_stage(noise.given, self.cascade, noise.blocks, first_stage, stage)
+        grid = grid.after(first_tau if stage == first_stage else 0.0)
+        return self.solve_stage(params, x, grid, condition, null_condition, given)
 
     def stage_grid(self, stage: int) -> StageGrid:
         """Return the grid of one stage; error-controlled steps use only its ends and times."""
@@ -194,16 +222,22 @@ class Sampler:
         grid: StageGrid,
         condition: Condition,
         null_condition: Condition,
+        given: GivenAtStage | None = None,
     ) -> tuple[Float[Array, "b h w c"], Int[Array, " b"]]:
-        """Return (x at the end of `grid`, evaluations); a backwards grid inverts the stage."""
+        """Return (x at the end of `grid`, evaluations); a backwards grid inverts the stage.
+
+        Pixels that are `given` stay on their path, with fixed steps only.
+        """
         weight = self.guidance.weights(self.cascade.num_stages)[grid.stage]
         nfe = jnp.zeros(len(x), jnp.int32)
-        for part, guided in self._parts(grid, weight):
+        for number, (part, guided) in enumerate(self._parts(grid, weight)):
             args = (params, part, weight if guided else 1.0)
             if self.control == "fixed":
                 field = self.field(*args, condition, null_condition)
-                x = solve_fixed(self.solver, field, x, np.array(part.taus))
+                kept = (given.part(number), self.resample) if given else ()
+                x = solve_fixed(self.solver, field, x, np.array(part.taus), *kept)
                 count = (len(part.taus) - 1) * evaluations_per_step(self.solver)
+                count *= 1 + (self.resample if given else 0)
             elif self.control == "per_image":
                 # In groups, because under vmap the network sees all images at once
                 each = jax.vmap(functools.partial(self._adapt_one, *args))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from pixelflow_jax.common import UserError
 from pixelflow_jax.common.config_keys import CHOICES, check
+from pixelflow_jax.sampling.inpainting import GivenAtStage
 
 # (x, tau, a number) -> dx/dtau, of x's shape
 Field = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
@@ -89,32 +90,51 @@ def runge_kutta_step(table: Tableau, field: Field, x, tau, size):
 
 
 def solve_fixed(
-    name: str, field: Field, x: Float[Array, "..."], taus: Float[np.ndarray, " n"]
+    name: str,
+    field: Field,
+    x: Float[Array, "..."],
+    taus: Float[np.ndarray, " n"],
+    given: GivenAtStage | None = None,
+    repeat: int = 0,
 ) -> Float[Array, "..."]:
     """Integrate over the steps from taus[i] to taus[i + 1]; return x at the last.
 
     AB2 (two-step Adams-Bashforth for steps of any size) starts with an Euler step, which keeps its
-    second order and costs one evaluation, like every later step.
+    second order and costs one evaluation, like every later step. The pixels that are `given` stay on
+    their path; with them, every step may be repeated (inpainting.py).
     """
     sizes = taus[1:] - taus[:-1]
     # Constants indexed in the loop; a scan over them would slice and copy more
     starts, lengths = jnp.asarray(taus[:-1], x.dtype), jnp.asarray(sizes, x.dtype)
 
-    carry: tuple[jax.Array, ...]
+    before = None  # the slope at the start of the previous step
     if name == "ab2":
         ratios = jnp.asarray(np.concatenate([[0.0], sizes[1:] / sizes[:-1]]), x.dtype)
 
-        def step(i, carry):
-            x, before = carry
+        def advance(i, x, before):
             slope, half = field(x, starts[i]), ratios[i] / 2
             return x + lengths[i] * ((1 + half) * slope - half * before), slope
 
-        carry = (x, jnp.zeros_like(x))
+        before = jnp.zeros_like(x)
     else:
 
-        def step(i, carry):
-            return (runge_kutta_step(table, field, *carry, starts[i], lengths[i]),)
+        def advance(i, x, before):
+            return runge_kutta_step(table, field, x, starts[i], lengths[i]), None
 
-        table, carry = tableau(name), (x,)
+        table = tableau(name)
 
-    return jax.lax.fori_loop(0, len(sizes), step, carry)[0]
+    def step(i, carry):
+        x, before = carry
+        if given is None:
+            return advance(i, x, before)
+
+        def again(number, x):
+            x, _ = advance(i, given.put_back(x, starts[i]), before)
+            end = starts[i] + lengths[i]
+            return given.back(given.put_back(x, end), end, starts[i], i * repeat + number)
+
+        x = jax.lax.fori_loop(0, repeat, again, x)
+        return advance(i, given.put_back(x, starts[i]), before)
+
+    x, _ = jax.lax.fori_loop(0, len(sizes), step, (x, before))
+    return x if given is None else given.put_back(x, taus[-1])

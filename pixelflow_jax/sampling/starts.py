@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 from PIL import Image
 
 from pixelflow_jax.cascade import images
@@ -22,6 +22,7 @@ from pixelflow_jax.cascade.renoising import step_down
 from pixelflow_jax.common import UserError, blame, files, numerics
 from pixelflow_jax.data.pixels import decode, is_image, report_left_out
 from pixelflow_jax.models.conditioning import Condition
+from pixelflow_jax.sampling.inpainting import Given
 from pixelflow_jax.sampling.sampler import Noise, Sampler
 
 LEAST_STRENGTH = 1e-5  # below this, no solver step would remain: the image itself
@@ -64,26 +65,42 @@ class FromImages(FromSeed):
       images: float [N, h, w, 3] in [-1, 1], used cyclically; at full size, or, for upscaling, at the
         size of the stage before `stage`.
       tau: the point in the stage; 0 keeps the least of the image. Always 0 for upscaling.
+      kept: for inpainting, bool [M, h, w, 1], used cyclically: where the images stay as they are.
     """
 
     images: Float[np.ndarray, "n h w 3"] = dataclasses.field(kw_only=True)
+    kept: Bool[np.ndarray, "m h w 1"] | None = dataclasses.field(default=None, kw_only=True)
 
     def inputs(self, index):
-        chosen = self.images[np.asarray(index) % len(self.images)]
-        return {**super().inputs(index), "images": chosen}
+        found = super().inputs(index)
+        for name in ("images", "kept"):
+            if (values := getattr(self, name)) is not None:
+                found[name] = values[found["index"] % len(values)]
+        return found
+
+    def digests(self, number: int) -> dict[str, str]:
+        """Return the SHA-256 of the given image, and of the mask, from which image `number` is made."""
+        given = {"init_image": self.images, "mask": self.kept}
+        return {
+            name: hashlib.sha256(values[number % len(values)].tobytes()).hexdigest()
+            for name, values in given.items()
+            if values is not None
+        }
 
     @numerics.pinned()
     def noise(self, sampler, inputs):
         clean, size = inputs["images"], sampler.stage_size(self.stage)
         keys = image_keys(inputs["seed"], inputs["index"])
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, self.stage), size))
+        noise = draw(keys)
         if clean.shape[1:] == (sampler.height, sampler.width, 3):
-            x_start, x_end = stage_ends(sampler.cascade, self.stage, clean, draw(keys))
+            x_start, x_end = stage_ends(sampler.cascade, self.stage, clean, noise)
             x = self.tau * x_end + (1 - self.tau) * x_start
         else:
             start = sampler.cascade.start[self.stage]
-            x = start * images.up(clean) + (1 - start) * draw(keys)
-        return super().noise(sampler, inputs)._replace(start=x)
+            x = start * images.up(clean) + (1 - start) * noise
+        given = Given(clean, inputs["kept"], noise, keys) if "kept" in inputs else None
+        return super().noise(sampler, inputs)._replace(start=x, given=given)
 
 
 def read_pictures(value: Any, flag: str) -> tuple[list[UInt8[np.ndarray, "h w 3"]], str]:
@@ -108,27 +125,39 @@ def read_pictures(value: Any, flag: str) -> tuple[list[UInt8[np.ndarray, "h w 3"
 
 
 def _read_picture(value: Any, flag: str) -> UInt8[np.ndarray, "h w 3"]:
+    name = f"{flag} is a {type(value).__name__} that"
     if isinstance(value, (str, os.PathLike)):
+        name = f"--{flag}={value}"
         if not epath.Path(value).exists():
-            raise UserError(f"--{flag}={value} does not exist")
-        with blame(f"--{flag}={value} is not an image", OSError):
-            return np.asarray(decode(files.read_bytes(value)))
-    with blame(f"{flag} is a {type(value).__name__} that is not an image", OSError):
-        return np.asarray(decode(value if isinstance(value, Image.Image) else np.asarray(value)))
+            raise UserError(f"{name} does not exist")
+        value = files.read_bytes(value)
+    elif not isinstance(value, Image.Image):
+        value = np.asarray(value)
+        value = value * np.uint8(255) if value.dtype == bool else value
+    with blame(f"{name} is not an image", OSError):
+        return np.asarray(decode(value, opaque=flag == "mask"))
 
 
 def from_images(
-    sampler: Sampler, seed: int, images: Float[np.ndarray, "n h w 3"], stage: int, strength: float = 1.0
+    sampler: Sampler,
+    seed: int,
+    images: Float[np.ndarray, "n h w 3"],
+    stage: int,
+    strength: float = 1.0,
+    kept: Bool[np.ndarray, "m h w 1"] | None = None,
+    first: int = 0,
 ) -> FromImages:
     """Return a start from images at full size (variations) or at the size of `stage - 1` (upscaling).
 
     Raises UserError for an invalid stage or strength, images of the wrong size, or a start that keeps
-    nothing of the images.
+    nothing of the images, or for inpainting with error-controlled steps.
 
     Args:
       images: in [-1, 1].
       stage: first stage to run: an earlier one changes more of the image.
       strength: share of that stage to run, from LEAST_STRENGTH to 1.
+      kept: for inpainting: where images, at full size, stay as they are.
+      first: number of the first image that is made.
     """
     stages = sampler.cascade.num_stages
     if not 0 <= stage < stages:
@@ -151,9 +180,14 @@ def from_images(
             f"strength must be a multiple of {1 / steps:g}: a distilled model takes whole steps, here "
             f"{steps}; got {strength}"
         )
-    if stage == 0 and strength == 1:
+    if kept is not None and (sampler.control != "fixed" or size != full):
+        raise UserError(
+            f"--mask takes images of {full[0]}x{full[1]} and fixed steps: --step_control=fixed"
+        )
+    if stage == 0 and strength == 1 and kept is None:
         raise UserError("stage 0 at strength 1 is pure noise: nothing of the images would be left")
-    return FromImages(seed, stage, 1 - strength, images=np.asarray(images, np.float32))
+    pixels = np.asarray(images, np.float32)
+    return FromImages(seed, stage, 1 - strength, first, images=pixels, kept=kept)
 
 
 @dataclasses.dataclass(frozen=True)
