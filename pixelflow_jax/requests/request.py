@@ -249,9 +249,11 @@ def _of_png(path: str, given: dict[str, Any]) -> dict[str, Any]:
     begun, files = kept.get("start"), {}
     if isinstance(begun, dict) and "init_image" in begun:
         files = {name: given.get(name) for name in ("init_image", "mask") if name in begun}
-        if None in files.values():
+        if any(value is None for value in files.values()):
             flags = " ".join(f"--{name}=FILE" for name in files)
-            raise UserError(f"--from_png={path} began from an image, which it lacks: add {flags}")
+            raise UserError(
+                f"--from_png={path} began from init_image, which it does not carry: add {flags}"
+            )
         found = {name: begun[name] for name in IMAGE_STARTS if name in begun and name not in given}
     elif begun is not None:
         raise UserError(

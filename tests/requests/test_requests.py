@@ -45,7 +45,8 @@ def test_an_image_in_memory_is_a_start_like_a_file(model, tmp_path):
             np.testing.assert_array_equal(ours.start.images, theirs.start.images)
             assert ours.settings["start"]["sha256"] == theirs.settings["start"]["sha256"]
         places.add(ours.settings["start"]["init_image"])
-        assert ours.settings_of(0)["start"] == "init_image"
+        kept = ours.settings_of(0)["start"]
+        assert kept["strength"] == 0.5 and str(tmp_path) not in str(kept)
     assert len(places) == 3 and all(place.startswith("sha256:") for place in places)
     pair = model._job({"init_image": np.stack([RGB, RGB[::-1]]), **asked})
     assert pair.start.images.shape == (2, 16, 16, 3)
@@ -56,11 +57,20 @@ def test_an_image_in_memory_is_a_start_like_a_file(model, tmp_path):
 
 
 def test_a_picture_that_began_elsewhere_says_what_it_needs(model, trained, tmp_path):
-    """Catches an image that is made from a seed where its settings say that it began from another."""
-    made = model.run(init_image=RGB, strength=0.5, labels=[3], num_steps=1)
-    save_png(tmp_path / "a.png", made.pixels[0], made.settings[0])
-    with pytest.raises(UserError, match="began from init_image.*needs that image"):
-        request.parse("", [f"--checkpoint={trained}", "--out=x", f"--from_png={tmp_path / 'a.png'}"])
+    """Catches an image that is made from another start than its settings say."""
+    pair = [RGB, RGB[::-1]]
+    made = model.run(init_image=pair, strength=0.5, labels=[3, 4], num_images=4, num_steps=1)
+    picture = tmp_path / "a.png"
+    save_png(picture, made.pixels[3], made.settings[3])
+    with pytest.raises(UserError, match="began from init_image.*add --init_image=FILE"):
+        request.parse("", [f"--checkpoint={trained}", "--out=x", f"--from_png={picture}"])
+    again = model.sample(from_png=picture, init_image=pair[1])
+    assert np.abs(again[0].astype(int) - made.pixels[3]).max() <= 1  # of another batch size
+    with pytest.raises(UserError, match="--init_image is not what .* began from"):
+        model.sample(from_png=picture, init_image=pair[0])
+    save_png(picture, made.pixels[3], {**made.settings[3], "start": "from_noise"})
+    with pytest.raises(UserError, match="began from from_noise.*needs that image"):
+        request.parse("", [f"--checkpoint={trained}", "--out=x", f"--from_png={picture}"])
 
 
 def test_long_values_are_cut_in_messages(model):
@@ -74,7 +84,7 @@ def test_long_values_are_cut_in_messages(model):
 
 GIVEN = dict(first_image="1", seed="0", num_images="1", num_png="1", context="1", layout="dpg")
 ALLOWED = {
-    "init_image": {"seed", "num_images", "num_png", "context", "layout", "save_stages"},
+    "init_image": {"seed", "first_image", "num_images", "num_png", "context", "layout", "save_stages"},
     "from_noise": {"num_images", "num_png", "context", "layout", "save_stages"},
     "interpolate": {"num_images", "num_png", "context", "layout", "save_stages"},
     "invert": set(),
@@ -98,7 +108,7 @@ def test_flags_without_effect_are_refused(start, tmp_path):
     kept = dict(seed=7, first_image=9, num_images=1, batch_size=2, labels=[4])
     save_png(tmp_path / "a.png", RGB, kept)
     args = request.parse("", [*flags, f"--from_png={tmp_path / 'a.png'}"])
-    assert args.labels == (4,) and args.first_image is None
+    assert args.labels == (4,) and args.first_image == (9 if start == "init_image" else None)
 
 
 @pytest.mark.parametrize("flag", "--num_images --batch_size --num_steps --num_png --context".split())

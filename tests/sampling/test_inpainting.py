@@ -170,7 +170,7 @@ def test_by_command_python_and_picture(trained, tmp_path):
     repeat = [f"--checkpoint={trained}", f"--from_png={picture}"]
     sample.main([*repeat, *files, f"--out={tmp_path / 'again'}"])
     np.testing.assert_array_equal(Image.open(tmp_path / "again" / "000000.png"), made[2])
-    with pytest.raises(UserError, match="add --init_image=FILE --mask=FILE"):
+    with pytest.raises(UserError, match="does not carry: add --init_image=FILE --mask=FILE"):
         sample.main([*repeat, f"--out={tmp_path / 'x'}"])
     other = write(tmp_path, "other.png", 255 - mask)
     with pytest.raises(UserError, match="--mask is not what"):
