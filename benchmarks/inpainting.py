@@ -3,9 +3,9 @@
     python benchmarks/inpainting.py --checkpoint=runs/digits [--grid=docs/inpainting.png]
 
 The model is given the upper half and the label. An RBF SVC fitted on the real training split
-(quality.py) reads the results. Beside them: the real images; the half left blank; and the half of a sample with that
-label which knows nothing of the image. "Edge" is the mean absolute step between the two rows at the
-mask's edge, relative to that of the real images. Prints a Markdown table.
+(quality.py) reads the results. Beside them: the real images; the half left blank; and the half of a
+sample with that label which knows nothing of the image. "Edge" is the mean absolute step between the two
+rows at the mask's edge, relative to that of the real images. Prints a Markdown table.
 """
 
 import argparse
