@@ -16,14 +16,16 @@ from etils import epath
 
 from pixelflow_jax.common import UserError, cli, files
 from pixelflow_jax.foreign.official import official_yaml, read_official, to_official
+from pixelflow_jax.foreign.released import class_names, find_official
 from pixelflow_jax.foreign.weights import load_torch, read_state
 from pixelflow_jax.models.inception import inception_names, inception_params
 from pixelflow_jax.training.checkpoints import load_params, save_params
 
 
 def _import_official(args: argparse.Namespace) -> str:
-    params, config = read_official(args.source, args.config, args.weights)
-    save_params(args.out, params, config)
+    source = find_official(args.source) or args.source
+    params, config = read_official(source, args.config, args.weights)
+    save_params(args.out, params, config, class_names(config))
     return f"{_count(params)} parameters"
 
 

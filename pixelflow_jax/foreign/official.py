@@ -16,6 +16,7 @@ from pixelflow_jax.models.conditioning import INTERVAL, TEXT, abstract_params
 from pixelflow_jax.models.public import Names, public_params, public_view
 
 Params = dict[str, Any]
+CONFIG = "config.yaml"
 
 
 class Rule(NamedTuple):
@@ -173,11 +174,13 @@ def official_yaml(config: ConfigDict) -> dict[str, Any]:
     )
 
 
-def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path, epath.Path]:
-    """Return (weights, config.yaml) of a folder, or of a weights file with a config beside it."""
-    if not source.is_file():
-        wanted = ("config.yaml", *(f"*{kind}" for kind in (*KINDS, INDEX)))
-        source = files.folder_or_hub(str(source), "--source:", wanted)
+def official_files(source: epath.Path, config: str | None = None) -> tuple[epath.Path, epath.Path]:
+    """Return (weights, config.yaml) of a folder, or of a weights file with a config beside it.
+
+    Raises UserError if one is missing, or there are several weights files.
+    """
+    if not source.exists():
+        raise UserError(f"{source} is not a folder, nor a file")
     weights, folder = source, source.parent
     if source.is_dir():
         folder = source
@@ -186,9 +189,9 @@ def _official_files(source: epath.Path, config: str | None) -> tuple[epath.Path,
         found = found or [source / name for name in names if name.endswith(KINDS)]
         if len(found) != 1:
             names = ", ".join(path.name for path in found) or "none"
-            raise UserError(f"--source={source} must hold one weights file, found {names}; name one")
+            raise UserError(f"{source} must hold one weights file, found {names}; name one")
         weights = found[0]
-    yaml_path = epath.Path(config) if config else folder / "config.yaml"
+    yaml_path = epath.Path(config) if config else folder / CONFIG
     if not yaml_path.exists():
         raise UserError(f"{yaml_path} does not exist; name the official config with --config=FILE")
     return weights, yaml_path
@@ -200,13 +203,13 @@ def read_official(
     """Return our parameters and config from official ones.
 
     Args:
-      source: a folder (or hub id) with one weights file and config.yaml, or the weights file.
+      source: a folder with one weights file and config.yaml, or the weights file.
       config: the config.yaml, if it is elsewhere.
       weights: which of several sets of weights (see `weights.find`).
 
     Raises UserError if a file is missing or unreadable, or an array is missing, unknown or misshapen.
     """
-    path, yaml_path = _official_files(epath.Path(source), config)
+    path, yaml_path = official_files(epath.Path(source), config)
     with blame(f"{yaml_path} is not YAML", (yaml.YAMLError, ValueError, RecursionError)):
         values = yaml.safe_load(files.read_bytes(yaml_path))
     config = official_config(values)

@@ -113,6 +113,8 @@ def _class_number(flag: str, label: int | str, names: dict[int, str], count: int
     if isinstance(label, str):
         found = [x for x, name in names.items() if name == label]
         found = found or [x for x, name in names.items() if loose(name) == loose(label)]
+        # ImageNet's names list synonyms: tench, Tinca tinca
+        found = found or [x for x, name in names.items() if loose(label) in map(loose, name.split(", "))]
         if len(found) > 1:
             raise UserError(f"--{flag}: the classes {found} are all called {label!r}: give a number")
         if found:

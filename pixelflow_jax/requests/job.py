@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from pixelflow_jax import __version__
 from pixelflow_jax.cascade.images import UINT8_RULE
 from pixelflow_jax.common import UserError, arrays, files, numerics
+from pixelflow_jax.foreign.released import is_hub_id
 from pixelflow_jax.requests.conditions import Conditions, forget_encoder, read_conditions
 from pixelflow_jax.requests.request import BATCH, FROM_CONFIG, IMAGE_STARTS, Request
 from pixelflow_jax.sampling import starts
@@ -88,8 +89,9 @@ def prepare(request: Request, loaded: Loaded | None = None) -> Job:
     conditions = read_conditions(request, config, start, meta)
     if once:
         forget_encoder()
+    name = request.checkpoint
     settings = {
-        "checkpoint": str(files.absolute(request.checkpoint)),
+        "checkpoint": name if is_hub_id(name) else str(files.absolute(name)),
         "checkpoint_sha256": loaded.sha256,
         "step": meta["step"],
         "ema": meta["ema"],

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from pixelflow_jax.common import UserError, files, hardware, log, sentence
 from pixelflow_jax.config import build_model, config_from_dict
+from pixelflow_jax.foreign import released
 from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.training import replicas
 from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
@@ -136,10 +137,13 @@ def _failures(manager: ocp.CheckpointManager):
         ) from error
 
 
-def save_params(workdir: epath.PathLike, params: dict, config: ConfigDict) -> None:
-    """Write parameters alone as a checkpoint at step 0, as `convert` does."""
+def save_params(
+    workdir: epath.PathLike, params: dict, config: ConfigDict, classes: dict[str, str] | None = None
+) -> None:
+    """Write parameters alone as a checkpoint at step 0, as `convert` does; with names of its classes."""
     with open_manager(workdir) as manager:
-        manager.save(0, args=_items(0, config, {"params": params}))
+        more = {"classes": classes} if classes else None
+        manager.save(0, args=_items(0, config, {"params": params}, more))
     files.write_json(epath.Path(workdir) / "config.json", config.to_dict())
 
 
@@ -268,11 +272,12 @@ def load_params(
     is not a checkpoint or has no such average.
 
     Args:
-      checkpoint: a workdir, which stands for its newest step, or a step's folder under any name.
+      checkpoint: a workdir, which stands for its newest step; a step's folder under any name; or
+        official weights, a folder or a hub id (foreign/released.py).
       ema: the decay or half-life of an average; 0 for the raw parameters, None for the first average.
     """
     hardware.local_devices()
-    folder, newest = find_step(checkpoint)
+    folder, newest = _find_or_convert(checkpoint)
     # A run may save meanwhile, so process 0 decides; in two parts, as JAX has 32 bits.
     step = divmod(int(folder.name), 10**9) if newest else (0, 0)
     parts = multihost_utils.broadcast_one_to_all(np.array(step, np.int32))
@@ -333,6 +338,17 @@ def find_step(checkpoint: epath.PathLike) -> tuple[epath.Path, bool]:
         f"--checkpoint={checkpoint} holds no checkpoint; give the workdir of a training run, a step's "
         f"folder, or a folder that pixelflow_jax.convert wrote"
     )
+
+
+def _find_or_convert(checkpoint: epath.PathLike) -> tuple[epath.Path, bool]:
+    """Return what `find_step` does, also of official weights."""
+    try:
+        return find_step(checkpoint)
+    except UserError:
+        official = released.find_official(os.fspath(checkpoint))
+        if official is None:
+            raise
+        return find_step(released.converted(official, save_params))
 
 
 def _is_step(folder: epath.Path) -> bool:

@@ -26,7 +26,7 @@ from pixelflow_jax.data.loader import captions
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.distributed import hosts
-from pixelflow_jax.foreign.official import read_official
+from pixelflow_jax.foreign.released import is_hub_id
 from pixelflow_jax.models.conditioning import INTERVAL, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.models.warm_start import from_class_model, with_patch_sizes
@@ -94,19 +94,15 @@ def check_init_from(config: ConfigDict, workdir: str) -> None:
     """Raise UserError if the parameters that a run begins from, or its teacher, are missing."""
     begun = has_begun(epath.Path(workdir))
     for key, path in (("init_from", config.init_from), ("distill.teacher", config.distill.teacher)):
-        if path and not (begun and key == "init_from") and not epath.Path(path).exists():
+        there = not path or begun and key == "init_from" or epath.Path(path).exists()
+        if not there and not is_hub_id(path):
             raise UserError(f"--config.{key}={path}: there is no such file or folder")
 
 
 def initial_params(key: str, path: str) -> tuple[dict, ConfigDict]:
     """Return the parameters that a config key names, and their config: our own or official weights."""
-    ours = True
     try:
-        checkpoints.find_step(path)
-    except UserError:
-        ours = False
-    try:
-        return checkpoints.load_params(path)[:2] if ours else read_official(epath.Path(path))
+        return checkpoints.load_params(path)[:2]
     except UserError as error:
         raise UserError(f"config.{key}={path} cannot be read: {error}") from None
 
