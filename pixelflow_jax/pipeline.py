@@ -80,7 +80,7 @@ class Pipeline:
         for chosen in chunks(len(job.conditions), job.batch_size, 0, 1):
             padded = np.resize(chosen, job.batch_size)
             out = generate(job.params, job.start.inputs(padded), *job.conditions.of(padded))
-            out = jax.tree.map(np.asarray, out)
+            out = jax.device_get(out._replace(stages=[]))
             jobs.check_finite(out.finite, padded)
             parts.append((out.pixels[: len(chosen)], out.nfe[: len(chosen)]))
         pixels, nfe = map(np.concatenate, zip(*parts, strict=True))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import jax
 
-from pixelflow_jax.common import Explained, UserError, ends, files, hardware, numerics, sentence
+from pixelflow_jax.common import Explained, UserError, cache, ends, files, hardware, numerics, sentence
 
 # Flags that take free text
 WORDS = ("prompt", "negative_prompt", "labels", "negative_labels")
@@ -47,7 +47,10 @@ class Parser(argparse.ArgumentParser):
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser whose help shows a module's docstring verbatim."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return Parser(description=doc, formatter_class=formatter, allow_abbrev=False)
+    result = Parser(description=doc, formatter_class=formatter, allow_abbrev=False)
+    said = "compile anew, and keep no compiled programs (docs/troubleshooting.md)"
+    result.add_argument(f"--{cache.FLAG}", action="store_true", help=said)
+    return result
 
 
 def run(main: Callable[[], None]) -> None:
@@ -67,6 +70,8 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
         for name, value in numerics.switches().items():
             print(f"warning: {name.upper()}={value} may change the last bits", file=sys.stderr)
+        if f"--{cache.FLAG}" not in sys.argv:
+            cache.keep_programs()
         with numerics.pinned():
             main()
         sys.stdout.flush()  # here, a full disk still gives our error

@@ -9,7 +9,6 @@ import hashlib
 import importlib.resources
 import json
 import os
-import pathlib
 import re
 import shutil
 import sys
@@ -22,6 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pixelflow_jax.common import files, optional
+from pixelflow_jax.common.cache import cache_folder
 from pixelflow_jax.foreign.official import CONFIG, Params, official_files, read_official
 from pixelflow_jax.foreign.weights import INDEX, KINDS, TORCH, load_torch
 
@@ -101,12 +101,6 @@ def _version(path: epath.Path) -> tuple[int, int]:
         return found.length, found.mtime
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
-
-
-def cache_folder() -> pathlib.Path:
-    """Return where what can be made again is kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return pathlib.Path(home) / "pixelflow_jax"
 
 
 def class_names(config: ConfigDict) -> dict[str, str]:

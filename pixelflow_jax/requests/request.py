@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pixelflow_jax.common import UserError, cli, sentence
+from pixelflow_jax.common import UserError, cache, cli, sentence
 from pixelflow_jax.common.config_keys import BOUNDS, CHOICES, check
 from pixelflow_jax.requests.layouts import LAYOUTS
 from pixelflow_jax.sampling.generate import png_settings
@@ -294,4 +294,6 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def parse(doc: str, argv: Sequence[str]) -> Request:
     """Return the request of command-line flags. Raises UserError as `fill`."""
-    return fill(**vars(parser(doc).parse_args(argv)))
+    given = vars(parser(doc).parse_args(argv))
+    del given[cache.FLAG]  # cli.run has seen it
+    return fill(**given)

@@ -1,5 +1,6 @@
 """Run a request: write its images to an output folder, or the noise of images to invert."""
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -99,8 +100,13 @@ def _make(
             watch(f"{'' if made else f'{STARTING}: '}image {chosen[0]}")  # the first batch compiles
             begin = time.perf_counter()
             padded = np.resize(chosen, size)  # one shape, so one compilation
-            out = generate(params, job.start.inputs(padded), *job.conditions.of(padded))
-            out = jax.tree.map(np.asarray, out)
+            inputs = job.start.inputs(padded), *job.conditions.of(padded)
+            if not (made or quiet):
+                bar.write("Compiling the sampler", sys.stderr)
+            out = generate(params, *inputs)
+            if not (made or quiet):
+                bar.write(f"Compiled in {time.perf_counter() - begin:.1f} s", sys.stderr)
+            out = jax.device_get(out if request.save_stages else out._replace(stages=[]))
             seconds.append((time.perf_counter() - begin) / size)
             jobs.check_finite(out.finite, padded)
             if request.save_stages:

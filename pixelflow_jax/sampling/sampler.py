@@ -280,16 +280,17 @@ class Sampler:
     def _by_groups(self, function: Callable, halves: int, x: Float[Array, "b h w c"], *rest):
         """Apply `function` to a batch in groups of at most MAX_TOKENS tokens (at least one image).
 
-        The group size divides the batch, so that there is only one program.
+        The groups are equal, so that there is only one program; the last one repeats the first images.
         """
         row = halves * x.shape[1] * x.shape[2] // self.model.base_patch**2 // self.shards
-        fitting = range(min(len(x), MAX_TOKENS // row), 1, -1)
-        size = next((n for n in fitting if len(x) % n == 0), 1)
-        if size == len(x):
+        number = -(-len(x) // max(MAX_TOKENS // row, 1))
+        if number == 1:
             return function(x, *rest)
-        groups = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, *rest))
+        size = -(-len(x) // number)
+        padded = np.arange(number * size) % len(x)
+        groups = jax.tree.map(lambda y: y[padded].reshape(number, size, *y.shape[1:]), (x, *rest))
         out = jax.lax.map(lambda group: function(*group), groups)
-        return jax.tree.map(lambda y: y.reshape(len(x), *y.shape[2:]), out)
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[: len(x)], out)
 
     def field(
         self, params, grid: StageGrid, weight: float, condition: Condition, null_condition: Condition

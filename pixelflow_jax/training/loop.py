@@ -141,7 +141,12 @@ def _train(
                 (starting if step == first + 1 else watch)(f"step {step}")  # the first compiles
                 with metrics.waiting():
                     batch = encoder(next(batches))
+                compiles, begin = step == first + 1, time.perf_counter()
+                if compiles:
+                    metrics.say("Compiling the train step")
                 state, numbers = train_step(state, batch, frozen)
+                if compiles:
+                    metrics.say(f"Compiled in {time.perf_counter() - begin:.1f} s")
                 metrics.add(step, numbers)
                 again = saver.due()
                 if step % config.log_every == 0 or last:

@@ -1,0 +1,86 @@
+"""Compiled programs on disk: a second start does not compile, and no harm comes from the folder."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def start(trained, tmp_path):
+    """A function that starts `sample`: with an output folder, flags and variables."""
+
+    def start(out, *flags, **more):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+        env = {**kept, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", **more}
+        command = [sys.executable, "-m", "pixelflow_jax.sample", f"--checkpoint={trained}"]
+        command += [f"--out={tmp_path / out}", "--num_images=2", "--labels=1", *flags]
+        return subprocess.Popen(
+            command,
+            env={**env, "PYTHONPATH": str(HERE)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    return start
+
+
+def finished(process):
+    """Return what it printed."""
+    printed = process.communicate()[1]
+    assert process.returncode == 0, printed
+    return printed
+
+
+def seconds(printed):
+    assert "Compiling the sampler" in printed
+    return float(re.search(r"Compiled in ([0-9.]+) s", printed)[1])
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*-cache"))
+
+
+@pytest.mark.slow
+def test_a_second_start_reads_what_the_first_compiled(start, tmp_path):
+    """Catches a cache that is not found again, is used against the flag, or changes a pixel."""
+    places = tmp_path / "cache", tmp_path / "other"
+    finished(start("none", "--no_compile_cache"))
+    assert not files(places[0])
+    first = finished(start("a"))
+    made = {path: path.stat().st_mtime_ns for path in files(places[0])}
+    assert made and "pixelflow_jax" in str(next(iter(made)))
+    second = finished(start("b"))
+    assert {path: path.stat().st_mtime_ns for path in files(places[0])} == made
+    assert seconds(second) < seconds(first)
+    finished(start("c", JAX_COMPILATION_CACHE_DIR=str(places[1])))
+    assert [*places[1].iterdir()]
+    pixels = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("none", "a", "b", "c")]
+    assert all((x == pixels[0]).all() for x in pixels)
+
+
+@pytest.mark.slow
+def test_a_bad_cache_does_no_harm(start, tmp_path):
+    """Catches two processes that tear each other's files, half a file, and a folder without space."""
+    pair = [start("a"), start("b")]
+    for process in pair:
+        finished(process)
+    for path in files(tmp_path / "cache"):
+        path.write_bytes(path.read_bytes()[:100])
+    printed = finished(start("c"))
+    assert "Traceback" not in printed
+    assert "Traceback" not in finished(start("d", XDG_CACHE_HOME="/proc/nowhere"))
+    if os.path.exists("/dev/full"):
+        link = tmp_path / "full" / "pixelflow_jax"
+        link.mkdir(parents=True)
+        (link / "programs").symlink_to("/dev/full")  # where nothing can be written
+        assert "Traceback" not in finished(start("e", XDG_CACHE_HOME=str(tmp_path / "full")))
+    pixels = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "abcd"]
+    assert all((x == pixels[0]).all() for x in pixels)
