@@ -43,6 +43,21 @@ def abstract_params(model: PixelFlow) -> dict:
     return jax.eval_shape(lambda: init_params(model, 0))
 
 
+def cast_params(model: PixelFlow, params: dict) -> dict:
+    """Return the parameters in `model.dtype`, as its layers would convert them at each use.
+
+    The scales of norms and the gates of cross-attention, which work in at least float32, stay, and so
+    does a text encoder.
+    """
+
+    def one(path, x):
+        names = [entry.key for entry in path]
+        stays = names[0] == TEXT or names[-1] in ("scale", "cross_gate")
+        return x if stays else x.astype(model.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def encode_text(model: PixelFlow, params: dict, condition: Condition) -> Condition:
     """Replace "text_ids" and "text_mask" by "context" and "context_mask"; return others unchanged."""
     if "text_ids" not in condition:

@@ -26,7 +26,7 @@ from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.data.pixels import decode
 from pixelflow_jax.distributed import sharding
-from pixelflow_jax.models.conditioning import encode_text
+from pixelflow_jax.models.conditioning import cast_params, encode_text
 from pixelflow_jax.sampling.grids import TimeGrid
 from pixelflow_jax.sampling.guidance import Guidance
 from pixelflow_jax.sampling.sampler import Sampler
@@ -107,6 +107,8 @@ def make_generate(
     def generate(params, inputs, condition, null_condition) -> Generated:
         if param_specs is not None:
             params = sharding.gather_rest(params, param_specs, model.dtype)
+        else:
+            params = cast_params(model, params)  # once, not in each layer of each evaluation
         condition = encode_text(sampler.model, params, condition)
         null_condition = encode_text(sampler.model, params, null_condition)
         noise = start.noise(sampler, inputs)
@@ -137,6 +139,7 @@ def make_stages(sampler: Sampler, start: Any = None) -> Callable[..., Iterator[G
 
     @functools.partial(jax.jit, static_argnums=0)
     def advance(stage, params, x, noise, conditions):
+        params = cast_params(sampler.model, params)
         x, nfe = sampler.run_stage(params, x, noise, *conditions, stage, first, start.tau)
         return x, Generated(images.to_uint8(x), jnp.isfinite(x).all((1, 2, 3)), nfe[:, None], [])
 

@@ -2,17 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.extend import core
 
+from pixelflow_jax.cascade import images
+from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.config import build_model, load_config
 from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.inception import Inception
 from pixelflow_jax.models.t5 import T5Encoder
+from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.sampling import generate
 from pixelflow_jax.sampling.adaptive import solve_adaptive
 from pixelflow_jax.sampling.generate import build_sampler, make_generate
+from pixelflow_jax.sampling.grids import TimeGrid
+from pixelflow_jax.sampling.sampler import Sampler, class_conditions
 from pixelflow_jax.sampling.solvers import SOLVERS, WITHOUT_ERROR
+from pixelflow_jax.sampling.starts import FromSeed
 from pixelflow_jax.training import step
 from pixelflow_jax.training.programs import train_program
 from pixelflow_jax.training.step import abstract_condition
@@ -117,3 +124,33 @@ def test_networks_that_judge_or_encode_are_float32():
     params = jax.eval_shape(T5Encoder(T5).init, jax.random.key(0), ids, mask)
     check(jax.make_jaxpr(T5Encoder(T5).apply)(params, ids, mask))
     check(jax.make_jaxpr(T5Encoder(T5, jnp.bfloat16).apply)(params, ids, mask), some_wide=False)
+
+
+def test_weights_are_cast_once(noisy_params):
+    """Catches weights that each layer of each evaluation converts anew, and a cast that changes them."""
+    model = PixelFlow(2, 8, 2, 2, num_classes=10, dtype=jnp.bfloat16)
+    sampler = Sampler(model, Cascade(2), 16, 16, TimeGrid((3,)))
+    params, start = noisy_params(model), FromSeed(0)
+    given = start.inputs(np.arange(2)), *class_conditions(np.array([1, 2], np.int32), 10)
+    matrices = {x.shape[-2:] for x in jax.tree.leaves(params["blocks"]) if x.ndim == 3}
+
+    def converted(jaxpr, looping=False):
+        """Return how many matrices of the blocks are converted within loops."""
+        found = 0
+        for eqn in jaxpr.eqns:
+            inside = looping or eqn.primitive.name in ("while", "scan")
+            parts = [part for value in eqn.params.values() for part in inner(value)]
+            found += sum(converted(part, inside) for part in parts)
+            shape = getattr(eqn.invars[0].aval, "shape", ()) if eqn.invars else ()
+            is_cast = eqn.primitive.name == "convert_element_type" and shape in matrices
+            found += looping and is_cast and eqn.outvars[0].aval.dtype == jnp.bfloat16
+        return found
+
+    def run(params, inputs, *conditions):
+        return sampler.run(params, start.noise(sampler, inputs), *conditions).ends[-1]
+
+    generate = make_generate(sampler, start)
+    assert converted(jax.make_jaxpr(run)(params, *given).jaxpr) > 0  # what the check would see
+    assert converted(jax.make_jaxpr(generate)(params, *given).jaxpr) == 0
+    plain = images.to_uint8(jax.jit(run)(params, *given)).astype(int)
+    assert np.abs(np.asarray(generate(params, *given).pixels) - plain).max() <= 1
