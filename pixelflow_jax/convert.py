@@ -1,7 +1,8 @@
-"""Convert official PixelFlow weights to our checkpoints and back.
+"""Convert official PixelFlow weights to our checkpoints and back; export samplers.
 
 python -m pixelflow_jax.convert --source=OFFICIAL_DIR_FILE_OR_HUB_ID --out=DIR
 python -m pixelflow_jax.convert --source=DIR --to=official --out=OFFICIAL_DIR
+python -m pixelflow_jax.convert --source=DIR --to=stablehlo --platforms=cpu,cuda,tpu --out=DIR2
 python -m pixelflow_jax.convert --source=pt_inception-2015-12-05-6726825d.pth --to=inception --out=DIR
 """
 
@@ -19,7 +20,12 @@ from pixelflow_jax.foreign.official import official_yaml, read_official, to_offi
 from pixelflow_jax.foreign.released import class_names, find_official
 from pixelflow_jax.foreign.weights import load_torch, read_state
 from pixelflow_jax.models.inception import inception_names, inception_params
+from pixelflow_jax.requests.export import write_export
+from pixelflow_jax.requests.request import fill
 from pixelflow_jax.training.checkpoints import load_params, save_params
+
+SAMPLER = ("ema", "height", "width", "dtype", "solver", "step_control", "num_steps", "grid", "shift")
+SAMPLER += ("guidance_scale", "guidance_schedule", "guidance_interval")
 
 
 def _import_official(args: argparse.Namespace) -> str:
@@ -66,6 +72,13 @@ def _import_inception(args: argparse.Namespace) -> str:
     return f"{_count(params)} parameters of FID's Inception-v3"
 
 
+def _export_sampler(args: argparse.Namespace) -> str:
+    given = {name: getattr(args, name) for name in SAMPLER}
+    request = fill(checkpoint=args.source, batch_size=args.batch_size, **given)
+    platforms = [name.strip() for name in args.platforms.split(",")]
+    return write_export(request, platforms, request.batch_size or 8, args.out)
+
+
 def _count(params: dict[str, Any]) -> str:
     return f"{sum(x.size for x in jax.tree.leaves(params)):,}"
 
@@ -79,9 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     parser.add_argument(
         "--to",
-        choices=("ours", "official", "inception"),
+        choices=("ours", "official", "stablehlo", "inception"),
         default="ours",
-        help="format to write (default: %(default)s); inception: the network for FID",
+        help="format to write (default: %(default)s); stablehlo: the sampler, for jax without this "
+        "package; inception: the network for FID",
     )
     parser.add_argument("--config", help="official config.yaml, if it is not beside the weights")
     parser.add_argument(
@@ -95,10 +109,19 @@ def main(argv: list[str] | None = None) -> None:
         default="safetensors",
         help="file format for --to=official (default: %(default)s)",
     )
+    parser.add_argument("--platforms", default="cpu", help="of stablehlo, such as cpu,cuda,tpu")
+    parser.add_argument("--batch_size", help="of stablehlo: images per call (default: 8)")
+    for name in SAMPLER:
+        parser.add_argument(f"--{name}", help="of stablehlo, as for `sample`")
     args = parser.parse_args(argv)
     if files.list_files(args.out):
         raise UserError(f"--out={args.out} already holds files; use a new folder")
-    ways = {"ours": _import_official, "official": _export_official, "inception": _import_inception}
+    ways = {
+        "ours": _import_official,
+        "official": _export_official,
+        "stablehlo": _export_sampler,
+        "inception": _import_inception,
+    }
     report = ways[args.to](args)
     print(f"Converted {report}: {args.out}")
 
