@@ -18,7 +18,8 @@ from pixelflow_jax.models.t5 import SPECIAL, T5Config
 from pixelflow_jax.models.transformer import PixelFlow
 
 # Keys that determine the results of a run: a resumed run must agree on these.
-IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "distill", "seed", "batch_size")
+IDENTITY = ("model", "text", "cascade", "data", "optimizer", "ema", "distill", "lora", "seed")
+IDENTITY += ("batch_size",)
 # Exceptions: keys that change only the speed of a run, or the location of its data (training/start.py).
 FREE = {
     *("model.remat", "model.scan_unroll", "model.attention", "data.path"),
@@ -115,6 +116,7 @@ def _training_and_sampling() -> dict[str, Any]:
             guidance_scale=2.4,  # of the teacher; the student needs none
             guidance_schedule="stagewise",
         ),
+        lora=dict(rank=0),  # of adapters on the blocks of init_from, which stays frozen; 0 = train all
         # -1 = the remaining devices; context devices share the tokens of their images
         mesh=dict(data=-1, fsdp=1, context=1),
         hosts=dict(  # seconds
@@ -264,6 +266,8 @@ def check_config(config: ConfigDict) -> ConfigDict:
         )
     _check_context(config, cascade)
     _check_distillation(config)
+    if config.lora.rank and not config.init_from:
+        raise UserError("config.lora.rank needs config.init_from: what the adapters are added to")
     check_batch_size(config)
     return config
 

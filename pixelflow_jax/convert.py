@@ -2,6 +2,7 @@
 
 python -m pixelflow_jax.convert --source=OFFICIAL_DIR_FILE_OR_HUB_ID --out=DIR
 python -m pixelflow_jax.convert --source=DIR --to=official --out=OFFICIAL_DIR
+python -m pixelflow_jax.convert --source=DIR --lora=ADAPTERS --out=MERGED
 python -m pixelflow_jax.convert --source=DIR --to=stablehlo --platforms=cpu,cuda,tpu --out=DIR2
 python -m pixelflow_jax.convert --source=pt_inception-2015-12-05-6726825d.pth --to=inception --out=DIR
 """
@@ -22,13 +23,22 @@ from pixelflow_jax.foreign.weights import load_torch, read_state
 from pixelflow_jax.models.inception import inception_names, inception_params
 from pixelflow_jax.requests.export import write_export
 from pixelflow_jax.requests.request import fill
+from pixelflow_jax.training.adapters import load_with_adapters
 from pixelflow_jax.training.checkpoints import load_params, save_params
 
 SAMPLER = ("ema", "height", "width", "dtype", "solver", "step_control", "num_steps", "grid", "shift")
 SAMPLER += ("guidance_scale", "guidance_schedule", "guidance_interval")
 
 
+def _merge_adapters(args: argparse.Namespace) -> str:
+    params, config, meta = load_with_adapters(args.source, args.lora, args.lora_scale)
+    save_params(args.out, params, config, meta.get("classes"))
+    return f"{_count(params)} parameters, adapters included"
+
+
 def _import_official(args: argparse.Namespace) -> str:
+    if args.lora is not None:
+        return _merge_adapters(args)
     source = find_official(args.source) or args.source
     params, config = read_official(source, args.config, args.weights)
     save_params(args.out, params, config, class_names(config))
@@ -109,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         default="safetensors",
         help="file format for --to=official (default: %(default)s)",
     )
+    parser.add_argument("--lora", help="workdir of adapters to add to the checkpoint --source")
+    parser.add_argument("--lora_scale", type=float, default=1.0, help="their weight")
     parser.add_argument("--platforms", default="cpu", help="of stablehlo, such as cpu,cuda,tpu")
     parser.add_argument("--batch_size", help="of stablehlo: images per call (default: 8)")
     for name in SAMPLER:

@@ -49,13 +49,20 @@ class Pipeline:
     """
 
     @numerics.pinned()
-    def __init__(self, checkpoint: epath.PathLike, ema: float | None = None):
+    def __init__(
+        self,
+        checkpoint: epath.PathLike,
+        ema: float | None = None,
+        lora: epath.PathLike | None = None,
+        lora_scale: float = 1.0,
+    ):
         """Read a workdir, one step's folder, or a folder that `convert` wrote.
 
         `ema` is an average's decay or half-life; 0 = the raw parameters, None = the first average.
+        `lora` is a workdir of adapters that were trained on the checkpoint, `lora_scale` their weight.
         Raises UserError if that is not a checkpoint, or has no such average.
         """
-        self._loaded, self._checkpoint = jobs.load(checkpoint, ema), str(checkpoint)
+        self._loaded, self._checkpoint = jobs.load(checkpoint, ema, lora, lora_scale), str(checkpoint)
         self._compiled: dict[Any, Any] = {}
         self.config, self.params = self._loaded.config, self._loaded.params
         self.classes = trained_classes(self._loaded.meta, self.config.model.num_classes)
@@ -133,6 +140,11 @@ class Pipeline:
         return program
 
 
-def load(checkpoint: epath.PathLike, ema: float | None = None) -> Pipeline:
+def load(
+    checkpoint: epath.PathLike,
+    ema: float | None = None,
+    lora: epath.PathLike | None = None,
+    lora_scale: float = 1.0,
+) -> Pipeline:
     """Return a `Pipeline`; arguments and errors are its own."""
-    return Pipeline(checkpoint, ema)
+    return Pipeline(checkpoint, ema, lora, lora_scale)

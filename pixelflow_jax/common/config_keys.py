@@ -34,6 +34,7 @@ INTERVALS = {
     "optimizer.clip_norm",
     "[0, 100000]": "model.context_dim",
     "[0, 10000000]": "model.num_classes",
+    "[0, 1024]": "lora.rank",
     "[1, 10000000]": "sample.num_images",
     "[0, 100]": "optimizer.learning_rate optimizer.muon_learning_rate optimizer.weight_decay",
     "[0, 1]": "data.label_dropout data.max_broken_share optimizer.eps sample.guidance_interval",

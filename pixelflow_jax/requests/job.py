@@ -22,6 +22,7 @@ from pixelflow_jax.requests.request import BATCH, FROM_CONFIG, IMAGE_STARTS, Req
 from pixelflow_jax.sampling import starts
 from pixelflow_jax.sampling.generate import build_sampler, fit_image, fit_mask, png_settings
 from pixelflow_jax.sampling.sampler import Noise, Sampler
+from pixelflow_jax.training.adapters import load_with_adapters
 from pixelflow_jax.training.checkpoints import load_params
 from pixelflow_jax.training.fingerprints import params_hash
 
@@ -69,9 +70,18 @@ class Loaded:
     sha256: str
 
 
-def load(checkpoint: epath.PathLike, ema: float | None = None) -> Loaded:
-    """Read a checkpoint for sampling (see `load_params`)."""
-    params, config, meta = load_params(checkpoint, ema)
+def load(
+    checkpoint: epath.PathLike,
+    ema: float | None = None,
+    lora: epath.PathLike | None = None,
+    lora_scale: float | None = None,
+) -> Loaded:
+    """Read a checkpoint for sampling (see `load_params`), with a run's adapters if `lora` names it."""
+    if lora is None:
+        params, config, meta = load_params(checkpoint, ema)
+    else:
+        scale = 1.0 if lora_scale is None else lora_scale
+        params, config, meta = load_with_adapters(checkpoint, lora, scale, ema)
     return Loaded(params, config, meta, params_hash(params))
 
 
@@ -81,7 +91,8 @@ def prepare(request: Request, loaded: Loaded | None = None) -> Job:
     Raises UserError if the request does not fit the checkpoint.
     """
     once = loaded is None  # a command: there is no next request
-    loaded = loaded or load(request.checkpoint, request.ema)
+    asked = request.checkpoint, request.ema, request.lora, request.lora_scale
+    loaded = loaded or load(*asked)
     config, meta = loaded.config.copy_and_resolve_references(), loaded.meta
     sampler = sampler_of(request, config)
     _check_negative(request, sampler)

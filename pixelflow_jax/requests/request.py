@@ -145,6 +145,8 @@ class Request:
     context: Whole = _flag(COMMAND, "devices that share each image, if large (default: 1)", AT_ONCE)
     seed: Whole = _flag(PNG, "default: 0", BOUNDS["seed"])
     ema: Number = _flag(PNG, "decay of the average to use; 0 = the raw parameters")
+    lora: Text = _flag(COMMAND, "workdir of adapters that were trained on this checkpoint")
+    lora_scale: Number = _flag(COMMAND, "their weight (default: 1)", "[-100, 100]")
     height: Whole = _flag(PNG, "in pixels (default: as trained)")
     width: Whole = _flag(PNG, "in pixels (default: as trained)")
     dtype: Text = _flag(PNG, "of the computation (default: as trained)", None, CHOICES["dtype"])
@@ -190,6 +192,8 @@ class Request:
                 raise UserError(f"--{name} does nothing with --{begun[0]}; leave it out")
         if self.init_image is None and given.keys() & {"from_stage", "strength", "mask"}:
             raise UserError("--from_stage, --strength and --mask go with --init_image")
+        if self.lora is None and self.lora_scale is not None:
+            raise UserError("--lora_scale goes with --lora")
         if self.mask is None and self.resample is not None:
             raise UserError("--resample goes with --mask")
         if self.interpolate is not None and len(self.interpolate) != 2:

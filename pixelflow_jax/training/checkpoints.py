@@ -26,11 +26,10 @@ from ml_collections import ConfigDict
 from pixelflow_jax.common import UserError, files, hardware, log, sentence
 from pixelflow_jax.config import build_model, config_from_dict
 from pixelflow_jax.foreign import released
-from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.training import replicas
 from pixelflow_jax.training.fingerprints import check_fingerprints, fingerprints
 from pixelflow_jax.training.optimizer import ParamsEmaState
-from pixelflow_jax.training.step import TrainState
+from pixelflow_jax.training.step import TrainState, abstract_trained
 
 FOLDER = "checkpoints"
 STEP = re.compile(r"[0-9]{1,18}")  # the name of a step's folder
@@ -72,7 +71,7 @@ def save(
     config: ConfigDict,
     pending: Sequence[tuple[int, dict[str, Any]]] = (),
     grid_due: bool = False,
-    classes: dict[str, str] | None = None,
+    known: dict[str, Any] | None = None,
 ) -> None:
     """Start saving a train state in the background.
 
@@ -82,9 +81,10 @@ def save(
       manager, state, config: the run's.
       pending: (step, metrics) of the steps that no logged mean includes yet.
       grid_due: whether this step's samples are still to be drawn.
-      classes: names of the data's classes, by number.
+      known: for `meta`: "classes", the names of the data's classes by number; of adapters also
+        "base_sha256", a digest of the parameters that they are added to.
     """
-    step, more = int(state.step), dict(pending=[*pending], grid_due=grid_due, classes=classes or {})
+    step, more = int(state.step), dict(pending=[*pending], grid_due=grid_due, **(known or {}))
     items = _items(step, config, _trees(state), more)
     with _failures(manager):
         _in_daemon(lambda: manager.save(step, args=items))
@@ -276,6 +276,17 @@ def load_params(
         official weights, a folder or a hub id (foreign/released.py).
       ema: the decay or half-life of an average; 0 for the raw parameters, None for the first average.
     """
+    params, config, meta = load_any(checkpoint, ema)
+    if config.lora.rank:
+        raise UserError(
+            f"--checkpoint={checkpoint} holds adapters only: name the checkpoint that they were trained "
+            f"on, {config.init_from}, and add --lora={checkpoint}"
+        )
+    return params, config, meta
+
+
+def load_any(checkpoint: epath.PathLike, ema: float | None) -> tuple[dict, ConfigDict, dict[str, Any]]:
+    """Return what `load_params` does, also of a run's adapters alone."""
     hardware.local_devices()
     folder, newest = _find_or_convert(checkpoint)
     # A run may save meanwhile, so process 0 decides; in two parts, as JAX has 32 bits.
@@ -286,7 +297,7 @@ def load_params(
     try:
         meta = _checked_meta(_read(folder, "meta", ocp.args.JsonRestore()))
         config = config_from_dict(meta["config"])
-        abstract = abstract_params(build_model(config))
+        abstract = abstract_trained(config, build_model(config))
     except (OSError, ArithmeticError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {_in_short(error)}") from None
     known = [*config.ema.decays, *config.ema.half_lives]

@@ -5,6 +5,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from pixelflow_jax.data.sources import Source, class_names, load_source, readabl
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.distributed.preemption import Preempted, PreemptionWatch
 from pixelflow_jax.distributed.watchdog import STARTING
+from pixelflow_jax.models import lora
 from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.sampling.generate import build_sampler, make_generate, save_grid
 from pixelflow_jax.sampling.starts import FromSeed
@@ -83,17 +85,19 @@ def train(
         watch(f"{STARTING}: reading the teacher, if there is one")
         teacher = read_teacher(config)
         data = data_of(source, teacher)
+        known = {"classes": data["classes"]}
+        known |= {"base_sha256": data["teacher"]} if config.lora.rank else {}
         watch(f"{STARTING}: taking {workdir}")
         with claimed_workdir(workdir, config, data) as claim:
             state, first = _train(
-                config, source, data["classes"], teacher, mesh, workdir, watch, preemption, claim
+                config, source, known, teacher, mesh, workdir, watch, preemption, claim
             )
     seconds = time.perf_counter() - started
     return state, f"Trained steps {first} to {config.num_train_steps} in {seconds:.0f} s: {workdir}"
 
 
 def _train(
-    config, source, classes, teacher, mesh, workdir, watch, preemption, claim
+    config, source, known, teacher, mesh, workdir, watch, preemption, claim
 ) -> tuple[TrainState, int]:
     """Train in a claimed workdir; return the final state and the step that training began from."""
     resuming, check_claim = claim
@@ -119,7 +123,7 @@ def _train(
             look_at_captions(source, config)
         encoder = frozen_encoder(config, mesh)
         frozen = freeze(config, teacher, mesh, encoder)
-        draw_samples = make_sample_grid(config, source, mesh, workdir, encoder)
+        draw_samples = make_sample_grid(config, source, mesh, workdir, encoder, frozen)
         broken, profiler = BrokenImages(source, config.data), Profiler(config, workdir)
         costs = workload(config, mesh)
         saver = Saver(manager)
@@ -166,9 +170,7 @@ def _train(
                     check_claim()
                     with metrics.paused():
                         metrics.settle()
-                        saver.save(
-                            state, config, pending, bool(draw and stop), classes, wait=stop or last
-                        )
+                        saver.save(state, config, pending, bool(draw and stop), known, wait=stop or last)
                 if stop:
                     raise Preempted(f"Saved step {step} of {workdir} and stopped: start it again")
     return state, first
@@ -250,7 +252,12 @@ def frozen_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
 
 
 def make_sample_grid(
-    config: ConfigDict, source: Source, mesh: Mesh, workdir: epath.Path, encoder: Callable[[dict], dict]
+    config: ConfigDict,
+    source: Source,
+    mesh: Mesh,
+    workdir: epath.Path,
+    encoder: Callable[[dict], dict],
+    frozen: dict[str, Any] | None = None,
 ):
     """Return a function (state, step) that writes samples/<step>.png of every average, or of the params.
 
@@ -270,6 +277,10 @@ def make_sample_grid(
         make = make_generate(sampler, FromSeed(config.seed), mesh, specs)
         return make(params, inputs, *conditions).pixels
 
+    @functools.partial(jax.jit, out_shardings=sharding.shardings(abstract_params(sampler.model), mesh))
+    def add(base, adapters):
+        return lora.merged(base, adapters)
+
     names = [*config.ema.decays, *config.ema.half_lives]
 
     def draw(state: TrainState, step: int) -> None:
@@ -278,6 +289,7 @@ def make_sample_grid(
         placed = [encoder(condition) for condition in placed]
         averages = state.opt_state["ema"].averages
         for place, params in enumerate(averages or [state.params]):
+            params = add(frozen["base"], params) if config.lora.rank else params
             pixels = jax.device_get(generate(params, inputs, placed))
             if jax.process_index() == 0:
                 suffix = f"_ema{names[place]}" if place else ""

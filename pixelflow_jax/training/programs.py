@@ -52,7 +52,7 @@ def train_program(config: ConfigDict, devices: list) -> Program:
     check_batch_size(config, sharding.batch_shards(mesh))
     model, optimizer = build_model(config), build_optimizer(config)
     arguments = step.abstract_state(config, model, optimizer, mesh), step.abstract_batch(config, mesh)
-    if config.distill.teacher:
+    if config.distill.teacher or config.lora.rank:
         arguments += (abstract_frozen(config, mesh),)
     function = step.make_train_step(config, model, optimizer, mesh)
     return Program(function, arguments, mesh, workload(config, mesh).flops, "train")

@@ -27,6 +27,7 @@ from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
 from pixelflow_jax.distributed import hosts
 from pixelflow_jax.foreign.released import is_hub_id
+from pixelflow_jax.models import lora
 from pixelflow_jax.models.conditioning import INTERVAL, init_params
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.models.warm_start import from_class_model, with_patch_sizes
@@ -49,9 +50,9 @@ def start_or_resume(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return (state, meta) of the newest checkpoint, or of a new run, whose meta are empty.
 
-    A student begins as its `teacher`. Each device initializes or reads its own part, so no host holds a
-    whole state. Only the parameters that `config.init_from` names, and a teacher's, are whole on each
-    host.
+    A student begins as its `teacher`; adapters as nothing. Each device initializes or reads its own
+    part, so no host holds a whole state. Only the parameters that `config.init_from` names, and a
+    teacher's, are whole on each host.
     """
     template = abstract_state(config, model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, template)
@@ -60,9 +61,11 @@ def start_or_resume(
         return restored
 
     def fresh():
+        if config.lora.rank:
+            return lora.init_adapters(model, config.lora.rank, config.seed)
         return init_params(model, config.seed)
 
-    if not config.init_from and teacher is None:
+    if config.lora.rank or not config.init_from and teacher is None:
         begin = jax.jit(lambda: init_state(fresh(), optimizer), out_shardings=shardings)
         return begin(), {}
     if teacher is not None:
@@ -94,7 +97,8 @@ def check_init_from(config: ConfigDict, workdir: str) -> None:
     """Raise UserError if the parameters that a run begins from, or its teacher, are missing."""
     begun = has_begun(epath.Path(workdir))
     for key, path in (("init_from", config.init_from), ("distill.teacher", config.distill.teacher)):
-        there = not path or begun and key == "init_from" or epath.Path(path).exists()
+        begins = key == "init_from" and not config.lora.rank  # adapters read it at every start
+        there = not path or begun and begins or epath.Path(path).exists()
         if not there and not is_hub_id(path):
             raise UserError(f"--config.{key}={path}: there is no such file or folder")
 
@@ -202,7 +206,7 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
         if was["examples"] != data["examples"]:
             said.append(f"{data['examples']} examples, it had {was['examples']}")
         if was.get("teacher") != data.get("teacher"):
-            said.append("config.distill.teacher holds other weights")
+            said.append("config.distill.teacher (or, of adapters, config.init_from) holds other weights")
         for label in sorted(was["classes"].keys() | data["classes"].keys(), key=int):
             old, new = was["classes"].get(label), data["classes"].get(label)
             if old != new:
@@ -226,7 +230,7 @@ def claimed_workdir(
     """
     holds_run(workdir, config)
     check_same_data(workdir, data)
-    if has_begun(workdir):
+    if has_begun(workdir) and not config.lora.rank:
         kept = files.read_json(workdir / CONFIG).get("init_from", "")
         if config.init_from and jax.process_index() == 0:
             other = f" (it began from {kept or 'random parameters'})" if kept != config.init_from else ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -18,6 +19,7 @@ from pixelflow_jax.common import numerics
 from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
+from pixelflow_jax.models import lora
 from pixelflow_jax.models.conditioning import INTERVAL, abstract_params, encode_text
 from pixelflow_jax.models.transformer import PixelFlow
 from pixelflow_jax.training import objective
@@ -38,11 +40,18 @@ def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+def abstract_trained(config: ConfigDict, model: PixelFlow) -> dict:
+    """Return the shapes and dtypes of what a run trains: all parameters, or adapters (lora.py)."""
+    rank = config.lora.rank
+    return lora.abstract_adapters(model, rank) if rank else abstract_params(model)
+
+
 def abstract_state(
     config: ConfigDict, model: PixelFlow, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Return the shapes, dtypes and shardings of a run's state, without allocating it."""
-    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), abstract_params(model))
+    trained = abstract_trained(config, model)
+    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), trained)
     where = sharding.shardings(shapes, mesh)
     return jax.tree.map(lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), shapes, where)
 
@@ -91,7 +100,8 @@ def apply_gradients(
 def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Callable:
     """Return a function of (params, batch, step key) that returns (mean loss per stage [S], gradients).
 
-    A student's function also takes what `teacher.freeze` returns, and the student's average.
+    It also takes what `teacher.freeze` returns: for adapters, the frozen parameters; for a student, its
+    teacher, with the student's average.
 
     It runs under shard_map. A device packs its share of the images into one row per accumulation step;
     devices along the axis `context` hold the same images, and each a part of their tokens. Image i of
@@ -100,6 +110,7 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     cascade, parts, total = build_cascade(config), config.accumulation_steps, config.batch_size
     num_stages, shards = cascade.num_stages, mesh.shape[CONTEXT]
     specs = sharding.specs(abstract_params(model), mesh)
+    trained_specs = sharding.specs(abstract_trained(config, model), mesh)
     model = model.clone(platform=platform_of(mesh.devices.flat[0]))
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather_layer=sharding.layer_gather(specs[sharding.SCANNED], model.dtype))
@@ -107,9 +118,13 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
     distillation = build_distillation(config, model) if config.distill.teacher else None
     of_teacher = {name: spec for name, spec in specs.items() if name != INTERVAL}
     given_specs = {"average": specs, "teacher": of_teacher, "null": P()} if distillation else {}
+    if config.lora.rank:
+        given_specs = {"base": specs}
 
     def row_loss(params, batch, keys, given):
         """Return (loss summed over a device's images, sum per stage), as shares of the batch mean."""
+        if config.lora.rank:
+            params = lora.merged_shards(given["base"], params, specs, trained_specs)
         params = sharding.gather_rest(params, specs, model.dtype)
         batch = {name: x[None] for name, x in batch.items()}  # a row
         packed, layout = objective.corrupt(
@@ -143,24 +158,14 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
             with numerics.precision(model.dtype):  # for kernels with a custom backward pass
                 return jax.value_and_grad(row_loss, has_aux=True)(*args, given)
 
-        if parts == 1:
-            (_, stages), grads = grad_fn(params, batch, keys)
-        else:
-
-            def add(total, part):
-                (_, stages), grads = grad_fn(params, *part)
-                return jax.tree.map(jnp.add, total, (stages, grads)), None
-
-            zeros = jnp.zeros(num_stages), jax.tree.map(jnp.zeros_like, params)
-            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys))
-            (stages, grads), _ = jax.lax.scan(add, zeros, split)
-        return jax.lax.psum(stages, mesh.axis_names), sharding.reduce_gradients(grads, specs)
+        stages, grads = _accumulated(grad_fn, params, (batch, keys), parts)
+        return jax.lax.psum(stages, mesh.axis_names), sharding.reduce_gradients(grads, trained_specs)
 
     mapped = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(specs, sharding.BATCH, sharding.BATCH, P(), given_specs),
-        out_specs=(P(), specs),
+        in_specs=(trained_specs, sharding.BATCH, sharding.BATCH, P(), given_specs),
+        out_specs=(P(), trained_specs),
         check_vma=False,  # reduce_gradients contains the sums over the mesh
     )
 
@@ -168,6 +173,20 @@ def make_loss_and_grads(config: ConfigDict, model: PixelFlow, mesh: Mesh) -> Cal
         return mapped(params, batch, jnp.arange(total), step_key, given or {})
 
     return loss_and_grads
+
+
+def _accumulated(grad_fn: Callable, params: dict, data: Any, parts: int) -> tuple[Array, dict]:
+    """Return (sum per stage, gradients), summed over `parts` of a device's images in turn."""
+
+    def one(part):
+        (_, stages), grads = grad_fn(params, *part)
+        return stages, grads
+
+    if parts == 1:
+        return one(data)
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), data)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], split)))
+    return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, one(x)), None), zeros, split)[0]
 
 
 def make_train_step(
@@ -185,7 +204,9 @@ def make_train_step(
     def train_step(state, batch, frozen=None):
         step_key = jax.random.fold_in(root, state.step)
         broken, batch = batch["broken"], {name: x for name, x in batch.items() if name != "broken"}
-        given = frozen and {**frozen, "average": state.opt_state["ema"].averages[0]}
+        given = frozen
+        if config.distill.teacher:
+            given = {**frozen, "average": state.opt_state["ema"].averages[0]}
         stages, grads = loss_and_grads(state.params, batch, step_key, given)
         state, norms = apply_gradients(optimizer, state, grads)
         metrics = {"loss": stages.mean(), "loss_per_stage": stages, **norms}

@@ -13,6 +13,7 @@ from pixelflow_jax.common import UserError
 from pixelflow_jax.config import build_cascade, build_model
 from pixelflow_jax.distributed import sharding
 from pixelflow_jax.models.conditioning import Condition, abstract_params
+from pixelflow_jax.models.lora import abstract_adapters
 from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training.optimizer import is_matrix
 from pixelflow_jax.training.start import check_meaning, check_shapes, initial_params, placed
@@ -20,12 +21,15 @@ from pixelflow_jax.training.step import abstract_condition
 
 
 def read_teacher(config: ConfigDict) -> dict | None:
-    """Return the parameters of a config's teacher, in each host's memory; None without a teacher.
+    """Return the frozen parameters of a run, in each host's memory; None if there are none.
 
-    Raises UserError if they cannot be read, do not fit the config's model and cascade, or are a
-    student's.
+    They are those of a student's teacher, or those that adapters are added to. Raises UserError if they
+    cannot be read, do not fit the config's model and cascade, or are a student's.
     """
     key, path = "distill.teacher", config.distill.teacher
+    if config.lora.rank:
+        key, path = "init_from", config.init_from
+        abstract_adapters(build_model(config), config.lora.rank)  # or say that the rank is too large
     if not path:
         return None
     params, was = initial_params(key, path)
@@ -49,6 +53,12 @@ def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
 
     The matrices of the teacher are in the dtype of the computation.
     """
+    if config.lora.rank:
+        params = abstract_params(build_model(config))
+        where = sharding.shardings(params, mesh)
+        return {"base": jax.tree.map(
+            lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), params, where
+        )}  # fmt: skip
     if not config.distill.teacher:
         return None
     teacher, dtype = abstract_teacher(config), build_model(config).dtype
@@ -68,14 +78,17 @@ def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
 def freeze(
     config: ConfigDict, teacher: dict | None, mesh: Mesh, encode: Callable[[dict], dict]
 ) -> dict[str, Any] | None:
-    """Return what a train step needs of a teacher, on the mesh; None without a teacher.
+    """Return what a train step needs of frozen parameters, on the mesh; None without any.
 
     "null" is the condition of its unconditional half; `encode` replaces token ids by text states.
     """
     if teacher is None:
         return None
     shapes = abstract_frozen(config, mesh)
-    given = {"teacher": teacher, "null": null_condition(config, mesh, encode)}
+    if config.lora.rank:
+        given = {"base": teacher}
+    else:
+        given = {"teacher": teacher, "null": null_condition(config, mesh, encode)}
     cast = jax.tree.map(lambda x, shape: x.astype(shape.dtype), given, shapes)
     return placed(cast, jax.tree.map(lambda shape: shape.sharding, shapes))
 
