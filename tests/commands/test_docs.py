@@ -23,7 +23,7 @@ from conftest import TINY
 HERE = pathlib.Path(__file__).parents[2]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 PLACEHOLDER = re.compile(
-    r"\b[A-Z][A-Z_0-9]{2,}\b|google/|/tmp/|runs/|out/|gs://|\.png|\.pth|\.npz|\.jsonl|prompts|imagenet"
+    r"\b[A-Z][A-Z_0-9]{2,}\b|google/|ShoufaChen/|/tmp/|runs/|out/|gs://|\.png|\.pth|\.npz|\.jsonl|prompts|imagenet"
 )
 
 

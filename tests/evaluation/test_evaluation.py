@@ -237,6 +237,7 @@ def test_pca_by_command(pictures, tmp_path):
 
 def test_sweep_goes_on_where_it_was(tiny_config, tmp_path):
     """Catches combinations that are left out, judged twice, or mixed with another checkpoint's."""
+    tiny_config.optimizer.warmup_steps, tiny_config.optimizer.learning_rate = 0, 0.1
     loop.train(tiny_config, tmp_path / "run")
     flags = ["--sweep", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'sweep'}"]
     flags += ["--reference=configs/digits.py", "--features=pca", "--num_images=6"]
