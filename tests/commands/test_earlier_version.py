@@ -26,6 +26,7 @@ ARCHIVE = pathlib.Path(__file__).parent.parent / "data" / "earlier_version.tar.x
 FLAGS = [
     *("num_heads=1", "head_dim=8", "depth=1"),
     *("batch_size=8", "log_every=1", "checkpoint_every=2", "sample_every=0", "num_train_steps=4"),
+    *("optimizer.learning_rate=3e-3", "optimizer.schedule=cosine"),  # the config's, then
 ]
 FLAGS = [f"--config.{'model.' * (i < 3)}{flag}" for i, flag in enumerate(FLAGS)]
 LOSSES = {3: 0.5542293, 4: 0.5896260}  # of that version
