@@ -85,9 +85,9 @@ class GivenAtStage:
 
         if not self.start:  # both ratios are equal, and the sides may be odd
             return scaled(x, noise, early / late)
-        means = [images.up(images.down(y)) for y in (x, noise)]
-        rest = [y - mean for y, mean in zip((x, noise), means, strict=True)]
-        return scaled(*means, t_early / t_late) + scaled(*rest, early / late)
+        mean, its_noise = (images.up(images.down(y)) for y in (x, noise))
+        coarse = scaled(mean, its_noise, t_early / t_late)
+        return coarse + scaled(x - mean, noise - its_noise, early / late)
 
 
 def at_stage(
