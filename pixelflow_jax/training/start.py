@@ -206,7 +206,9 @@ def check_same_data(workdir: epath.Path, data: dict[str, Any]) -> None:
         if was["examples"] != data["examples"]:
             said.append(f"{data['examples']} examples, it had {was['examples']}")
         if was.get("teacher") != data.get("teacher"):
-            said.append("config.distill.teacher (or, of adapters, config.init_from) holds other weights")
+            adapts = files.read_json(workdir / CONFIG).get("lora", {}).get("rank")
+            key = "init_from" if adapts else "distill.teacher"
+            said.append(f"config.{key} holds other weights")
         for label in sorted(was["classes"].keys() | data["classes"].keys(), key=int):
             old, new = was["classes"].get(label), data["classes"].get(label)
             if old != new:
