@@ -8,7 +8,7 @@ python -m pixelflow_jax.sample --checkpoint=runs/emoji --out=four --num_images=4
 
 There is one picture per caption, and the model learns them by heart: it shows colour, words and the
 stages at a size where they can be seen, not that it would draw anything new. For other captioned
-pictures, pass --config.data.path=FOLDER (docs/text.md).
+pictures, pass --config.data.path=FOLDER (docs/text.md). Not trained yet.
 """
 
 from pixelflow_jax.config import default_config

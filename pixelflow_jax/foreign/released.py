@@ -87,8 +87,11 @@ def converted(source: epath.Path, save: Save) -> epath.Path:
         params, read = read_official(source)
         with tempfile.TemporaryDirectory(prefix="part-", dir=root) as part:
             save(epath.Path(part) / "made", params, read, class_names(read))
-            with contextlib.suppress(OSError):  # another process was faster
+            try:
                 os.rename(os.path.join(part, "made"), place)
+            except OSError:
+                if not place.exists():  # otherwise another process was faster
+                    raise
     if not jax.process_index():
         print(f"{source} holds official weights, converted {how}: {place}", file=sys.stderr)
     return place
