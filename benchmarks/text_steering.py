@@ -71,7 +71,7 @@ def composites(split: str, count: int, size: tuple[int, int], held_out: bool | N
         rng = np.random.default_rng((7, index))
         found = digits.draw_attributes(rng, bool(index % 2) if held_out is None else held_out)
         scans = source.scans[found.digit]
-        pictures.append(digits.paint(scans[rng.integers(len(scans))], found, size))
+        pictures.append(digits.paint(scans[rng.integers(len(scans))], found.words(), size))
         attributes.append(found)
     return np.stack(pictures), attributes
 

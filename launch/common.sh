@@ -80,6 +80,12 @@ train_command() {
   printf ' %q' "--config=${setting[CONFIG]}" "--workdir=${setting[WORKDIR]}" "${flags[@]}" "$@"
 }
 
+# Prints the same on Google Cloud, with compiled programs kept in the bucket: a machine that replaces a lost
+# one has an empty disk, and need not compile again.
+cloud_command() {
+  printf 'env JAX_COMPILATION_CACHE_DIR=%q %s' "${setting[BUCKET]%/}/compiled" "$(train_command "$@")"
+}
+
 # Fails unless every bucket in the settings is in the zone's region (or a multi-region that contains it).
 check_region() {
   local region place bucket continent
@@ -160,7 +166,7 @@ python3 -m uv pip install -q --exclude-newer $started --python venv/bin/python -
 # second start fails instead of training twice. The exit code goes to a file, also after a shutdown's SIGTERM.
 start_training() {
   local inner
-  inner="trap : TERM; . venv/bin/activate; (cd code && exec $(train_command "$@"))"
+  inner="trap : TERM; . venv/bin/activate; (cd code && exec $(cloud_command "$@"))"
   on_workers all "cd $remote || exit 1; flock -n lock true || { echo another run holds the lock >&2; exit 1; }; \
 rm -f exit_code; nohup setsid flock -n lock bash -c $(printf %q \
     "$inner; echo \$? >exit_code") >>train.log 2>&1 </dev/null &" || fail "training was not started" 1

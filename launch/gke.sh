@@ -27,7 +27,7 @@ case "${arguments[0]:-}" in
     run xpk workload create "${where[@]}" --workload="${setting[NAME]}" \
       --tpu-type="${setting[TYPE]}" --num-slices="${setting[SLICES]}" \
       --docker-image="${setting[IMAGE]}" --max-restarts=1000 --restart-on-exit-codes=75,76,143 \
-      --termination-grace-period-seconds=120 --command="$(train_command "${arguments[@]:1}")" ||
+      --termination-grace-period-seconds=120 --command="$(cloud_command "${arguments[@]:1}")" ||
       fail "the workload was not submitted (see above)" 1
     ;;
   status) run xpk workload list "${where[@]}" ;;

@@ -24,6 +24,7 @@ COLOURS = {
     "purple": (150, 40, 190),
     "white": (245, 245, 245),
 }
+RESERVED = {"orange": (240, 130, 20), "teal": (20, 150, 150)}  # words of the vocabulary, in no caption
 BACKGROUNDS = {**COLOURS, "black": (10, 10, 10)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {"small": 5 / 8, "large": 3 / 4}  # side of the digit / shorter side of the picture
@@ -75,8 +76,8 @@ class Attributes:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Return all words and punctuation marks of the captions, sorted."""
-    text = " ".join(part for names in (*NAMES.values(), WORDINGS) for part in names)
+    """Return all words and punctuation marks of the captions, and the reserved ones, sorted."""
+    text = " ".join(part for names in (*NAMES.values(), WORDINGS, RESERVED) for part in names)
     for mark in ",:":
         text = text.replace(mark, f" {mark} ")
     return tuple(sorted({word for word in text.split() if "{" not in word}))
@@ -91,10 +92,9 @@ def draw_attributes(rng: np.random.Generator, held_out: bool) -> Attributes:
 
 
 def paint(
-    scan: Float[np.ndarray, "8 8"], attributes: Attributes, size: Size
+    scan: Float[np.ndarray, "8 8"], words: dict[str, str], size: Size
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Return a scan in [0, 1] as a picture of (height, width) pixels."""
-    words = attributes.words()
+    """Return a scan in [0, 1] as a picture of (height, width) pixels, with the named attributes."""
     side = round(SIZES[words["size"]] * min(size))
     row, column = (
         round(part * (whole - side)) for part, whole in zip(PLACES[words["place"]], size, strict=True)
@@ -102,7 +102,8 @@ def paint(
     digit = Image.fromarray(np.round(255 * scan).astype(np.uint8)).resize((side, side), Image.BICUBIC)
     ink = np.zeros((*size, 1))
     ink[row : row + side, column : column + side, 0] = np.asarray(digit) / 255
-    colour, background = np.array(COLOURS[words["colour"]]), np.array(BACKGROUNDS[words["background"]])
+    colour = {**COLOURS, **RESERVED}[words["colour"]]
+    background = BACKGROUNDS[words["background"]]
     return np.round(ink * colour + (1 - ink) * background).astype(np.uint8)
 
 
@@ -133,7 +134,7 @@ class CaptionedDigits(Source):
         scans = self.scans[attributes.digit]
         scan = scans[rng.integers(len(scans))]
         size = self._sizes[rng.integers(len(self._sizes))]
-        return paint(scan, attributes, size), attributes.captions()
+        return paint(scan, attributes.words(), size), attributes.captions()
 
     def name(self, index: int) -> str:
         return f"captioned digit {index}"

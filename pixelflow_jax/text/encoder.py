@@ -32,10 +32,13 @@ KNOWN = tuple(f"google/flan-t5-{size}" for size in ("small", "base", "large", "x
 
 
 def make_tokenizer(config: ConfigDict) -> Tokenizer:
-    """Return the tokenizer of a config's text encoder."""
-    if config.text.encoder == JOINT:
-        return word_tokenizer(config.text.words)
-    return read_tokenizer(encoder_folder(config.text.encoder))
+    """Return the tokenizer of a config's text encoder, read once for all requests of a process."""
+    return _tokenizer(config.text.encoder, tuple(config.text.words))
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(name: str, words: tuple[str, ...]) -> Tokenizer:
+    return word_tokenizer(words) if name == JOINT else read_tokenizer(encoder_folder(name))
 
 
 def make_text_reader(config: ConfigDict) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from bucket import Bucket
+
 HERE = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
@@ -81,3 +83,17 @@ def test_a_bad_cache_does_no_harm(start, tmp_path):
         assert "Traceback" not in finished(start("e", XDG_CACHE_HOME=str(tmp_path / "full")))
     pixels = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "abcd"]
     assert all((x == pixels[0]).all() for x in pixels)
+
+
+@pytest.mark.slow
+def test_a_bucket_keeps_programs(start):
+    """Catches a bucket that is not read again, and one whose refusal ends the command."""
+    with Bucket() as bucket:
+        place = {"JAX_COMPILATION_CACHE_DIR": f"{bucket.url}/programs"}
+        finished(start("a", **place))
+        (made,) = (name for name in bucket.names("programs/") if "generate" in name)
+        with bucket.count(made) as asked:
+            finished(start("b", **place))
+        assert asked and {method for method, _ in asked} == {"GET"}
+        bucket.status, bucket.refuse = 403, lambda method, path: True
+        assert "Traceback" not in finished(start("c", **place))

@@ -36,6 +36,7 @@ TRAIN = (
     "python -m pixelflow_jax.train --config=configs/imagenet256_xl.py --workdir=gs://b/runs/run1 "
     "--config.seed=3 --config.data.path=gs://b/data"
 )
+KEPT = "env JAX_COMPILATION_CACHE_DIR=gs://b/compiled"  # for workers whose disks do not last
 FAKE = """\
 #!/usr/bin/env bash
 # logs one line per call; the test provides a script with the answers
@@ -134,7 +135,7 @@ def test_train_starts_in_the_background_on_all_workers(cloud):
     inner = ran[2].split(" bash -c ")[1].split(" >>train.log")[0]
     said = subprocess.run(["bash", "-c", f"printf %s {inner}"], capture_output=True, text=True).stdout
     assert said.startswith("trap : TERM; ")
-    assert f"{TRAIN} --config.data.name=a\\ b); echo $? >exit_code" in said
+    assert f"exec {KEPT} {TRAIN} --config.data.name=a\\ b); echo $? >exit_code" in said
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "spot.sh", "gke.sh", "slurm.sh"])
@@ -386,7 +387,8 @@ def test_gke(cloud):
         REGION,
         f"xpk workload create --cluster=c {WHERE} --workload=run1 --tpu-type=v4-32 --num-slices=2 "
         "--docker-image=gcr.io/p/i --max-restarts=1000 --restart-on-exit-codes=75,76,143 "
-        f"--termination-grace-period-seconds=120 --command={TRAIN} --config.batch_size=512",
+        f"--termination-grace-period-seconds=120 --command={KEPT} {TRAIN} "
+        "--config.batch_size=512",
     ]
     assert call(cloud, "gke.sh", "delete")[3][-1] == (
         f"xpk workload delete --cluster=c {WHERE} --workload=run1"

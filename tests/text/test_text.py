@@ -21,7 +21,7 @@ from pixelflow_jax.requests import conditions
 from pixelflow_jax.requests.layouts import read_prompts_file, write_layout
 from pixelflow_jax.sampling.generate import build_sampler, read_image, save_png
 from pixelflow_jax.sampling.starts import image_keys
-from pixelflow_jax.text.encoder import TextEncoder
+from pixelflow_jax.text.encoder import TextEncoder, make_tokenizer
 from pixelflow_jax.text.tokenizer import EOS, UNKNOWN, Tokenizer, read_tokenizer, word_tokenizer
 from pixelflow_jax.training.start import check_shapes
 
@@ -83,6 +83,17 @@ def test_t5_does_not_see_padding():
     np.testing.assert_allclose(plain, apply(params, ids[:, :9], mask[:, :9])[0], rtol=0, atol=1e-5)
 
 
+def test_a_tokenizer_is_read_once_per_process(t5_folder, tmp_path):
+    """Catches a file read again for each request of the demo, and another model's tokenizer."""
+    config, other = load_config("t2i_256"), load_config("t2i_tiny")
+    config.text.encoder = str(t5_folder)
+    assert make_tokenizer(config) is make_tokenizer(config.copy_and_resolve_references())
+    assert make_tokenizer(config) is not make_tokenizer(other)
+    config.text.encoder = str(tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        make_tokenizer(config)
+
+
 def test_t5_folder(t5_folder):
     """Catches a shard that is not read, and weights in the wrong place or layout."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -142,7 +153,9 @@ def test_t5_equals_transformers():
 
 
 def test_captioned_digits():
-    """Catches a combination held out that training shows, and captions of another picture."""
+    """Catches a combination held out that training shows, captions of another picture, and a reserved
+    word that a caption uses or the vocabulary lacks."""
+    assert set(digits.RESERVED) <= set(digits.vocabulary()) - set(digits.BACKGROUNDS)
     data = load_config("t2i_tiny").data
     for split, held_out in (("train", False), ("test", True)):
         source = digits.CaptionedDigits(data, split)
