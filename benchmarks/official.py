@@ -27,12 +27,12 @@ SHAPE |= dict(resolution=128, batch_size=16, num_samples=8, num_steps=10, guidan
 class Official:
     """The official implementation in a separate process."""
 
-    def __init__(self, python: str, checkout: str, threads: int):
+    def __init__(self, python: str, checkout: str, threads: int, device: str = "cpu"):
         worker = os.path.join(os.path.dirname(os.path.abspath(__file__)), "official_worker.py")
         command = [python, worker, "--checkout", checkout, "--shape", json.dumps(SHAPE)]
         environ = {name: x for name, x in os.environ.items() if name != "GLIBC_TUNABLES"}
         self.process = subprocess.Popen(
-            [*command, "--threads", str(threads)],
+            [*command, "--threads", str(threads), "--device", device],
             env=environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -116,8 +116,8 @@ def our_sampler(config) -> Callable[[], None]:
     return lambda: jax.block_until_ready(generate(params, start.inputs(index), *conditions))
 
 
-def compare(task: str, official: Official, ours: Callable, images: int, runs: int) -> None:
-    """Run both in alternation, and print the medians of both and of their ratio."""
+def compare(task: str, official: Official, ours: Callable, images: int, runs: int) -> dict:
+    """Run both in alternation, and return the medians of both and of their ratio."""
     begin = time.perf_counter()
     ours()
     compiled = time.perf_counter() - begin
@@ -135,7 +135,7 @@ def compare(task: str, official: Official, ours: Callable, images: int, runs: in
     line["our_images_per_s"] = images / line["our_seconds"]
     line["ratio"] = statistics.median(a / b for a, b in pairs)
     line["our_first_call_seconds"] = compiled
-    print(json.dumps(line | official.versions), flush=True)
+    return line | official.versions
 
 
 def main() -> None:
@@ -154,9 +154,11 @@ def main() -> None:
     official = Official(args.python, args.checkout, threads)
     config = our_config(args.config)
     if args.only != "sample":
-        compare("train", official, our_train(config), SHAPE["batch_size"], args.runs)
+        found = compare("train", official, our_train(config), SHAPE["batch_size"], args.runs)
+        print(json.dumps(found), flush=True)
     if args.only != "train":
-        compare("sample", official, our_sampler(config), SHAPE["num_samples"], args.sample_runs)
+        found = compare("sample", official, our_sampler(config), SHAPE["num_samples"], args.sample_runs)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

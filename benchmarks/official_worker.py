@@ -34,9 +34,9 @@ def equal_length_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 
 
 class Official:
-    """The official model, optimizer and pipeline for a given shape."""
+    """The official model, optimizer and pipeline for a shape; on CUDA in bfloat16, as it trains."""
 
-    def __init__(self, checkout: str, shape: dict):
+    def __init__(self, checkout: str, shape: dict, device: str = "cpu"):
         sys.path.insert(0, checkout)
         from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
@@ -48,16 +48,19 @@ class Official:
         from pixelflow.scheduling_pixelflow import PixelFlowScheduler
 
         torch.manual_seed(0)
-        self.shape, self.rotary = shape, get_2d_rotary_pos_embed
+        self.shape, self.rotary, self.device = shape, get_2d_rotary_pos_embed, torch.device(device)
         sizes = dict(num_attention_heads=shape["num_heads"], attention_head_dim=shape["head_dim"])
         sizes |= {name: shape[name] for name in ("depth", "patch_size", "num_classes")}
         with contextlib.redirect_stdout(sys.stderr):
-            self.model = PixelFlowModel(in_channels=3, out_channels=3, **sizes)
+            self.model = PixelFlowModel(in_channels=3, out_channels=3, **sizes).to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0)
         scheduler = PixelFlowScheduler(num_train_timesteps=1000, num_stages=shape["num_stages"])
         self.pipeline = PixelFlowPipeline(scheduler, self.average)
-        self.batch = self.make_batch()
+        self.batch = {
+            name: x.to(self.device) if isinstance(x, torch.Tensor) else x
+            for name, x in self.make_batch().items()
+        }
 
     def make_batch(self) -> dict:
         """Return a packed batch as the official loader provides it, finest stage first."""
@@ -91,7 +94,9 @@ class Official:
         self.model.train()
         inputs = {name: x for name, x in self.batch.items() if name != "target"}
         self.optimizer.zero_grad()
-        error = (self.model(encoder_hidden_states=None, **inputs) - self.batch["target"]) ** 2
+        with self.precision():
+            found = self.model(encoder_hidden_states=None, **inputs)
+        error = (found.float() - self.batch["target"]) ** 2
         loss = torch.stack([x.mean() for x in torch.split(error, inputs["seqlen_list_q"])]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -102,24 +107,29 @@ class Official:
                 ours.mul_(0.9999).add_(theirs.data, alpha=1 - 0.9999)
         return loss.item()
 
+    def precision(self):
+        """Return the context in which the network runs."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
     def sample(self):
         """Run one call of the official pipeline."""
         s = self.shape
         self.average.eval()
-        return self.pipeline(
-            [i % s["num_classes"] for i in range(s["num_samples"])],
-            s["resolution"],
-            s["resolution"],
-            num_inference_steps=s["num_steps"],
-            guidance_scale=s["guidance_scale"],
-            device=torch.device("cpu"),
-        )
+        with self.precision():
+            return self.pipeline(
+                [i % s["num_classes"] for i in range(s["num_samples"])],
+                s["resolution"],
+                s["resolution"],
+                num_inference_steps=s["num_steps"],
+                guidance_scale=s["guidance_scale"],
+                device=self.device,
+            )
 
     def sdpa(self, length: int):
         """Run torch's attention forward at a length, with the shape's heads."""
         shape = (1, self.shape["num_heads"], length, self.shape["head_dim"])
         if getattr(self, "_qkv", (None,))[0] is None or self._qkv[0].shape != shape:
-            self._qkv = [torch.randn(shape) for _ in range(3)]
+            self._qkv = [torch.randn(shape, device=self.device) for _ in range(3)]
         with torch.no_grad():
             return F.scaled_dot_product_attention(*self._qkv)
 
@@ -130,14 +140,17 @@ def main() -> None:
     parser.add_argument("--checkout", required=True)
     parser.add_argument("--shape", required=True, help="JSON")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    official = Official(args.checkout, json.loads(args.shape))
+    official = Official(args.checkout, json.loads(args.shape), args.device)
     print(json.dumps({"torch": torch.__version__}), flush=True)
     for line in sys.stdin:
         task, *arguments = line.split()
         begin = time.perf_counter()
         getattr(official, task)(*map(int, arguments))
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         print(json.dumps({"seconds": time.perf_counter() - begin}), flush=True)
 
 

@@ -4,6 +4,7 @@ The softmax runs in at least float32, whatever the dtype of the inputs.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pixelflow_jax.models.blockwise import blockwise_attention
 
 MASKED = -10000.0  # added to the scores of padding, as in the released text model
 ABSENT = -1e30  # the score of keys beyond the last; finite, so that no gradient is NaN
+MANY = 256  # tokens, whose scores are better not computed all at once
 CHUNK = 16  # keys in the first chunk of a masked sequence
 
 
@@ -41,12 +43,23 @@ def attention(
         backend = choose_backend(platform, q, k, key_mask)
     elif not can_run(backend, platform, q, key_mask):
         backend = "einsum"
+    if backend == "einsum" and key_mask is None and min(q.shape[1], k.shape[1]) >= MANY:
+        _tell_of_all_scores(platform, q.dtype.name, q.shape[-1])
     if backend == "splash":
         from pixelflow_jax.models.splash import splash_attention  # Pallas takes a second to import
 
         generation = platform.removeprefix("tpu").strip()
         return splash_attention(q, k, v, key_mask, generation, not platform.startswith("tpu"))
     return BACKENDS[backend](q, k, v, key_mask)
+
+
+@functools.cache  # once per process, not per trace
+def _tell_of_all_scores(platform: str, dtype: str, head_dim: int) -> None:
+    print(
+        f"note: attention of {MANY} tokens or more computes all scores at once (einsum): {dtype} heads "
+        f"of {head_dim} on {platform}; cuDNN takes bfloat16 heads of at most 128, in multiples of 8",
+        file=sys.stderr,
+    )
 
 
 def choose_backend(

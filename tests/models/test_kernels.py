@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pixelflow_jax.cascade.packing import Group, PackLayout
-from pixelflow_jax.models.attention import attention, choose_backend
+from pixelflow_jax.models.attention import _tell_of_all_scores, attention, choose_backend
 from pixelflow_jax.models.conditioning import abstract_params
 from pixelflow_jax.models.flops import forward_flops, traced_flops
 from pixelflow_jax.models.rope import apply_rope, rope_table
@@ -78,6 +78,23 @@ def test_the_backend_follows_the_platform(platform, length, dtype, expected):
     """Catches a platform that falls back on attention with all scores in memory."""
     x = jax.ShapeDtypeStruct((1, length, 16, 72), dtype)
     assert choose_backend(platform, x, x) == expected
+
+
+def test_all_scores_at_once_are_told_once(capsys):
+    """Catches a run that is slow without a word, a note per trace, and one for text or few tokens."""
+
+    def trace(platform, length, dtype, mask=None):
+        x = jax.ShapeDtypeStruct((1, length, 2, 72), dtype)
+        jax.eval_shape(lambda x: attention(x, x, x, mask, platform=platform), x)
+        return capsys.readouterr().err
+
+    _tell_of_all_scores.cache_clear()
+    assert not trace("cpu", 512, jnp.float32) and not trace("tpu v5e", 512, jnp.float32)
+    assert not trace("gpu", 128, jnp.float32)
+    assert not trace("gpu", 512, jnp.float32, jnp.ones((1, 512), bool))
+    said = trace("gpu", 512, jnp.float32)
+    assert "einsum" in said and "float32 heads of 72 on gpu" in said
+    assert not trace("gpu", 1024, jnp.float32)
 
 
 @pytest.mark.parametrize("backend, length", [("einsum", 64), ("blockwise", 1024), ("splash", 256)])
