@@ -8,6 +8,10 @@ Both run in float32 on the same cores, in alternation. One JSON line per task re
 and the median ratio of the pairs. Corruption and packing, which the official code does in its loader,
 are not counted there but are part of our step. The official flash-attention needs CUDA; torch's SDPA
 replaces it for each run of sequences of equal length (official_worker.py), which is exact.
+
+Most of a train step is matrix products, whose speed in XLA and in torch depends on the machine and the
+hour. So both libraries' rates at the products of the step's MLP are measured beside it, and the ratio of
+the steps is also given relative to that of the products.
 """
 
 import argparse
@@ -47,7 +51,7 @@ class Official:
         return json.loads(line)
 
     def run(self, task: str) -> float:
-        """Return the seconds of one run of a task."""
+        """Return the seconds of one run of a task, such as "train" or "product 64 32 32"."""
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
         return self._answer()["seconds"]
@@ -138,6 +142,39 @@ def compare(task: str, official: Official, ours: Callable, images: int, runs: in
     return line | official.versions
 
 
+def product_shapes() -> list[tuple[int, int, int]]:
+    """Return (m, k, n) of the MLP's products in a train step, forward and of the weights' gradients."""
+    sides = [SHAPE["resolution"] // SHAPE["patch_size"] // 2**s for s in range(SHAPE["num_stages"])]
+    tokens = SHAPE["batch_size"] // SHAPE["num_stages"] * sum(side**2 for side in sides)
+    dim = SHAPE["num_heads"] * SHAPE["head_dim"]
+    forward = [(tokens, dim, dim), (tokens, dim, 4 * dim), (tokens, 4 * dim, dim)]
+    return forward + [(k, m, n) for m, k, n in forward]
+
+
+def compare_products(official: Official, runs: int) -> dict:
+    """Return both libraries' GFLOP/s at `product_shapes`, [m, k] x [k, n], run in alternation."""
+    import jax
+    import jax.numpy as jnp
+
+    seconds = {"official": 0.0, "our": 0.0}
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
+    for m, k, n in product_shapes():
+        keys = jax.random.split(jax.random.key(0))
+        a, b = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (k, n))
+        pairs = []
+        for _ in range(runs + 1):
+            theirs = official.run(f"product {m} {k} {n}")
+            begin = time.perf_counter()
+            jax.block_until_ready(multiply(a, b))
+            pairs.append((theirs, time.perf_counter() - begin))
+        for name, column in zip(
+            seconds, zip(*pairs[1:], strict=True), strict=True
+        ):  # the first compiles
+            seconds[name] += statistics.median(column)
+    work = sum(2 * m * k * n for m, k, n in product_shapes()) / 1e9
+    return {f"{name}_product_gflops": work / found for name, found in seconds.items()}
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -155,6 +192,9 @@ def main() -> None:
     config = our_config(args.config)
     if args.only != "sample":
         found = compare("train", official, our_train(config), SHAPE["batch_size"], args.runs)
+        found |= compare_products(official, args.runs)
+        rates = found["our_product_gflops"] / found["official_product_gflops"]
+        found |= {"ratio_to_that_of_products": found["ratio"] / rates, "load": os.getloadavg()[0]}
         print(json.dumps(found), flush=True)
     if args.only != "train":
         found = compare("sample", official, our_sampler(config), SHAPE["num_samples"], args.sample_runs)

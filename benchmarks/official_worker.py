@@ -1,8 +1,8 @@
 """Worker of official.py; runs in the environment of the official implementation.
 
-Prints torch's version first. Then reads one task per line ("train" or "sample"), runs it once and
-answers with its seconds, as JSON. Needs only torch and the imports of the official code, not this
-project.
+Prints torch's version first. Then reads one task per line (train, sample, or product with m, k and n),
+runs it once and answers with its seconds, as JSON. Needs only torch and the imports of the official code,
+not this project.
 """
 
 import argparse
@@ -125,13 +125,15 @@ class Official:
                 device=self.device,
             )
 
-    def sdpa(self, length: int):
-        """Run torch's attention forward at a length, with the shape's heads."""
-        shape = (1, self.shape["num_heads"], length, self.shape["head_dim"])
-        if getattr(self, "_qkv", (None,))[0] is None or self._qkv[0].shape != shape:
-            self._qkv = [torch.randn(shape, device=self.device) for _ in range(3)]
-        with torch.no_grad():
-            return F.scaled_dot_product_attention(*self._qkv)
+    def product(self, m: int, k: int, n: int):
+        """Multiply matrices [m, k] and [k, n], made before by `prepare`."""
+        return self._factors[0] @ self._factors[1]
+
+    def prepare(self, task: str, sizes: list[int]) -> None:
+        """Make what a task needs and its time must not contain."""
+        if task == "product":
+            m, k, n = sizes
+            self._factors = [torch.randn(shape, device=self.device) for shape in ((m, k), (k, n))]
 
 
 def main() -> None:
@@ -146,9 +148,10 @@ def main() -> None:
     official = Official(args.checkout, json.loads(args.shape), args.device)
     print(json.dumps({"torch": torch.__version__}), flush=True)
     for line in sys.stdin:
-        task, *arguments = line.split()
+        task, sizes = line.split()[0], [int(x) for x in line.split()[1:]]
+        official.prepare(task, sizes)
         begin = time.perf_counter()
-        getattr(official, task)(*map(int, arguments))
+        getattr(official, task)(*sizes)
         if args.device == "cuda":
             torch.cuda.synchronize()
         print(json.dumps({"seconds": time.perf_counter() - begin}), flush=True)
