@@ -1,8 +1,8 @@
 """Worker of official.py; runs in the environment of the official implementation.
 
 Prints torch's version first. Then reads one task per line (train, sample, or product with m, k and n),
-runs it once and answers with its seconds, as JSON. Needs only torch and the imports of the official code,
-not this project.
+runs it once and answers with its seconds, as JSON. Needs torch and the imports of the official code, not
+this project.
 """
 
 import argparse

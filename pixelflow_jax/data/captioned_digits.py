@@ -76,11 +76,14 @@ class Attributes:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Return all words and punctuation marks of the captions, and the reserved ones, sorted."""
-    text = " ".join(part for names in (*NAMES.values(), WORDINGS, RESERVED) for part in names)
+    """Return all words and punctuation marks of the captions, sorted; then the reserved words.
+
+    A parameter's initial value depends on its place, so the reserved ones, last, change no other's.
+    """
+    text = " ".join(part for names in (*NAMES.values(), WORDINGS) for part in names)
     for mark in ",:":
         text = text.replace(mark, f" {mark} ")
-    return tuple(sorted({word for word in text.split() if "{" not in word}))
+    return (*sorted({word for word in text.split() if "{" not in word}), *RESERVED)
 
 
 def draw_attributes(rng: np.random.Generator, held_out: bool) -> Attributes:
