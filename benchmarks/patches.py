@@ -34,7 +34,7 @@ from pixelflow_jax.training.loop import train
 BATCH = 100  # images per call of the sampler in timings
 POINTS = (0.1, 0.25, 0.5, 1.0)  # parts of a run that are judged
 FINE_TUNING = {
-    "optimizer.learning_rate": 1e-3,
+    "optimizer.learning_rate": 4e-3,
     "optimizer.warmup_steps": 20,
     "ema.decays": (0.98,),
 }

@@ -9,6 +9,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pixelflow_jax.common import UserError
 from pixelflow_jax.models.transformer import layer_name
 
+DIFFERENCES = 0.5  # of a larger patch's random part, relative to the old kernel; 1.5 trained no better
+
 
 def from_class_model(params: dict, fresh: dict) -> dict:
     """Return a text model's parameters from those of a class model of the same size.
@@ -27,8 +29,10 @@ def with_patch_sizes(params: dict, old: Sequence[int], new: Sequence[int]) -> di
     """Return parameters for the patch sizes `new` from those for `old`.
 
     A patch of a new size begins as the patches of the largest old size that tile it: it is embedded as
-    the mean of their embeddings, and each of them gets the same output (PPFlow, arXiv 2506.23543). Sizes
-    that are in both keep their parameters.
+    the mean of their embeddings, and each of them gets the same output (PPFlow, arXiv 2506.23543). To
+    the embedding we add a small random map of how these patches differ. Without it, neither layer gets a
+    gradient for the differences as long as the other ignores them, and training stays at this saddle.
+    Sizes that are in both keep their parameters.
 
     Raises UserError for a new size that no old one divides.
     """
@@ -50,8 +54,15 @@ def with_patch_sizes(params: dict, old: Sequence[int], new: Sequence[int]) -> di
 
 
 def _grow_embedding(layer: dict, times: int) -> dict:
-    tiled = _tile(layer["kernel"].T, times).T / times**2
-    return {**layer, "kernel": tiled} if times > 1 else layer
+    if times == 1:
+        return layer
+    old = np.asarray(layer["kernel"])
+    side, width = math.isqrt(len(old) // 3), old.shape[1]
+    shape = times, side, times, side, 3, width
+    differences = DIFFERENCES * old.std() * np.random.default_rng(0).standard_normal(shape)
+    differences -= differences.mean(axis=(0, 2), keepdims=True)  # equal patches have none
+    mean = _tile(old.T, times).T / times**2
+    return {**layer, "kernel": (mean + differences.reshape(-1, width)).astype(old.dtype)}
 
 
 def _grow_head(layer: dict, times: int) -> dict:

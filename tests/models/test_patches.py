@@ -146,7 +146,8 @@ def test_a_larger_patch_begins_as_the_smaller_ones_that_tile_it(noisy_params):
     )
     for name in params:
         assert grown[name] is params[name]
-    image = jax.random.normal(jax.random.key(0), (16, 16, 3))
+    four = jax.random.normal(jax.random.key(0), (2, 4, 2, 4, 3))  # patches, each of which fills an 8x8
+    image = jnp.tile(four, (1, 2, 1, 2, 1)).reshape(16, 16, 3)
 
     def embedded(p, layer):  # [rows, columns, width]
         return (images.patchify(image, p) @ layer["kernel"] + layer["bias"]).reshape(
@@ -154,6 +155,8 @@ def test_a_larger_patch_begins_as_the_smaller_ones_that_tile_it(noisy_params):
         )
 
     small, large = embedded(4, grown["patch_embed_4"]), embedded(8, grown["patch_embed_8"])
+    mixed = grown["patch_embed_8"]["kernel"].reshape(2, 4, 2, 4, 3, -1)
+    assert (mixed[0] != mixed[1]).all()  # or neither layer would get a gradient for differences
     np.testing.assert_allclose(large, images.down(small), atol=1e-5)
 
     def drawn(p, layer, states):
