@@ -156,6 +156,7 @@ def test_captioned_digits():
     """Catches a combination held out that training shows, captions of another picture, and a reserved
     word that a caption uses or the vocabulary lacks."""
     assert digits.vocabulary()[-2:] == tuple(digits.RESERVED)  # last: others' initial values stay
+    assert not {*digits.RESERVED} & {*digits.BACKGROUNDS}
     data = load_config("t2i_tiny").data
     for split, held_out in (("train", False), ("test", True)):
         source = digits.CaptionedDigits(data, split)
