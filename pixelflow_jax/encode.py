@@ -9,15 +9,12 @@ captions. After an interruption, the same command continues; texts in the cache 
 """
 
 import argparse
-import functools
 import hashlib
-import sys
 from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from pixelflow_jax.common import UserError, cli, files, log
 from pixelflow_jax.config import default_config, parse_flags
@@ -77,8 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": "bfloat16",
     }
     texts = ["", *args.negative_prompt, *all_captions(args, config)]
-    progress = functools.partial(tqdm, unit="shard", file=sys.stderr)
-    held, new = encode_texts(texts, encode, args.out, manifest, args.shard_size, progress)
+    held, new = encode_texts(texts, encode, args.out, manifest, args.shard_size)
     warn_of_cuts(seen, cuts, length, "caption")
     print(f"{new} texts encoded, {held} in the cache: {args.out}")
 

@@ -7,11 +7,6 @@ Images keep their encoding. To train on the shards, pass --config.data.source=ar
 --config.data.path=packed/train. After an interruption, the same command continues.
 """
 
-import functools
-import sys
-
-from tqdm import tqdm
-
 from pixelflow_jax.common import UserError, cli
 from pixelflow_jax.config import default_config
 from pixelflow_jax.data import records
@@ -39,8 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     data.update(origin)
     data.crop = "center"  # images of any size
     source = open_source(data)
-    progress = functools.partial(tqdm, unit="shard", file=sys.stderr)
-    written = records.pack(source, args.out, args.shard_size, origin, progress)
+    written = records.pack(source, args.out, args.shard_size, origin)
     kind = "with captions" if source.captioned else f"of {source.num_classes} classes"
     print(f"{len(source)} images {kind}, {written} shards written: {args.out}")
 

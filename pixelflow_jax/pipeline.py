@@ -138,13 +138,3 @@ class Pipeline:
         if len(self._compiled) > PROGRAMS:
             del self._compiled[next(iter(self._compiled))]
         return program
-
-
-def load(
-    checkpoint: epath.PathLike,
-    ema: float | None = None,
-    lora: epath.PathLike | None = None,
-    lora_scale: float = 1.0,
-) -> Pipeline:
-    """Return a `Pipeline`; arguments and errors are its own."""
-    return Pipeline(checkpoint, ema, lora, lora_scale)

@@ -9,12 +9,12 @@ import hashlib
 import io
 import json
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
+from tqdm import tqdm
 
 from pixelflow_jax.common import UserError, blame, files, log, optional
 from pixelflow_jax.common.claims import Description, claim
@@ -85,7 +85,7 @@ class RecordSource(Source):
         return f"{self._path}/{self._names[shard]}, record {index - sum(self._counts[:shard])}"
 
 
-def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Callable = iter) -> int:
+def pack(source, out: str, shard_size: int, origin: dict[str, Any]) -> int:
     """Write every example of `source` to shards in `out`; return how many shards were written.
 
     Shard k holds the examples [k, k + 1) x shard_size, so an interrupted packing continues with the
@@ -118,7 +118,7 @@ def pack(source, out: str, shard_size: int, origin: dict[str, Any], progress: Ca
     with claim(out, described):
         present = files.list_files(folder)
         missing = [k for k, name in enumerate(names) if name not in present]
-        for k in progress(missing):
+        for k in tqdm(missing, unit="shard"):
             with files.atomic_path(folder / names[k]) as temporary:
                 writer = writer_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
                 for index in range(starts[k], starts[k] + sizes[k]):

@@ -323,12 +323,6 @@ class Sampler:
         return lambda x, tau: self._by_groups(functools.partial(network, tau), len(pair), x, inputs)
 
 
-def class_conditions(
-    labels: Int[Array, " b"], num_classes: int, negative_labels: Int[Array, " b"] | None = None
-) -> tuple[Condition, Condition]:
-    """Return (condition, null condition) of a class model.
-
-    The unconditional half uses `negative_labels`, by default the null class `num_classes`.
-    """
-    null = jnp.full_like(labels, num_classes) if negative_labels is None else negative_labels
-    return {"labels": labels}, {"labels": null}
+def class_conditions(labels: Int[Array, " b"], num_classes: int) -> tuple[Condition, Condition]:
+    """Return (condition, null condition) of a class model; the null class is `num_classes`."""
+    return {"labels": labels}, {"labels": jnp.full_like(labels, num_classes)}

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
+from tqdm import tqdm
 
 from pixelflow_jax.common import UserError, blame, files
 from pixelflow_jax.common.claims import Description, claim
@@ -124,7 +125,6 @@ def encode_texts(
     out: str,
     manifest: dict[str, Any],
     shard_size: int,
-    progress: Callable = iter,
 ) -> tuple[int, int]:
     """Add texts to a cache; return how many texts it holds and how many were encoded.
 
@@ -139,7 +139,7 @@ def encode_texts(
         cache, taken = EmbeddingCache(out), _shards(out)
         missing = [text for text in dict.fromkeys(texts) if text not in cache]
         first = int(taken[-1].split(".")[0]) + 1 if taken else 0
-        for begin in progress(range(0, len(missing), shard_size)):
+        for begin in tqdm(range(0, len(missing), shard_size), unit="shard"):
             chosen = missing[begin : begin + shard_size]
             states = encode(chosen)
             shard = {
