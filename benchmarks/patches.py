@@ -9,7 +9,7 @@ Fine-tunes the teacher's weights to patches of (2, 2, 4) for a tenth of its step
 and trains the same model from scratch for as many steps as the teacher had. Samples of each, at several
 steps, are judged as in quality.py, and so are the teacher's. The samplers are timed in turn on all
 cores. Prints a Markdown table; what the folders hold already is not trained or judged again. On two
-cores this takes one and a half hours, beside the teacher's training.
+cores this takes two hours, beside the teacher's training.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--patch_size", type=int, nargs="+", default=[2, 2, 4])
     parser.add_argument("--seeds", type=int, default=3, help="of the fine-tuning, from 0 on")
     parser.add_argument("--num_samples", type=int, default=1000, help="of models trained to the end")
-    parser.add_argument("--num_between", type=int, default=500, help="samples at the steps between")
+    parser.add_argument("--num_between", type=int, default=250, help="samples at the steps between")
     args = parser.parse_args()
     teacher, workdir = Run(pathlib.Path(args.teacher)), pathlib.Path(args.workdir)
     steps = teacher.config.num_train_steps

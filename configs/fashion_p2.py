@@ -5,7 +5,8 @@ python -m pixelflow_jax.train --config=configs/fashion_p2.py --workdir=runs/fash
 
 1.04 s a step where nothing else runs. Measured with one seed, 1000 samples (benchmarks/quality.py):
 accuracy 87.5% (held-out real images: 86.6%), Frechet ratio 35.5, nearest 1.05. docs/fashion.png shows
-its samples.
+its samples. With --config.model.patch_size='(2, 2, 4)' it takes 28 minutes: 85.9%, 35.9, 1.09
+(docs/performance.md).
 """
 
 from pixelflow_jax.configs import fashion

@@ -113,6 +113,24 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
 
 
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """Return the shape, dtype and sharding of every leaf of a state or of parameters."""
+
+    def one(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
+
+
+def placed(tree: Any, where: Any) -> Any:
+    """Return arrays that every host holds whole as global arrays; each device receives its own part."""
+
+    def one(x, where):
+        return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
+
+    return jax.tree.map(one, tree, where)
+
+
 def gather(params: Any, param_specs: Any, dtype: Any) -> Any:
     """Inside shard_map: gather whole matrices from each device's shard, in the compute dtype.
 

@@ -116,10 +116,7 @@ class TextEncoder:
                 f"{width} (config.model.context_dim)"
             )
         params = read_t5(folder, self.config, dtype)
-        where = sharding.shardings(params, mesh)
-        self.params = jax.tree.map(
-            lambda x, w: jax.make_array_from_callback(x.shape, w, lambda index: x[index]), params, where
-        )
+        self.params = sharding.placed(params, sharding.shardings(params, mesh))
         self._encode = jax.jit(
             T5Encoder(self.config, dtype).apply, out_shardings=NamedSharding(mesh, sharding.BATCH)
         )

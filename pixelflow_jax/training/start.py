@@ -25,7 +25,7 @@ from pixelflow_jax.data.buckets import SIZES
 from pixelflow_jax.data.loader import captions
 from pixelflow_jax.data.sources import Source, class_names
 from pixelflow_jax.data.tars import INDEX
-from pixelflow_jax.distributed import hosts
+from pixelflow_jax.distributed import hosts, sharding
 from pixelflow_jax.foreign.released import is_hub_id
 from pixelflow_jax.models import lora
 from pixelflow_jax.models.conditioning import INTERVAL, init_params
@@ -81,16 +81,7 @@ def start_or_resume(
         params = from_class_model(params, jax.jit(fresh)())
     check_shapes(params, template.params, f"config.init_from={config.init_from}")
     begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
-    return begin(placed(params, shardings.params)), {}
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """Return arrays that every host holds whole as global arrays; each device receives its own part."""
-
-    def one(x, where):
-        return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
-
-    return jax.tree.map(one, tree, shardings)
+    return begin(sharding.placed(params, shardings.params)), {}
 
 
 def check_init_from(config: ConfigDict, workdir: str) -> None:

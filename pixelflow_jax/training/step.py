@@ -51,9 +51,7 @@ def abstract_state(
 ) -> TrainState:
     """Return the shapes, dtypes and shardings of a run's state, without allocating it."""
     trained = abstract_trained(config, model)
-    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), trained)
-    where = sharding.shardings(shapes, mesh)
-    return jax.tree.map(lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), shapes, where)
+    return sharding.abstract(jax.eval_shape(lambda params: init_state(params, optimizer), trained), mesh)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

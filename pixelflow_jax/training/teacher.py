@@ -16,7 +16,7 @@ from pixelflow_jax.models.conditioning import Condition, abstract_params
 from pixelflow_jax.models.lora import abstract_adapters
 from pixelflow_jax.text.encoder import make_text_reader
 from pixelflow_jax.training.optimizer import is_matrix
-from pixelflow_jax.training.start import check_meaning, check_shapes, initial_params, placed
+from pixelflow_jax.training.start import check_meaning, check_shapes, initial_params
 from pixelflow_jax.training.step import abstract_condition
 
 
@@ -54,11 +54,7 @@ def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any] | None:
     The matrices of the teacher are in the dtype of the computation.
     """
     if config.lora.rank:
-        params = abstract_params(build_model(config))
-        where = sharding.shardings(params, mesh)
-        return {"base": jax.tree.map(
-            lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), params, where
-        )}  # fmt: skip
+        return {"base": sharding.abstract(abstract_params(build_model(config)), mesh)}
     if not config.distill.teacher:
         return None
     teacher, dtype = abstract_teacher(config), build_model(config).dtype
@@ -90,7 +86,7 @@ def freeze(
     else:
         given = {"teacher": teacher, "null": null_condition(config, mesh, encode)}
     cast = jax.tree.map(lambda x, shape: x.astype(shape.dtype), given, shapes)
-    return placed(cast, jax.tree.map(lambda shape: shape.sharding, shapes))
+    return sharding.placed(cast, jax.tree.map(lambda shape: shape.sharding, shapes))
 
 
 def null_condition(config: ConfigDict, mesh: Mesh, encode: Callable[[dict], dict]) -> Condition:
