@@ -55,8 +55,7 @@ def run(args: argparse.Namespace, watch: Callable[[str], None]) -> str:
     if args.sweep:
         return sweep.run(args, cells, reference)
     if args.save_stats and jax.process_index() == 0:
-        values = reference.statistics
-        arrays.write_npz(args.save_stats, {name: (x.shape, x.dtype, [x]) for name, x in values.items()})
+        arrays.write_npz(args.save_stats, reference.statistics)
     if samples is None:
         return f"Wrote the statistics of {args.reference}: {args.save_stats}"
     result = reference.judge(samples)

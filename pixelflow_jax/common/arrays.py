@@ -5,7 +5,7 @@ import lzma
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO
 
 import numpy as np
@@ -18,15 +18,17 @@ BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipF
 CHUNK = 1 << 24  # bytes read at a time
 
 
-def write_npz(
-    path: epath.PathLike, arrays: dict[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]]
-) -> None:
-    """Write {name: (shape, dtype, consecutive parts along the first axis)}.
+Parts = tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]
+
+
+def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray | Parts]) -> None:
+    """Write {name: array, or (shape, dtype, consecutive parts along the first axis)}.
 
     The file appears whole or not at all, and equal arrays give equal bytes. numpy.load reads it.
     """
     with files.create(path) as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
-        for name, (shape, dtype, parts) in arrays.items():
+        for name, x in arrays.items():
+            shape, dtype, parts = x if isinstance(x, tuple) else (x.shape, x.dtype, [x])
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
             rows = 0
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:

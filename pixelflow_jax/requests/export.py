@@ -67,9 +67,7 @@ def write_export(
         program = jax.jit(functools.partial(_sample, _for_platform(sampler, platform), null))
         made = export.export(program, platforms=[platform])(abstract, *one, *shapes)
         files.write_bytes(folder / f"sampler_{platform}.bin", bytes(made.serialize()))
-    arrays.write_npz(
-        folder / "params.npz", {k: (x.shape, x.dtype, [np.asarray(x)]) for k, x in flat.items()}
-    )
+    arrays.write_npz(folder / "params.npz", flat)
     settings = {name: config.sample[name] for name in FROM_CONFIG}
     settings |= {"height": sampler.height, "width": sampler.width, "batch_size": batch_size}
     settings |= {"step": meta["step"], "ema": meta["ema"], "platforms": list(platforms)}

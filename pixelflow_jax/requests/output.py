@@ -8,7 +8,7 @@ samples.npz, with equal bytes for equal requests, and the shards are removed.
 import collections
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -72,10 +72,7 @@ class OutputFolder:
         for run in np.split(np.arange(len(index)), breaks):
             begin, end = int(index[run[0]]), int(index[run[-1]]) + 1
             chosen = {name: part[run] for name, part in parts.items()}
-            arrays.write_npz(
-                self._shards / f"{begin:08d}-{end:08d}.npz",
-                {name: (part.shape, part.dtype, [part]) for name, part in chosen.items()},
-            )
+            arrays.write_npz(self._shards / f"{begin:08d}-{end:08d}.npz", chosen)
 
     def finish(self, settings_of: Callable[[int], dict[str, Any]], watch: Callable[[str], None]) -> None:
         """Write samples.npz, the PNG files with their settings, and the grid; remove the shards."""
@@ -119,13 +116,11 @@ class OutputFolder:
                     done = end
 
         shapes = arrays.array_shapes(found[0][2])
-        parts: dict[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]] = {
+        parts = {
             name: ((self.count, *shape[1:]), dtype, pixels() if name == "arr_0" else kept[name])
             for name, (shape, dtype) in shapes.items()
         }
-        for name, array in self.extra.items():
-            parts[name] = (array.shape, array.dtype, [array])
-        arrays.write_npz(self.path / "samples.npz", parts)
+        arrays.write_npz(self.path / "samples.npz", {**parts, **self.extra})
 
 
 def chunks(count: int, size: int, process: int, processes: int) -> list[Int[np.ndarray, " b"]]:

@@ -154,7 +154,7 @@ def invert(request: Request) -> str:
     names = ["start", *(f"block_{stage}" for stage in range(1, len(joined)))]
     path = epath.Path(request.out) / "noise.npz"
     written = dict(zip(names, joined, strict=True)) | conditions.extra
-    arrays.write_npz(path, {name: (x.shape, x.dtype, [x]) for name, x in written.items()})
+    arrays.write_npz(path, written)
     return (
         f"Inverted {len(found)} images, step {meta['step']}, {sampler.solver}: {path}. "
         f"Back: --from_noise={path} with the same solver and guidance"
