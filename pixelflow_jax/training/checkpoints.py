@@ -5,13 +5,15 @@ A step's folder is all that sampling needs. It holds the items `params`, `ema` (
 converted checkpoint has only `params` and `meta`.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
-import multiprocessing.pool
 import os
+import queue
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,25 +87,44 @@ def save(
     step, more = int(state.step), dict(pending=[*pending], grid_due=grid_due, **(known or {}))
     items = _items(step, config, _trees(state), more)
     with _failures(manager):
-        _daemon().apply(manager.save, (step,), {"args": items})
+        _in_daemon(lambda: manager.save(step, args=items))
 
 
-@functools.cache
-def _daemon() -> multiprocessing.pool.ThreadPool:
-    """Return a daemon thread for what Orbax does, so that the threads it starts are daemons too.
+def _in_daemon(work: Callable[[], Any]) -> Any:
+    """Return `work()`, run in a daemon thread, so that the threads it starts are daemons too.
 
     Some of Orbax's threads wait for minutes after a failed save, and Python would join them at exit. All
     calls share one thread, because Orbax raises a failure once in each thread that asks.
     """
-    return multiprocessing.pool.ThreadPool(1)
+    done: concurrent.futures.Future = concurrent.futures.Future()
+    _daemon().put((work, done))
+    return done.result()
+
+
+@functools.cache
+def _daemon() -> queue.SimpleQueue:
+    """Return the queue of the daemon thread."""
+    calls: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run():
+        while True:
+            work, done = calls.get()
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+            del work, done  # they may hold a whole state
+
+    threading.Thread(target=run, name="checkpoints", daemon=True).start()
+    return calls
 
 
 def check_background_save(manager: ocp.CheckpointManager, wait: bool = False) -> None:
     """Raise CheckpointFailed if the last background save failed; with `wait`, wait for it to finish."""
     with _failures(manager):
-        _daemon().apply(manager.check_for_errors)
+        _in_daemon(manager.check_for_errors)
         if wait:
-            _daemon().apply(manager.wait_until_finished)
+            _in_daemon(manager.wait_until_finished)
 
 
 @contextlib.contextmanager
