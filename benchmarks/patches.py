@@ -2,7 +2,7 @@
 
     apt-get install dataset-fashion-mnist
     python -m pixelflow_jax.train --config=configs/fashion_p2.py --workdir=runs/fashion_p2 \\
-        --config.keep_every=1000
+        --config.keep_every=400
     python benchmarks/patches.py --teacher=runs/fashion_p2 --workdir=runs/patches
 
 Fine-tunes the teacher's weights to patches of (2, 2, 4) for a tenth of its steps, from several seeds,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # what _HOMES says, for editors and type checkers
     from pixelflow_jax.config import load_config as load_config
     from pixelflow_jax.models.transformer import PixelFlow as PixelFlow
     from pixelflow_jax.pipeline import Pipeline as Pipeline
-    from pixelflow_jax.pipeline import Pipeline as load  # noqa: F401
+    from pixelflow_jax.pipeline import load as load
     from pixelflow_jax.sampling.generate import build_sampler as build_sampler
     from pixelflow_jax.sampling.grids import TimeGrid as TimeGrid
     from pixelflow_jax.sampling.guidance import Guidance as Guidance
@@ -50,7 +50,7 @@ _HOMES = {
     "UserError": "common.errors",
     "build_sampler": "sampling.generate",
     "fit": "training.loop:train",
-    "load": "pipeline:Pipeline",
+    "load": "pipeline",
     "load_config": "config",
     "load_params": "training.checkpoints",
     "prepare": "training.loop",

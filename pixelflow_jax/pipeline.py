@@ -138,3 +138,6 @@ class Pipeline:
         if len(self._compiled) > PROGRAMS:
             del self._compiled[next(iter(self._compiled))]
         return program
+
+
+load = Pipeline  # as pf.load(CHECKPOINT)

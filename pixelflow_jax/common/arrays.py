@@ -16,9 +16,7 @@ from pixelflow_jax.common import UserError, blame, files
 BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
           lzma.LZMAError)  # fmt: skip
 CHUNK = 1 << 24  # bytes read at a time
-
-
-Parts = tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]
+Parts = tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]  # shape, dtype, parts along axis 0
 
 
 def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray | Parts]) -> None:
