@@ -16,22 +16,22 @@ from pixelflow_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.num_train_steps = 5000
+    config.num_train_steps = 5400
     config.batch_size = 48
     config.log_every = 50
-    config.checkpoint_every = 500
-    config.sample_every = 2500
+    config.checkpoint_every = 600
+    config.sample_every = 2700
 
     config.model.num_heads = 4
     config.model.head_dim = 64
     config.model.depth = 5
-    config.model.patch_size = 4
+    config.model.patch_size = (4, 4, 8)
     config.model.num_classes = 0
     config.model.context_dim = 128
     config.model.scan_unroll = 5
 
     config.text.encoder = "joint"
-    config.text.max_length = 16
+    config.text.max_length = 12
     config.text.num_layers = 1
     config.text.num_heads = 4
     config.text.head_dim = 32
@@ -44,9 +44,11 @@ def get_config():
     config.data.crop = "none"
     config.data.flip = False
 
+    config.optimizer.name = "muon"
+    config.optimizer.muon_learning_rate = 2e-2
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 200
+    config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.ema.decays = (0.999,)
     config.ema.warmup = True
