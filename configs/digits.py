@@ -4,9 +4,10 @@ python -m pixelflow_jax.train --config=configs/digits.py --workdir=runs/digits
 
 3,600 steps take 3 to 5 minutes on an otherwise idle machine: 211 s where the form before, of six layers
 and 4,200 steps without huge pages, took 471 s, and 280 s against 599 s beside one busy thread (one pair
-each, in turn). Expected (benchmarks/quality.py, medians of three seeds): conditional accuracy 97.3% (held-out real digits: 99.8%), Frechet ratio 1.89,
-nearest ratio 1.14. Six layers learn less per second (seed 0, a cosine schedule from 3e-3): 2,500 steps
-in 190 s give 96.8%, 1.87, 1.18, where four layers with that schedule have 97.1%, 1.90, 1.16 after 152 s.
+each, in turn). Expected (benchmarks/quality.py, medians of three seeds): conditional accuracy 97.3%
+(held-out real digits: 99.8%), Frechet ratio 1.89, nearest ratio 1.14. Six layers learn less per second
+(seed 0, a cosine schedule from 3e-3): 2,500 steps in 190 s give 96.8%, 1.87, 1.18, where four layers
+with that schedule have 97.1%, 1.90, 1.16 after 152 s.
 """
 
 from pixelflow_jax.config import default_config
