@@ -1,7 +1,7 @@
 """Make the pictures for the README, docs/method.md and docs/first_hour.md from trained models.
 
-    python docs/pictures.py --checkpoint=runs/digits
-    python docs/pictures.py --checkpoint=runs/emoji --prompts "red apple" penguin   only cascade.png
+    python docs/pictures.py --checkpoint=runs/emoji              emoji.png, cascade.png
+    python docs/pictures.py --checkpoint=runs/digits             samples.png, renoising.png, guidance.png
     python docs/pictures.py --checkpoint=runs/digits --browser   and demo.png; extras demo, browser, test
 
 `python benchmarks/text_steering.py --checkpoint=runs/t2i_tiny --grid=docs/t2i_tiny.png` makes
@@ -26,12 +26,13 @@ from pixelflow_jax.data.sources import load_source
 from pixelflow_jax.models.conditioning import encode_text
 from pixelflow_jax.pipeline import Pipeline
 from pixelflow_jax.sampling.generate import GAP, GREY, build_sampler, save_png
-from pixelflow_jax.sampling.sampler import class_conditions
 from pixelflow_jax.sampling.starts import image_keys
 from pixelflow_jax.text.encoder import make_text_reader
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDE = 64  # pixels per side of every enlarged image
+PROMPTS = HERE / "emoji.txt"
+SHOWN = ("red apple", "penguin", "rainbow")  # in cascade.png
 
 
 def board(rows: list[list[np.ndarray]]) -> np.ndarray:
@@ -54,15 +55,18 @@ def samples(model: Pipeline) -> np.ndarray:
     return board([list(made[i : i + 10]) for i in range(0, 100, 10)])
 
 
-def cascade(model: Pipeline, wanted=(2, 5, 8), at=(0.0, 0.33, 0.66, 1.0)) -> np.ndarray:
-    """Draw one image per row, of these classes or prompts: x at these tau of every stage."""
-    sampler = build_sampler(model.config)
-    if model.config.model.num_classes:
-        conditions = class_conditions(np.array(wanted, np.int32), model.config.model.num_classes)
-    else:
-        read = make_text_reader(model.config)
-        texts = read(wanted), read([""] * len(wanted))
-        conditions = [encode_text(sampler.model, model.params, text) for text in texts]
+def emoji(model: Pipeline) -> np.ndarray:
+    """Draw one sample per prompt of emoji.txt, six in a row."""
+    prompts = PROMPTS.read_text().split("\n")[:-1]
+    made = model.sample(prompt=prompts, num_images=len(prompts))
+    return board([list(made[i : i + 6]) for i in range(0, len(made), 6)])
+
+
+def cascade(model: Pipeline, wanted=SHOWN, at=(0.0, 0.33, 0.66, 1.0)) -> np.ndarray:
+    """Draw one image per row, of these prompts: x at these tau of every stage."""
+    sampler, read = build_sampler(model.config), make_text_reader(model.config)
+    texts = read(wanted), read([""] * len(wanted))
+    conditions = [encode_text(sampler.model, model.params, text) for text in texts]
     noise = sampler.draw_noise(image_keys(0, np.arange(len(wanted))))
     rows, x = [[] for _ in wanted], noise.start
     for stage in range(sampler.cascade.num_stages):
@@ -130,17 +134,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="workdir of digits, or of a text model")
-    parser.add_argument("--prompts", nargs="+", help="of a text model: make cascade.png of these")
+    parser.add_argument("--checkpoint", required=True, help="workdir of digits, or of emoji")
     parser.add_argument("--out", default=str(HERE), help="folder to write (default: %(default)s)")
     parser.add_argument("--browser", action="store_true", help="also make demo.png")
     args = parser.parse_args()
     model = Pipeline(args.checkpoint)
-    makers = {make.__name__: make for make in (samples, cascade, renoising, guidance)}
-    if args.prompts:
-        makers = {"cascade": functools.partial(cascade, wanted=args.prompts)}
-    for name, make in makers.items():
-        path = pathlib.Path(args.out) / f"{name}.png"
+    makers = (samples, renoising, guidance) if model.config.model.num_classes else (emoji, cascade)
+    for make in makers:
+        path = pathlib.Path(args.out) / f"{make.__name__}.png"
         save_png(path, make(model))
         print(path)
     if args.browser:
