@@ -32,7 +32,7 @@ from pixelflow_jax.text.encoder import make_text_reader
 HERE = pathlib.Path(__file__).resolve().parent
 SIDE = 64  # pixels per side of every enlarged image
 PROMPTS = HERE / "emoji.txt"
-SHOWN = ("red apple", "penguin", "rainbow")  # in cascade.png
+SHOWN = ("red apple", "globe showing europe africa", "jack o lantern")  # in cascade.png
 
 
 def board(rows: list[list[np.ndarray]]) -> np.ndarray:
