@@ -46,6 +46,10 @@ def main() -> None:
     parser.add_argument("--names", default=NAMES)
     args = parser.parse_args()
     out = pathlib.Path(args.out)
+    for path in filter(lambda path: not pathlib.Path(path).is_file(), (args.font, args.names)):
+        parser.error(f"{path} is not there: apt-get install fonts-noto-color-emoji unicode-data")
+    if out.exists():
+        parser.error(f"--out={out} exists: name a new folder")
     out.mkdir(parents=True)
     font, rows, seen = ImageFont.truetype(args.font, FONT_SIZE), [], set()
     for codes, name in LINE.findall(pathlib.Path(args.names).read_text()):
