@@ -128,7 +128,11 @@ def compare(task: str, official: Official, ours: Callable, images: int, runs: in
     official.run(task)
     pairs = []
     for _ in range(runs):
+        if task == "train":  # after a pause, a virtual machine fetches freed memory from its host again
+            official.run(task)
         theirs = official.run(task)
+        if task == "train":
+            ours()
         begin = time.perf_counter()
         ours()
         pairs.append((theirs, time.perf_counter() - begin))

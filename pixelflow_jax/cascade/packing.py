@@ -66,13 +66,10 @@ class PackLayout:
 
     def unpack(self, row: Shaped[Array, "rows n ..."]) -> list[Shaped[Array, "rows count length ..."]]:
         """Return one [rows, count, length, ...] per group, by static slices; the inverse of `pack`."""
-        parts, begin = [], 0
-        for group in self.groups:
-            length = group.length // self.shards
-            end = begin + group.count * length
-            parts.append(row[:, begin:end].reshape(len(row), group.count, length, *row.shape[2:]))
-            begin = end
-        return parts
+        lengths = [group.length // self.shards for group in self.groups]
+        ends = np.cumsum([group.count * n for group, n in zip(self.groups, lengths, strict=True)])[:-1]
+        parts = zip(self.groups, lengths, jnp.split(row, ends, axis=1), strict=True)
+        return [x.reshape(len(x), group.count, n, *x.shape[2:]) for group, n, x in parts]
 
     def by_patch_size(self, parts: Sequence[Array]) -> Iterator[tuple[int, "PackLayout", list[Array]]]:
         """Yield (patch size, layout, parts) for each run of neighboring groups of one patch size."""

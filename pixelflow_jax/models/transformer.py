@@ -66,11 +66,40 @@ def wide(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def flat(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Apply a function of [..., d] to an only row [1, n, d] without its first axis.
+
+    On CPU, that axis keeps XLA from transposing within a product, and JAX 0.10 takes 14 ms in place
+    of 0.6 for the sum over a product of [1, 5440, 384].
+    """
+
+    def apply(x, *args):
+        return function(x[0], *args)[None] if x.ndim == 3 and len(x) == 1 else function(x, *args)
+
+    return apply
+
+
+class Dense(nn.Dense):
+    """A linear layer, fast on an only row."""
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d2"]:
+        return flat(super().__call__)(x)
+
+
+@flat
 def layer_norm(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     """Apply LayerNorm without parameters, eps 1e-6; the result is in at least float32."""
     x = x.astype(wide(x.dtype))
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+@flat
+def rms_norm(x: Float[Array, "... d"], scale: Float[Array, " d"]) -> Float[Array, "... d"]:
+    """Return x / rms(x) * scale, eps 1e-6, computed in at least float32, in x's dtype."""
+    y = x.astype(wide(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+    return (scale * y).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -81,9 +110,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
-        y = x.astype(wide(x.dtype))
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (scale * y).astype(x.dtype)
+        return rms_norm(x, scale)
 
 
 class ScalarEmbedding(nn.Module):
@@ -98,9 +125,9 @@ class ScalarEmbedding(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "... d"]:
         kwargs = dict(kernel_init=small, dtype=self.dtype, param_dtype=self.param_dtype)
         x = sincos(x, wide(self.dtype)).astype(self.dtype)
-        x = nn.Dense(self.dim, name="linear_1", **kwargs)(x)
+        x = Dense(self.dim, name="linear_1", **kwargs)(x)
         kwargs["kernel_init"] = self.last_init
-        return nn.Dense(self.dim, name="linear_2", **kwargs)(nn.silu(x))
+        return Dense(self.dim, name="linear_2", **kwargs)(nn.silu(x))
 
 
 class Attention(nn.Module):
@@ -133,8 +160,8 @@ class Attention(nn.Module):
         def heads(y):
             return y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
 
-        q = RMSNorm(self.param_dtype, name="q_norm")(nn.Dense(inner, name="q", **dense)(x))
-        dense_k, dense_v = (nn.Dense(inner, name=name, **dense) for name in "kv")
+        q = RMSNorm(self.param_dtype, name="q_norm")(Dense(inner, name="q", **dense)(x))
+        dense_k, dense_v = (Dense(inner, name=name, **dense) for name in "kv")
         k_norm = RMSNorm(self.param_dtype, name="k_norm")
 
         def keys_and_values(y):
@@ -160,7 +187,7 @@ class Attention(nn.Module):
             return out.reshape(*group[0].shape[:3], inner)
 
         out = map(attend, queries, keys, values, masks)
-        return nn.Dense(x.shape[-1], name="o", **dense)(layout.pack(list(out)))
+        return Dense(x.shape[-1], name="o", **dense)(layout.pack(list(out)))
 
 
 class Block(nn.Module):
@@ -189,7 +216,7 @@ class Block(nn.Module):
     @nn.compact
     def forward(self, x, conditioning, layout, rope, context, context_mask):
         dim, dtypes = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        mod = nn.Dense(6 * dim, kernel_init=zeros, name="modulation", **dtypes)(nn.silu(conditioning))
+        mod = Dense(6 * dim, kernel_init=zeros, name="modulation", **dtypes)(nn.silu(conditioning))
         mod = jnp.split(mod.astype(wide(self.dtype)), 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = (layout.to_tokens(m) for m in mod)
 
@@ -210,8 +237,8 @@ class Block(nn.Module):
 
         h = RMSNorm(self.param_dtype, name="mlp_norm")(x)
         h = (h.astype(wide(self.dtype)) * (1 + scale2) + shift2).astype(self.dtype)
-        h = nn.Dense(4 * dim, kernel_init=xavier, name="mlp_1", **dtypes)(h)
-        h = nn.Dense(dim, kernel_init=xavier, name="mlp_2", **dtypes)(nn.gelu(h, approximate=True))
+        h = Dense(4 * dim, kernel_init=xavier, name="mlp_1", **dtypes)(h)
+        h = Dense(dim, kernel_init=xavier, name="mlp_2", **dtypes)(nn.gelu(h, approximate=True))
         return x + (gate2 * h).astype(self.dtype), None
 
 
@@ -288,7 +315,7 @@ class PixelFlow(nn.Module):
 
         def dense(name, p, width, init):
             name = layer_name(name, p, self.patch_sizes)
-            return nn.Dense(width, kernel_init=init, name=name, **dtypes)
+            return Dense(width, kernel_init=init, name=name, **dtypes)
 
         unknown = {group.patch_size for group in layout.groups} - {*self.patch_sizes}
         if unknown:
@@ -323,9 +350,7 @@ class PixelFlow(nn.Module):
         )
         x, _ = blocks(x, conditioning, layout, rope, context, context_mask)
 
-        mod = nn.Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(
-            nn.silu(conditioning)
-        )
+        mod = Dense(2 * dim, kernel_init=zeros, name="head_modulation", **dtypes)(nn.silu(conditioning))
         shift, scale = (layout.to_tokens(m) for m in jnp.split(mod.astype(wide(self.dtype)), 2, axis=-1))
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
