@@ -121,17 +121,21 @@ def our_sampler(config) -> Callable[[], None]:
 
 
 def compare(task: str, official: Official, ours: Callable, images: int, runs: int) -> dict:
-    """Run both in alternation, and return the medians of both and of their ratio."""
+    """Run both in alternation, and return the medians of both and of their ratio.
+
+    A step of training is timed right after another: after a pause of seconds, virtual machines have given
+    freed memory back to their host, which a run without pauses never waits for.
+    """
     begin = time.perf_counter()
     ours()
     compiled = time.perf_counter() - begin
     official.run(task)
-    pairs = []
+    pairs, untimed = [], task == "train"
     for _ in range(runs):
-        if task == "train":  # after a pause, a virtual machine fetches freed memory from its host again
+        if untimed:
             official.run(task)
         theirs = official.run(task)
-        if task == "train":
+        if untimed:
             ours()
         begin = time.perf_counter()
         ours()

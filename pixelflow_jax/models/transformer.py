@@ -67,7 +67,7 @@ def wide(dtype: Dtype) -> Dtype:
 
 
 def flat(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Apply a function of [..., d] to an only row [1, n, d] without its first axis.
+    """Apply a function of [..., d] to a single row [1, n, d] without its first axis.
 
     On CPU, that axis keeps XLA from transposing within a product, and JAX 0.10 takes 14 ms in place
     of 0.6 for the sum over a product of [1, 5440, 384].
@@ -80,7 +80,7 @@ def flat(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 class Dense(nn.Dense):
-    """A linear layer, fast on an only row."""
+    """nn.Dense; a single row loses its first axis (see `flat`)."""
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d2"]:
         return flat(super().__call__)(x)
