@@ -123,7 +123,7 @@ def our_sampler(config) -> Callable[[], None]:
 def compare(task: str, official: Official, ours: Callable, images: int, runs: int) -> dict:
     """Run both in alternation, and return the medians of both and of their ratio.
 
-    A step of training is timed right after another: after a pause of seconds, virtual machines have given
+    A step of training is timed right after another: after a pause of seconds, some machines have given
     freed memory back to their host, which a run without pauses never waits for.
     """
     begin = time.perf_counter()
