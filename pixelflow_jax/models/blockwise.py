@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-BLOCK = 256  # queries per block, at most
+FORWARD, BACKWARD = 1024, 512  # queries per block, at most
 SAVED = "attention"  # the checkpoint name, for remat policies, of what the backward pass needs
 
 
@@ -28,9 +28,9 @@ def blockwise_attention(q, k, v, key_mask=None):
     return jnp.swapaxes(out.reshape(b, h, n, d), 1, 2)
 
 
-def block_size(length: int) -> int:
-    """Return the queries per block: the largest divisor up to BLOCK, or `length` if that is below 64."""
-    best = max(size for size in range(1, min(length, BLOCK) + 1) if length % size == 0)
+def block_size(length: int, most: int) -> int:
+    """Return the queries per block: the largest divisor up to `most`, or `length` if that is below 64."""
+    best = max(size for size in range(1, min(length, most) + 1) if length % size == 0)
     return best if best >= 64 else length
 
 
@@ -64,8 +64,8 @@ def _folded(function):
     return folded
 
 
-def _blocks(x: Float[Array, "n ..."]) -> Float[Array, "blocks size ..."]:
-    return x.reshape(-1, block_size(len(x)), *x.shape[1:])
+def _blocks(x: Float[Array, "n ..."], most: int = BACKWARD) -> Float[Array, "blocks size ..."]:
+    return x.reshape(-1, block_size(len(x), most), *x.shape[1:])
 
 
 def _scores(q: Float[Array, "n d"], k: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -87,7 +87,7 @@ def _forward(q, k, v):
             out = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=scores.dtype) / total
             return out.astype(v.dtype), (top + jnp.log(total))[:, 0]
 
-        out, lse = jax.lax.map(one_block, _blocks(q))
+        out, lse = jax.lax.map(one_block, _blocks(q, FORWARD))
         return out.reshape(q.shape), lse.reshape(-1)
 
     return jax.lax.map(one_head, (q, k, v))

@@ -31,6 +31,7 @@ from pixelflow_jax.sampling.solvers import Field, evaluations_per_step, resolve_
 
 STUDENT_STEPS = (1, 2, 4, 8)  # per stage, of a distilled model (training/distillation.py)
 MAX_TOKENS = 1 << 17  # per call of the network: enough to fill a chip, few enough to fit
+CPU_TOKENS = 1 << 11  # the same on a CPU: few enough for its caches
 
 
 class Noise(NamedTuple):
@@ -278,12 +279,13 @@ class Sampler:
         ]
 
     def _by_groups(self, function: Callable, halves: int, x: Float[Array, "b h w c"], *rest):
-        """Apply `function` to a batch in groups of at most MAX_TOKENS tokens (at least one image).
+        """Apply `function` to a batch in groups of at most MAX_TOKENS or CPU_TOKENS (at least one image).
 
         The groups are equal, so that there is only one program; the last one repeats the first images.
         """
         row = halves * x.shape[1] * x.shape[2] // self.model.base_patch**2 // self.shards
-        number = -(-len(x) // max(MAX_TOKENS // row, 1))
+        on_cpu = (self.model.platform or jax.default_backend()) == "cpu"
+        number = -(-len(x) // max((CPU_TOKENS if on_cpu else MAX_TOKENS) // row, 1))
         if number == 1:
             return function(x, *rest)
         size = -(-len(x) // number)

@@ -146,7 +146,7 @@ def test_parts_of_a_large_batch(model, monkeypatch):
     """Catches a batch that is worked off in parts and comes out otherwise than whole."""
     settings = dict(num_images=6, num_steps=2, guidance_scale=2.0)
     whole = model.sample(**settings)
-    monkeypatch.setattr(sampler_room, "MAX_TOKENS", 2 * 64 * 2)  # two images with their two halves
+    monkeypatch.setattr(sampler_room, "CPU_TOKENS", 2 * 64 * 2)  # two images with their two halves
     model._compiled.clear()
     parts = model.sample(**settings, batch_size=6)
     np.testing.assert_array_equal(whole, parts)

@@ -243,7 +243,7 @@ def controls():
 @pytest.mark.parametrize("solver, control", controls())
 def test_the_limit_of_tokens_bounds_the_memory(solver, control, monkeypatch):
     """Catches temporaries of the network that grow with the batch, under vmap too."""
-    monkeypatch.setattr(sampler_room, "MAX_TOKENS", 2 * 2 * 64)  # two images with their two halves
+    monkeypatch.setattr(sampler_room, "CPU_TOKENS", 2 * 2 * 64)  # two images with their two halves
     model = PixelFlow(4, 16, 1, 2, num_classes=10)
     times = TimeGrid((2,))
     sampler = Sampler(model, Cascade(1), 16, 16, times, Guidance(2.0), solver, step_control=control)
