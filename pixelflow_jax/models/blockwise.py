@@ -29,7 +29,7 @@ def blockwise_attention(q, k, v, key_mask=None):
 
 
 def block_size(length: int, most: int) -> int:
-    """Return the queries per block: the largest divisor up to `most`, or `length` if that is below 64."""
+    """Return the queries per block: the largest divisor up to `most`; `length` if it is below 64."""
     best = max(size for size in range(1, min(length, most) + 1) if length % size == 0)
     return best if best >= 64 else length
 

@@ -279,9 +279,10 @@ class Sampler:
         ]
 
     def _by_groups(self, function: Callable, halves: int, x: Float[Array, "b h w c"], *rest):
-        """Apply `function` to a batch in groups of at most MAX_TOKENS or CPU_TOKENS (at least one image).
+        """Apply `function` to a batch in groups of at most MAX_TOKENS, or CPU_TOKENS on a CPU.
 
-        The groups are equal, so that there is only one program; the last one repeats the first images.
+        A group holds at least one image. The groups are equal, so that there is only one program; the
+        last one repeats the first images.
         """
         row = halves * x.shape[1] * x.shape[2] // self.model.base_patch**2 // self.shards
         on_cpu = (self.model.platform or jax.default_backend()) == "cpu"
