@@ -57,7 +57,7 @@ def _model_and_data() -> dict[str, Any]:
             num_classes=1000,  # 0 = no class labels
             context_dim=0,  # width of the text states; 0 = no text
             cross_gate=False,  # of text models: start as the class model of init_from
-            remat="none",  # none, dots or full: what the backward pass recomputes
+            remat="none",  # none, dots, full or offload: what the backward pass recomputes
             scan_unroll=1,
             attention="auto",  # by platform and length; or einsum, blockwise, splash, cudnn
         ),

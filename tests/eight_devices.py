@@ -127,6 +127,7 @@ if __name__ == "__main__":
     results["bfloat16"] = run(1, 1, 1, 1, "dtype=bfloat16")
     results["bfloat16_fsdp"] = run(1, 8, 1, 1, "dtype=bfloat16")
     results["remat_fsdp"] = run(1, 8, 1, 1, "model.remat=full", "model.scan_unroll=1")
+    results["offload_fsdp"] = run(1, 8, 1, 1, "model.remat=offload", "model.scan_unroll=1")
     results["remat_context"] = run(2, 2, 2, 1, "model.remat=dots", "model.scan_unroll=1")
     results["shared_sampling"] = shared_sampling()
     results["sampling"] = {solver: sampling(solver) for solver in ("euler", "ab2", "dopri5")}

@@ -16,11 +16,16 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-def test_the_schedule_of_the_class_model_is_clean(tmp_path, capsys):
-    """Catches a resharding that the compiler puts in by itself, a gather in float32, a copied state."""
+@pytest.mark.parametrize(("remat", "most_gib"), [("full", 3.5), ("offload", 2.8)])
+def test_the_schedule_of_the_class_model_is_clean(remat, most_gib, tmp_path, capsys):
+    """Catches a resharding that the compiler puts in by itself, a gather in float32, a copied state.
+
+    And a form of a layer that costs memory: sums without the axis of a single row, in bfloat16, took
+    0.2 GiB.
+    """
     path = tmp_path / "figures.json"
     flags = ["--config=configs/imagenet256_xl.py", "--topology=v5e:4x4", f"--json={path}"]
-    compile_check.main(flags)
+    compile_check.main([*flags, "--batch_per_chip=8", f"--config.model.remat={remat}"])
     print(capsys.readouterr().out)
     figures = json.loads(path.read_text())
     assert figures["collectives"]["all-to-all"]["ops"] == 0
@@ -30,7 +35,7 @@ def test_the_schedule_of_the_class_model_is_clean(tmp_path, capsys):
     # float32 parameters, two moments and one average, a sixteenth of each
     state = 4 * 4 * figures["parameters"] / 16
     assert 1 <= figures["memory_per_device"]["arguments"] / state < 1.05
-    assert figures["memory_per_device"]["peak"] < 16 * 2**30
+    assert figures["memory_per_device"]["peak"] < most_gib * 2**30
 
 
 @needs_libtpu

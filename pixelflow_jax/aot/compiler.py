@@ -105,8 +105,10 @@ def too_large(config: ConfigDict, task: str, needed: float, available: float) ->
 def advice(config: ConfigDict, task: str) -> str:
     """Return what to do about a program that needs too much memory."""
     train, ways = task == "train", []
-    if train and config.model.remat != "full":
+    if train and config.model.remat in ("none", "dots"):
         ways.append("--config.model.remat=full recomputes activations in the backward pass")
+    if train and config.model.remat != "offload":
+        ways.append("--config.model.remat=offload also keeps the layers' inputs in the host's memory")
     if not train:
         ways.append("a smaller --batch_per_chip")
     elif config.accumulation_steps * config.cascade.num_stages < config.batch_size:

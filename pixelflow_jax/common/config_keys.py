@@ -55,7 +55,7 @@ CHOICES = {
     "optimizer.weight_decay_on": ("matrices", "all"),
     "data.crop": ("none", "random", "center"),
     # Names of what other rooms implement; tests compare them.
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "full", "offload"),
     "model.attention": ("auto", "einsum", "blockwise", "splash", "cudnn"),
     "data.source": tuple(
         "digits captioned_digits idx caption_folder webdataset folder tfds array_record".split()

@@ -151,7 +151,9 @@ ADAPTIVE = (
 )
 CASES = [("t2i_256", "train")]
 MORE = [
-    *itertools.product(TEXT, ["train"], ["accumulation_steps=2", "model.remat=dots"]),
+    *itertools.product(
+        TEXT, ["train"], ["accumulation_steps=2", "model.remat=dots", "model.remat=offload"]
+    ),
     *itertools.product(TEXT, ["sample"]),
     *((name, "sample", *ADAPTIVE) for name in TEXT if not name.endswith("_few")),  # Euler alone
 ]

@@ -83,7 +83,7 @@ def test_bfloat16_and_remat_under_fsdp(results):
     np.testing.assert_allclose(
         results["bfloat16_fsdp"]["losses"], results["bfloat16"]["losses"], rtol=1e-3
     )
-    for name in ("remat_fsdp", "remat_context"):
+    for name in ("remat_fsdp", "offload_fsdp", "remat_context"):
         np.testing.assert_allclose(results[name]["losses"], results["one"]["losses"], rtol=1e-5)
 
 

@@ -72,7 +72,7 @@ def test_remat_and_unroll_change_nothing(tiny_config):
     """Catches a policy name that drops or doubles a part of the gradient."""
     _, plain, _ = run_steps(tiny_config, 3)
     tiny_config.model.scan_unroll = 1
-    for remat in ("dots", "full"):
+    for remat in ("dots", "full", "offload"):
         tiny_config.model.remat = remat
         np.testing.assert_allclose(run_steps(tiny_config, 3)[1], plain, rtol=1e-5)
 
