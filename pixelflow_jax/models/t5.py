@@ -149,6 +149,7 @@ class T5Encoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
+            check_constancy_invariants=False,
         )(c, name="blocks", **dtypes)
         x, _ = layers(embed(ids), bias)
         return RMSNorm(self.param_dtype, name="final_norm")(x)

@@ -347,6 +347,7 @@ class PixelFlow(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
+            check_constancy_invariants=False,  # would trace the block a second time
         )(
             self.num_heads,
             self.head_dim,
