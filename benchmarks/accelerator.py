@@ -83,6 +83,7 @@ PARTS: dict[str, list[Cell]] = {
         train_cell(XL, 64, remat="none"),
         train_cell(XL, 64, remat="full", scan_unroll=28),
         train_cell(XL, 256, remat="full"),
+        train_cell(XL, 256, remat="offload"),
         train_cell(B, 512, remat="none"),
     ],
     "switches": [

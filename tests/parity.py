@@ -27,7 +27,7 @@ from pixelflow_jax.cascade.paths import corrupt_stage
 from pixelflow_jax.cascade.stages import Cascade
 from pixelflow_jax.config import build_model, default_config
 from pixelflow_jax.foreign.official import from_official, to_official
-from pixelflow_jax.models import transformer
+from pixelflow_jax.models import layers
 from pixelflow_jax.models.inception import Inception, inception_params
 from pixelflow_jax.models.rope import rope_table
 from pixelflow_jax.models.t5 import T5Config, T5Encoder, t5_params
@@ -178,10 +178,10 @@ def official_order(parts) -> np.ndarray:
 @contextlib.contextmanager
 def recorded_frequencies():
     """Move two time frequencies by an ulp, as the machine that recorded train_* must have had them."""
-    ours = transformer.sincos_frequencies()
+    ours = layers.sincos_frequencies()
     for entry, towards in ((10, 1), (52, 0)):
         ours[entry] = np.nextafter(ours[entry], np.float32(towards))
-    with mock.patch.object(transformer, "sincos_frequencies", lambda: ours):
+    with mock.patch.object(layers, "sincos_frequencies", lambda: ours):
         yield
 
 

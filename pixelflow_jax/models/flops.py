@@ -9,7 +9,8 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from pixelflow_jax.cascade.packing import PackLayout
-from pixelflow_jax.models.transformer import SINCOS_DIM, PixelFlow
+from pixelflow_jax.models.layers import SINCOS_DIM
+from pixelflow_jax.models.transformer import PixelFlow
 
 
 def forward_flops(model: PixelFlow, layout: PackLayout, context_length: int = 0) -> int:

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.common import UserError, numerics
+from pixelflow_jax.models.layers import Dtype, RMSNorm, wide
 from pixelflow_jax.models.public import Names, public_params
-from pixelflow_jax.models.transformer import Dtype, RMSNorm, wide
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # the first entries of every vocabulary
 
