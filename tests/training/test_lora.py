@@ -90,11 +90,17 @@ def test_gradients_are_those_through_the_merged_weights(tiny_config, noisy_param
     batch = {"image": rng.integers(0, 256, (size, 16, 16, 3), np.uint8)}
     batch["labels"] = rng.integers(0, 10, size).astype(np.int32)
     key = jax.random.key(3)
-    _, grads = make_loss_and_grads(tiny_config, model, mesh)(adapters, batch, key, {"base": params})
+    _, grads = jax.jit(make_loss_and_grads(tiny_config, model, mesh))(
+        adapters, batch, key, {"base": params}
+    )
     tiny_config.accumulation_steps = 2
-    _, parts = make_loss_and_grads(tiny_config, model, mesh)(adapters, batch, key, {"base": params})
+    _, parts = jax.jit(make_loss_and_grads(tiny_config, model, mesh))(
+        adapters, batch, key, {"base": params}
+    )
     tiny_config.lora.rank, tiny_config.accumulation_steps = 0, 1
-    _, whole = make_loss_and_grads(tiny_config, model, mesh)(lora.merged(params, adapters), batch, key)
+    _, whole = jax.jit(make_loss_and_grads(tiny_config, model, mesh))(
+        lora.merged(params, adapters), batch, key
+    )
     whole, pairs, parts = leaves(whole), leaves(adapters), leaves(parts)
     for name, found in leaves(grads).items():
         stem, _, kind = name.rpartition("/")
