@@ -39,7 +39,7 @@ def test_rehearsal(tmp_path):
     assert [line["part"] for line in left] == 3 * ["switches"] + 3 * ["official"] + ["pictures"]
     timed = [line for line in lines if line["part"] in ("train", "switches", "sample")]
     timed = [line for line in timed if line not in left]
-    assert len(timed) == 21 and all(line["images/s"] > 0 and line["TFLOP/s"] > 0 for line in timed)
+    assert len(timed) == 22 and all(line["images/s"] > 0 and line["TFLOP/s"] > 0 for line in timed)
     assert (tmp_path / "out" / "emoji.png").exists()
     assert (tmp_path / "out" / "emoji.safetensors").stat().st_size < 16 << 20
     assert text.count("\n## ") == 6

@@ -45,6 +45,7 @@ def test_five_preemptions_change_nothing(tmp_path, tiny_flags):
     """Catches a step lost or repeated by a preemption, with and without the loss of the machine."""
     flags = [*tiny_flags, f"--config.num_train_steps={STEPS}", "--config.checkpoint_every=7"]
     flags += ["--config.log_every=1", "--config.batch_size=16"]
+    flags += ["--no_compile_cache"]  # which is in the bucket: each start would look for it
     run, whole, cloud = tmp_path / "run", tmp_path / "whole", tmp_path / "cloud"
     train = [sys.executable, "-m", "pixelflow_jax.train", f"--workdir={whole}", *flags]
     subprocess.run(train, cwd=ROOT, check=True, capture_output=True)
