@@ -70,7 +70,9 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
         for name, value in numerics.switches().items():
             print(f"warning: {name.upper()}={value} may change the last bits", file=sys.stderr)
-        if f"--{cache.FLAG}" not in sys.argv:
+        if f"--{cache.FLAG}" in sys.argv:
+            jax.config.update("jax_enable_compilation_cache", False)
+        else:
             cache.keep_programs()
         with numerics.pinned():
             main()

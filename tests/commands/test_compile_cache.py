@@ -49,7 +49,8 @@ def test_a_second_start_reads_what_the_first_compiled(start, tmp_path):
     """Catches a cache that is not found again, is used against the flag, or changes a pixel."""
     places = tmp_path / "cache", tmp_path / "other"
     finished(start("none", "--no_compile_cache"))
-    assert not files(places[0])
+    finished(start("none_either", "--no_compile_cache", JAX_COMPILATION_CACHE_DIR=str(places[1])))
+    assert not files(places[0]) and not places[1].exists()
     first = finished(start("a"))
     made = {path: path.stat().st_mtime_ns for path in files(places[0])}
     (largest,) = (path for path in made if "generate" in path.name)
