@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pixelflow_jax.cascade.packing import PackLayout
 from pixelflow_jax.common import numerics
+from pixelflow_jax.common.hardware import platform_of
 from pixelflow_jax.distributed.sharding import GATHERED
 from pixelflow_jax.models.attention import attention, by_chunks
 from pixelflow_jax.models.blockwise import SAVED
@@ -69,8 +70,8 @@ class Attention(nn.Module):
     head_dim: int
     dtype: Dtype
     param_dtype: Dtype
-    platform: str | None = None
-    backend: str = "auto"
+    platform: str
+    backend: str
 
     @nn.compact
     def __call__(
@@ -95,8 +96,7 @@ class Attention(nn.Module):
         def keys_and_values(y):
             return k_norm(dense_k(y)), dense_v(y)
 
-        on_cpu = (self.platform or jax.default_backend()) == "cpu"
-        if context is not None and on_cpu:  # otherwise rounding would depend on the text's padding
+        if context is not None and self.platform == "cpu":  # or rounding would depend on the padding
             keys_and_values = by_chunks(keys_and_values)
         k, v = map(heads, keys_and_values(source))
         q = apply_rope(heads(q), *rope)
@@ -126,8 +126,8 @@ class Block(nn.Module):
     cross_attention: bool
     dtype: Dtype
     param_dtype: Dtype
-    platform: str | None = None
-    backend: str = "auto"
+    platform: str
+    backend: str
     gather: Callable[[Any], Any] | None = None
     cross_gate: bool = False
 
@@ -191,8 +191,8 @@ class PixelFlow(nn.Module):
       scan_unroll: layers per iteration of the scan over depth; more take longer to compile and run
         faster.
       attention: the attention backend, a name known to `models/attention.py` or "auto".
-      platform: the target platform (`hardware.platform_of`) for "auto"; None: that of JAX's first
-        device.
+      platform: the target platform (`hardware.platform_of`), which decides on the attention backend
+        and on how much is computed at a time; None: that of JAX's first device.
       gather_layer: gathers a layer's parameters where each device holds a part of them.
     """
 
@@ -271,7 +271,7 @@ class PixelFlow(nn.Module):
             self.num_heads,
             self.head_dim,
             self.context_dim > 0,
-            platform=self.platform,
+            platform=self.target,
             backend=self.attention,
             gather=self.gather_layer,
             cross_gate=self.cross_gate,
@@ -290,6 +290,11 @@ class PixelFlow(nn.Module):
         # Conversion before slicing, so that XLA fuses it with the product
         out = [run.unpack(head[p](y).astype(wide(self.dtype))) for (p, run, _), y in split]
         return list(itertools.chain(*out))
+
+    @property
+    def target(self) -> str:
+        """`platform`, or that of JAX's first device."""
+        return self.platform or platform_of(jax.devices()[0])
 
     @property
     def patch_sizes(self) -> list[int]:

@@ -285,8 +285,8 @@ class Sampler:
         last one repeats the first images.
         """
         row = halves * x.shape[1] * x.shape[2] // self.model.base_patch**2 // self.shards
-        on_cpu = (self.model.platform or jax.default_backend()) == "cpu"
-        number = -(-len(x) // max((CPU_TOKENS if on_cpu else MAX_TOKENS) // row, 1))
+        most = CPU_TOKENS if self.model.target == "cpu" else MAX_TOKENS
+        number = -(-len(x) // max(most // row, 1))
         if number == 1:
             return function(x, *rest)
         size = -(-len(x) // number)
