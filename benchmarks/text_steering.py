@@ -77,22 +77,22 @@ def composites(split: str, count: int, size: tuple[int, int], held_out: bool | N
 
 
 class Judges:
-    """One SVC per attribute, fitted on real composites of the training scans."""
+    """One SVC per attribute (`of`), fitted on real composites of the training scans."""
 
     def __init__(self, size: tuple[int, int], count: int = 4000):
         pictures, attributes = composites("train", count, size)
         seen = stacked(pictures)
-        self._judges = {}
+        self.of = {}
         for name in CHOICES:
             truth = [getattr(a, name) for a in attributes]
-            self._judges[name] = make_pipeline(StandardScaler(), SVC(C=10)).fit(seen[name], truth)
+            self.of[name] = make_pipeline(StandardScaler(), SVC(C=10)).fit(seen[name], truth)
 
     def scores(self, pictures, attributes) -> dict[str, float]:
         """Return the share of images in which each judge finds the attribute."""
         seen = stacked(pictures)
         return {
             name: float(judge.score(seen[name], [getattr(a, name) for a in attributes]))
-            for name, judge in self._judges.items()
+            for name, judge in self.of.items()
         }
 
 
