@@ -13,6 +13,7 @@ show. Prints a Markdown table.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -69,12 +70,10 @@ def scans_of(split: str, clearest: int | None = None) -> list[np.ndarray]:
 
 
 def pictures(wanted: list[dict[str, str]], size: tuple[int, int], scans: list, seed: int) -> list:
-    """Return a picture of each, from scans of every digit."""
-    rng, shown = np.random.default_rng(seed), []
-    for words in wanted:
-        of_digit = scans[digits.NUMBERS.index(words["digit"])]
-        shown.append(digits.paint(of_digit[rng.integers(len(of_digit))], words, size))
-    return shown
+    """Return a picture of each; those of a digit show its scans in turn."""
+    rng = np.random.default_rng(seed)
+    decks = dict(zip(digits.NUMBERS, (itertools.cycle(rng.permutation(x)) for x in scans), strict=True))
+    return [digits.paint(next(decks[words["digit"]]), words, size) for words in wanted]
 
 
 def words_of(colour: str, count: int, held_out: bool, seed: int) -> list[dict[str, str]]:
