@@ -39,6 +39,7 @@ SETTINGS = {
     "data.source": "caption_folder",
     "num_train_steps": 1200,
     "optimizer.learning_rate": 1e-3,
+    "optimizer.weight_decay": 1.0,  # keeps what the base knows
     "optimizer.warmup_steps": 20,
     "optimizer.schedule": "linear",
     "ema.decays": (0.98,),
