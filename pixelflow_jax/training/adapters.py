@@ -16,8 +16,8 @@ def load_with_adapters(
 ) -> tuple[dict, ConfigDict, dict[str, Any]]:
     """Return what `load_params` does, with a run's adapters added (models/lora.py), times `scale`.
 
-    `ema` is that of the adapters. Raises UserError as `load_params`, and for adapters of other
-    parameters.
+    `ema` is that of the adapters. Classes of their data take the places of those with the same numbers.
+    Raises UserError as `load_params`, and for adapters of other parameters.
     """
     params, config, meta = load_params(checkpoint)
     found, its, own = load_any(adapters, ema)
@@ -30,4 +30,7 @@ def load_with_adapters(
             f"not to --checkpoint={checkpoint} ({digest[:12]})"
         )
     config.sample = its.sample
-    return lora.merged(params, found, scale), config, {**meta, "step": own["step"], "ema": own["ema"]}
+    named = [names for x in (meta, own) if isinstance(names := x.get("classes"), dict)]
+    classes = {number: name for names in named for number, name in names.items()}
+    meta |= {"step": own["step"], "ema": own["ema"], "classes": classes}
+    return lora.merged(params, found, scale), config, meta

@@ -112,7 +112,7 @@ def test_gradients_are_those_through_the_merged_weights(tiny_config, noisy_param
 
 
 def test_a_run_of_adapters(base, tmp_path, capsys):
-    """Catches checkpoints with more than adapters, a resume that differs, and a base that changes."""
+    """Catches checkpoints with more than adapters, another resume, a base that changes, lost names."""
     train.main(flags(base, tmp_path / "whole"))
     whole, config, meta = load_any(tmp_path / "whole", 0)
     assert config.lora.rank == 2 and len(meta["base_sha256"]) == 64
@@ -147,9 +147,12 @@ def test_a_run_of_adapters(base, tmp_path, capsys):
     nothing = pf.load(base, lora=tmp_path / "whole", lora_scale=0.0).sample(**asked)
     np.testing.assert_array_equal(nothing, plain)
 
-    convert.main([f"--source={base}", f"--lora={tmp_path / 'whole'}", f"--out={tmp_path / 'merged'}"])
+    save_params(tmp_path / "named", params, its, {"3": "three", "11": "eleven"})
+    to = [f"--lora={tmp_path / 'whole'}", f"--out={tmp_path / 'merged'}"]
+    convert.main([f"--source={tmp_path / 'named'}", *to])
     applied = pf.load(base, lora=tmp_path / "whole").params
-    merged = load_params(tmp_path / "merged")[0]
+    merged, _, meta = load_params(tmp_path / "merged")
+    assert meta["classes"] == {**{str(x): str(x) for x in range(10)}, "11": "eleven"}
     for name, x in leaves(merged).items():
         np.testing.assert_allclose(x, leaves(applied)[name], atol=1e-6)
 
