@@ -6,9 +6,9 @@
 Paints 40 captioned pictures as a caption_folder: 16 in a colour whose word is in the vocabulary of
 `t2i_tiny` but in no caption of its training, the others in old colours, so that these are kept. They
 show clear handwriting: of each digit, the four scans nearest to its mean. Trains adapters of rank 4 on
-them. Then judges (text_steering.py) the base and the adapted model: the new colour, on combinations of
-digit and background that none of the 40 shows; the old words, on those that the base's training did not
-show. Prints a Markdown table.
+them. Then judges (text_steering.py) the base and the adapted model: the new colour, on digits and
+backgrounds that no picture shows together in it; the old words, on combinations that the base's training
+did not show. Prints a Markdown table.
 """
 
 import argparse
