@@ -59,7 +59,7 @@ class Dense(nn.Dense):
     """nn.Dense; a single row loses its first axis (see `flat`)."""
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Do as nn.Module; but not trace how a given parameter was drawn, half the time of tracing."""
+        """Do as nn.Module; but not trace how a given parameter was drawn, a quarter of tracing."""
         given = self.has_variable("params", name)
         return self.get_variable("params", name) if given else super().param(name, *args, **kwargs)
 
